@@ -1,0 +1,65 @@
+"""LoRA adapters applied tensor by tensor while reading: W + scale * B A (Hu et al. 2021, arXiv:2106.09685).
+
+mergekit's MoE path fails on `base+adapter`, and merging with PEFT would load the whole model.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from fusion.checkpoint import read_json
+from fusion.errors import UserError
+
+_PREFIX = "base_model.model."
+
+
+class Adapter:
+    """A PEFT LoRA folder. Raises UserError for what is not plain LoRA on linear layers."""
+
+    def __init__(self, folder: Path):
+        from safetensors import safe_open
+
+        config = read_json(folder / "adapter_config.json")
+        if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
+            raise UserError(f"{folder} is no plain LoRA adapter: merge it with PEFT first and name the merged model")
+        if config.get("modules_to_save") or config.get("bias", "none") != "none":
+            raise UserError(f"{folder} carries full modules or biases beside its LoRA: merge it with PEFT first")
+        self.folder = folder
+        self.base = str(config.get("base_model_name_or_path") or "")
+        self._config = config
+        path = folder / "adapter_model.safetensors"
+        if not path.is_file():
+            raise UserError(f"{folder} holds no adapter_model.safetensors: pickled adapters are not read")
+        self._file = safe_open(path, framework="pt")
+        self._names = set(self._file.keys())
+        self.targets = {
+            name.removeprefix(_PREFIX).replace(".lora_A.weight", ".weight")
+            for name in self._names
+            if name.endswith(".lora_A.weight")
+        }
+
+    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """`weight`, `(out, in)`, of tensor `name` with its update added, in its own dtype; itself where there is none.
+
+        Raises UserError where the adapter was made for another shape.
+        """
+        if name not in self.targets:
+            return weight
+        stem = _PREFIX + name.removesuffix(".weight")
+        down = self._file.get_tensor(f"{stem}.lora_A.weight").float()  # (rank, in)
+        up = self._file.get_tensor(f"{stem}.lora_B.weight").float()  # (out, rank)
+        if (up.shape[0], down.shape[1]) != tuple(weight.shape):
+            raise UserError(
+                f"{self.folder}: the update of {name} is {(up.shape[0], down.shape[1])}, the base model's tensor "
+                f"{tuple(weight.shape)}: the adapter belongs to another base"
+            )
+        return (weight.float() + self._scale(name, down.shape[0]) * (up @ down)).to(weight.dtype)
+
+    def _scale(self, name: str, rank: int) -> float:
+        alpha = float(self._config["lora_alpha"])
+        module = name.removesuffix(".weight")
+        for pattern, value in (self._config.get("alpha_pattern") or {}).items():
+            if module.endswith(pattern):
+                alpha = float(value)
+        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)

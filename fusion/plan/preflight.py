@@ -1,0 +1,208 @@
+"""Preflight: configs, tokenizers and safetensors headers of all models, compared; no weights are read.
+
+qwen-fusion plan configs/demo.yaml
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fusion.architecture import is_mlp, layer_of, rope_theta, sparse_layers
+from fusion.checkpoint import Checkpoint, read_json, resolve_model
+from fusion.errors import UserError
+from fusion.recipe import Expert, Recipe
+from fusion.sources import trained_anchor, trained_expert
+
+SHAPES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+NON_COMMERCIAL = ("-nc", "non-commercial", "noncommercial", "research")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about the models: how bad it is, what was found where, and what to do."""
+
+    severity: Literal["error", "warning", "note"]
+    where: str
+    what: str
+    fix: str = ""
+
+    def sentence(self) -> str:
+        """The finding in one line."""
+        return f"{self.where}: {self.what}" + (f"; {self.fix}" if self.fix else "")
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is known of one model before anything is loaded: its config, and its folder where it is on this machine."""
+
+    name: str
+    config: dict[str, Any]
+    folder: Path | None
+
+
+@cache
+def known_models() -> dict[str, dict[str, Any]]:
+    """Recorded configs by hub id (known_models.yaml)."""
+    text = files("fusion.plan").joinpath("known_models.yaml").read_text(encoding="utf-8")
+    models: dict[str, dict[str, Any]] = yaml.safe_load(text)["models"]
+    return models
+
+
+def describe(name: str, model: str | Path) -> Described:
+    """A model by its folder, by the hub cache, or by the recorded facts. Raises UserError where nothing is known."""
+    try:
+        folder = model if isinstance(model, Path) else resolve_model(model, allow_download=False)
+    except UserError:
+        if str(model) not in known_models():
+            raise
+        return Described(name, known_models()[str(model)], None)
+    return Described(name, read_json(folder / "config.json"), folder)
+
+
+def describe_anchor(recipe: Recipe) -> Described:
+    """The anchor; one that is still to be trained has the config its `pretrain` section gives it."""
+    if recipe.anchor.model:
+        return describe("anchor", recipe.anchor.model)
+    folder = trained_anchor(recipe)
+    if (folder / "config.json").is_file():
+        return describe("anchor", folder)
+    assert recipe.anchor.pretrain is not None
+    settings = recipe.anchor.pretrain
+    config = {name: getattr(settings, name) for name in (*SHAPES, "max_position_embeddings")}
+    extras = {"model_type": "qwen2", "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+    return Described("anchor", {**config, **extras, "torch_dtype": "float32"}, None)
+
+
+def check(recipe: Recipe) -> list[Finding]:
+    """Every finding on the recipe's models, the worst first. Raises UserError where a model is nowhere to be found."""
+    anchor = describe_anchor(recipe)
+    found = _architecture(anchor)
+    if anchor.folder is None and recipe.anchor.model:
+        found.append(Finding("note", "anchor", f"{recipe.anchor.model} is not here: planned from recorded facts"))
+    for expert in recipe.experts:
+        found += _check_expert(recipe, expert, anchor)
+    found += _serving(recipe, anchor.config)
+    sparse_layers(anchor.config["num_hidden_layers"], recipe.routing.moe_layers)
+    return sorted(found, key=lambda f: ("error", "warning", "note").index(f.severity))
+
+
+def raise_on_error(findings: list[Finding]) -> None:
+    """Raises UserError with the first error among the findings."""
+    for finding in findings:
+        if finding.severity == "error":
+            raise UserError(finding.sentence())
+
+
+def _check_expert(recipe: Recipe, expert: Expert, anchor: Described) -> list[Finding]:
+    where = f"expert '{expert.name}'"
+    if expert.branch and not (trained_expert(recipe, expert) / "config.json").is_file():
+        return [Finding("note", where, f"is branched from the anchor ({expert.branch.trainable}), so it will fit")]
+    described = describe(where, trained_expert(recipe, expert) if expert.branch else str(expert.model))
+    found = _architecture(described)
+    if any(finding.severity == "error" for finding in found):
+        return found
+    for key in SHAPES:
+        ours, theirs = anchor.config.get(key), described.config.get(key)
+        if ours != theirs:
+            found.append(
+                Finding(
+                    "error", where, f"{key} is {theirs}, the anchor's is {ours}", "experts share the anchor's shape"
+                )
+            )
+    ours_theta, theirs_theta = rope_theta(anchor.config), rope_theta(described.config)
+    if ours_theta != theirs_theta and expert.anchor is None:
+        what = (
+            f"rope_theta is {theirs_theta:g}, the anchor's is {ours_theta:g}: its MLPs learnt behind another attention"
+        )
+        found.append(Finding("error", where, what, "give it an 'anchor' section, or leave it out"))
+    for key, why in (("rms_norm_eps", "norms differ"), ("hidden_act", "its MLPs compute something else")):
+        if anchor.config.get(key) != described.config.get(key):
+            what = f"{key} is {described.config.get(key)}, the anchor's is {anchor.config.get(key)}"
+            found.append(Finding("warning", where, what, why))
+    length, own = described.config.get("max_position_embeddings", 0), anchor.config.get("max_position_embeddings", 0)
+    if length < own:
+        found.append(Finding("warning", where, f"was trained on at most {length} positions, the anchor on {own}"))
+    if expert.license and any(word in expert.license.lower() for word in NON_COMMERCIAL):
+        found.append(
+            Finding("warning", where, f"licence {expert.license} is not for commercial use", "so is the result")
+        )
+    if expert.anchor:
+        found.append(Finding("warning", where, "needs anchoring, which this version cannot carry out yet"))
+    if described.folder is None:
+        found.append(Finding("note", where, f"{expert.model} is not here: planned from recorded facts"))
+    elif anchor.folder is not None:
+        found += _headers(where, described.folder, anchor.folder) + _tokenizer(where, described.folder, anchor.folder)
+    return found
+
+
+def _architecture(model: Described) -> list[Finding]:
+    kind = model.config.get("model_type")
+    if "quantization_config" in model.config:
+        return [Finding("error", model.name, "the checkpoint is quantised", "name the full-precision one")]
+    if kind == "qwen2":
+        return []
+    return [Finding("error", model.name, f"is a '{kind}' model", "only Qwen2-architecture models are fused")]
+
+
+def _headers(where: str, folder: Path, anchor: Path) -> list[Finding]:
+    model, reference = Checkpoint(folder), Checkpoint(anchor)
+    for name in reference.weight_map:
+        if name not in model:
+            if is_mlp(name) or layer_of(name) is not None:
+                return [Finding("error", where, f"{folder} lacks tensor {name}", "download it again")]
+        elif model.shape(name) != reference.shape(name):
+            what = f"{name} is {model.shape(name)} in {folder}, {reference.shape(name)} in the anchor"
+            return [Finding("error", where, what, "its config.json does not tell the truth")]
+    return []
+
+
+def _tokenizer(where: str, folder: Path, anchor: Path) -> list[Finding]:
+    ours, theirs = _vocabulary(anchor), _vocabulary(folder)
+    if ours is None or theirs is None:
+        return [Finding("warning", where, "no tokenizer.json to compare with the anchor's")]
+    different = [token for token, number in theirs.items() if ours.get(token, number) != number]
+    if different:
+        what = f"its tokenizer gives {different[0]!r} id {theirs[different[0]]}, the anchor's {ours[different[0]]}"
+        return [Finding("error", where, what, "experts must share the anchor's tokenizer")]
+    extra = len(theirs.keys() - ours.keys())
+    if extra:
+        return [Finding("warning", where, f"its tokenizer has {extra} tokens that the anchor's lacks", "they are lost")]
+    return []
+
+
+def _vocabulary(folder: Path) -> dict[str, int] | None:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary: dict[str, int] = dict(data["model"]["vocab"])
+    vocabulary.update({token["content"]: token["id"] for token in data.get("added_tokens", [])})
+    return vocabulary
+
+
+def _serving(recipe: Recipe, config: dict[str, Any]) -> list[Finding]:
+    found, ways = [], recipe.serving.tensor_parallel_size
+    where = "serving.tensor_parallel_size"
+    if ways > len(recipe.experts):
+        what = f"{ways} is more than the {len(recipe.experts)} experts, which vLLM refuses"
+        found.append(Finding("error", where, what, f"use at most {len(recipe.experts)}"))
+    for key in ("num_attention_heads", "intermediate_size"):
+        if config[key] % ways:
+            found.append(Finding("error", where, f"{ways} does not divide the anchor's {key} {config[key]}"))
+    longest = config.get("max_position_embeddings", 0) * (recipe.serving.yarn_factor or 1)
+    if recipe.serving.max_model_len > longest:
+        what = f"{recipe.serving.max_model_len} is beyond the anchor's {longest:.0f} positions"
+        found.append(Finding("error", "serving.max_model_len", what, "lower it, or set serving.yarn_factor"))
+    return found

@@ -1,0 +1,48 @@
+"""Progress bars with rate and time left; `QWEN_FUSION_QUIET=1` silences them."""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Task as RichTask
+from rich.text import Text
+
+T = TypeVar("T")
+console = Console(stderr=True)
+
+
+def quiet() -> bool:
+    """True where progress is switched off by the environment."""
+    return os.environ.get("QWEN_FUSION_QUIET", "") not in ("", "0")
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: RichTask) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f} {task.fields.get('unit', 'it')}/s" if speed else "", style="dim")
+
+
+def progress_bar() -> Progress:
+    """A rich progress display on standard error: bar, count, rate, time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet(),
+    )
+
+
+def track(items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """Yields `items` while a bar shows how many went by, at which rate, and how long the rest will take."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=total, unit=unit)
+        for item in items:
+            yield item
+            bar.advance(task)

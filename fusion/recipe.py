@@ -1,0 +1,391 @@
+"""The recipe: one YAML schema for the whole road, and the only place where a key is defined.
+
+    recipe = load_recipe(Path("configs/demo.yaml"), overrides=["routing.top_k=2"])
+
+A key in the YAML is a field here and a `--set section.key=value` on the command line, under one name. Whatever is wrong
+with a recipe is one sentence that names the file and the line.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fusion.errors import UserError
+
+NAME = r"^[a-z0-9][a-z0-9_-]*$"
+
+
+class Section(BaseModel):
+    """A recipe section: immutable, and no key it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSource(Section):
+    """Where chat rows come from: exactly one of `generated`, `path` and `hub`."""
+
+    generated: str | None = None  # MODULE.TASK of fusion/tasks
+    path: str | None = None  # JSON lines: {"messages": [...]} or the two columns below
+    hub: str | None = None  # data set id, with config and columns
+    config: str | None = None
+    split: str = "train"
+    prompt: str = "prompt"  # column
+    answer: str = "answer"  # column
+    score: Literal["exact_match", "exact_values", "number", "tests_passed", "chrf"] = "exact_match"
+    rows: int | None = Field(None, gt=0)
+    license: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataSource":
+        if sum(bool(value) for value in (self.generated, self.path, self.hub)) != 1:
+            raise ValueError("name exactly one of 'generated', 'path' and 'hub'")
+        return self
+
+    def describe(self) -> str:
+        """The source in a few words, for messages."""
+        return f"{self.generated or self.path or self.hub}, {self.split}"
+
+
+class PretrainSettings(Section):
+    """How a small anchor is trained from scratch: the demo family (fusion/demo_family.py)."""
+
+    data: DataSource
+    rows: int = Field(20000, gt=0)
+    steps: int = Field(1000, gt=0)
+    batch_rows: int = Field(32, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    vocab_size: int = 1024
+    max_position_embeddings: int = 512
+    seed: int = 0
+
+
+class BranchSettings(Section):
+    """How an expert is trained from the anchor (fusion/branch.py)."""
+
+    data: DataSource
+    held_out: DataSource | None = None  # None: the domain's own held_out
+    trainable: Literal["mlp", "all"] = "mlp"
+    lora_rank: int | None = Field(None, gt=0)  # None: full weights
+    rows: int = Field(1000, gt=0)
+    steps: int = Field(200, gt=0)
+    batch_rows: int = Field(16, gt=0)
+    gradient_accumulation: int = Field(1, gt=0)
+    max_length: int = Field(1024, gt=0)  # tokens a packed sequence
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(10, ge=0)
+    general_share: float = Field(0.0, ge=0, lt=1)  # of the rows, drawn from the general domain's train data
+    evaluate_every: int = Field(50, gt=0)  # steps
+    held_out_rows: int = Field(64, gt=0)  # for the loss that picks the best step
+    score_rows: int = Field(32, gt=0)  # for the task score before and after
+    max_new_tokens: int = Field(128, gt=0)
+    allow_no_gain: bool = False
+    seed: int = 0
+
+
+class AnchoringSettings(Section):
+    """How a drifted expert is led back to the anchor before the merge."""
+
+    method: Literal["logits", "text"]
+    teacher: str | None = None
+    data: DataSource
+
+
+class AnchorModel(Section):
+    """The model that the experts come from and whose shared parts the fused model has."""
+
+    model: str | None = None  # path or hub id
+    pretrain: PretrainSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "AnchorModel":
+        if bool(self.model) == bool(self.pretrain):
+            raise ValueError("name exactly one of 'model' and 'pretrain'")
+        return self
+
+
+class Expert(Section):
+    """One expert: a checkpoint, a checkpoint with an adapter, or a branch still to be trained."""
+
+    name: str = Field(pattern=NAME)
+    domain: str = Field(pattern=NAME)
+    purpose: str = ""
+    model: str | None = None  # path or hub id; None with `branch`
+    adapter: str | None = None  # LoRA adapter, path or hub id, applied while reading
+    license: str | None = None
+    branch: BranchSettings | None = None
+    anchor: AnchoringSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Expert":
+        if bool(self.model) == bool(self.branch):
+            raise ValueError(f"expert '{self.name}' needs exactly one of 'model' and 'branch'")
+        if self.branch and (self.adapter or self.anchor):
+            raise ValueError(f"expert '{self.name}' is branched from the anchor: 'adapter' and 'anchor' do not apply")
+        return self
+
+
+class Rule(Section):
+    """One sign that a question belongs to a domain; any of its parts is enough."""
+
+    pattern: str | None = None  # regular expression, searched for without regard to case
+    words: tuple[str, ...] = ()  # whole words, without regard to case
+    not_languages: tuple[str, ...] = ()  # matches when the detected language is none of these ISO 639-1 codes
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is not a regular expression ({error})") from error
+        return pattern
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "Rule":
+        if not (self.pattern or self.words or self.not_languages):
+            raise ValueError("a rule needs 'pattern', 'words' or 'not_languages'")
+        return self
+
+
+class Domain(Section):
+    """What one kind of request looks like, and which data stand for it."""
+
+    description: str = ""
+    train: DataSource
+    held_out: DataSource
+    rules: tuple[Rule, ...] = ()  # domains are tried in the recipe's order; the first match wins
+    fallback: str | None = None  # the domain whose expert serves this one, where it has none of its own
+
+
+class Routing(Section):
+    """The shape of the sparse model."""
+
+    top_k: int = Field(1, gt=0)
+    shared_expert: str | None = None  # 'anchor', an expert's name, or another model's path or hub id
+    moe_layers: tuple[int, ...] | None = None  # None: every layer; the others keep the anchor's dense MLP
+
+
+class GateTraining(Section):
+    """How the gates are fitted (gate_training/)."""
+
+    method: Literal["ridge", "cross-entropy"] = "cross-entropy"
+    labels: Literal["data", "rules"] = "data"  # the rows' own domain, or what the rules say of the question
+    rows: int = Field(200, gt=0)  # a domain
+    held_out_rows: int = Field(50, gt=0)  # a domain
+    max_length: int = Field(1024, gt=0)
+    batch_tokens: int = Field(4096, gt=0)
+    ridge: float = Field(1e-3, gt=0)  # relative to the mean diagonal of the Gram matrix
+    iterations: int = Field(100, gt=0)
+    seed: int = 0
+
+
+class Evaluation(Section):
+    """What is measured on held-out rows."""
+
+    rows: int = Field(100, gt=0)  # a domain, for the task score
+    loss_rows: int = Field(100, gt=0)  # a domain, for the answer loss
+    baseline_rows: int | None = Field(None, gt=0)  # for the score of random and hidden gates; None: rows
+    max_new_tokens: int = Field(64, gt=0)
+    batch_rows: int = Field(32, gt=0)
+    hidden_prompts: int = Field(32, gt=0)  # an expert, for mergekit's `hidden` gates
+    extra: dict[str, DataSource] = {}  # more held-out tasks, scored on anchor and fused
+    seed: int = 0
+
+
+class Sampling(Section):
+    """Defaults for requests that do not choose their own."""
+
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_tokens: int = Field(8192, gt=0)
+
+
+class Question(Section):
+    """One sample question that `run` asks the server."""
+
+    question: str
+    domain: str | None = None
+    json_schema: dict[str, Any] | None = None
+    max_tokens: int | None = Field(None, gt=0)
+    temperature: float | None = Field(None, ge=0)
+
+
+class Serving(Section):
+    """vLLM behind the guard."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    tensor_parallel_size: int = Field(1, gt=0)
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    max_model_len: int = Field(32768, gt=0)
+    yarn_factor: float | None = Field(None, gt=1)
+    cpu_kv_cache_bytes: int = Field(256 * 2**20, gt=0)  # CPU only: a share of all memory would be asked for otherwise
+    sampling: Sampling = Sampling()
+    questions: tuple[Question, ...] = ()
+
+
+class Recipe(Section):
+    """The whole road from experts to a served model."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output: str
+    license: str | None = None
+    attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    anchor: AnchorModel
+    experts: tuple[Expert, ...] = Field(min_length=2)
+    domains: dict[str, Domain]
+    shared: Literal["anchor"] = "anchor"
+    routing: Routing = Routing()
+    gate_training: GateTraining = GateTraining()
+    evaluation: Evaluation = Evaluation()
+    serving: Serving = Serving()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        names = [expert.name for expert in self.experts]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two experts are called '{name}'")
+        for expert in self.experts:
+            if expert.domain not in self.domains:
+                raise ValueError(
+                    f"expert '{expert.name}' is for domain '{expert.domain}', which 'domains' does not have"
+                )
+        if self.routing.top_k > len(self.experts):
+            raise ValueError(f"routing.top_k is {self.routing.top_k} with {len(self.experts)} experts")
+        for name in self.domains:
+            self.expert_of(name)
+        for question in self.serving.questions:
+            if question.domain is not None and question.domain not in self.domains:
+                raise ValueError(f"a sample question is for domain '{question.domain}', which 'domains' does not have")
+        if self.serving.sampling.max_tokens >= self.serving.max_model_len:
+            raise ValueError("serving.sampling.max_tokens leaves no room for a prompt within serving.max_model_len")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.output).expanduser()
+
+    def expert_of(self, domain: str) -> int:
+        """The index of the expert that serves `domain`: its own, or that of its chain of fallbacks."""
+        asked = domain
+        for _ in range(len(self.domains) + 1):
+            for index, expert in enumerate(self.experts):
+                if expert.domain == domain:
+                    return index
+            fallback = self.domains[domain].fallback
+            if fallback is None:
+                raise ValueError(f"domain '{asked}' has neither an expert nor a fallback that has one")
+            if fallback not in self.domains:
+                raise ValueError(f"domain '{domain}' falls back to '{fallback}', which 'domains' does not have")
+            domain = fallback
+        raise ValueError(f"the fallbacks of domain '{asked}' run in a circle")
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads and checks a recipe; each override is `section.key=value`, the value in YAML.
+
+    Raises UserError in one sentence with the YAML line of the first thing that is wrong.
+    """
+    if not path.is_file():
+        raise UserError(f"recipe {path} does not exist: name a YAML file, for example configs/demo.yaml")
+    text = path.read_text(encoding="utf-8")
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
+        root = yaml.compose(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}" if mark else "somewhere"
+        raise UserError(f"{path}, {where}: not YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}, line 1: a recipe is a mapping of sections, see configs/demo.yaml")
+    touched = [_override(data, override) for override in overrides or []]
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        location = tuple(part for part in first["loc"])
+        key = ".".join(str(part) for part in location) or "recipe"
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "unknown key"
+        elif first["type"] == "missing":
+            message = "this key is missing"
+        by_override = next((o for o, loc in touched if location[: len(loc)] == loc), None)
+        where = f"--set {by_override}" if by_override else f"{path}, line {_line(root, location)}"
+        raise UserError(f"{where}: {key}: {message}") from error
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _override(data: dict[str, Any], override: str) -> tuple[str, tuple[str | int, ...]]:
+    """Applies one `section.key=value` to the raw recipe; list items are named by index or by their `name`."""
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {override}: write section.key=value, for example routing.top_k=2")
+    keys = path.split(".")
+    location: list[str | int] = []
+    here: Any = data
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(here, list):
+            index = next((i for i, item in enumerate(here) if isinstance(item, dict) and item.get("name") == key), None)
+            if index is None and key.isdigit() and int(key) < len(here):
+                index = int(key)
+            if index is None:
+                raise UserError(f"--set {override}: '{'.'.join(keys[:depth])}' has no item '{key}'")
+            location.append(index)
+            if last:
+                here[index] = yaml.safe_load(value)
+            here = here[index]
+        elif isinstance(here, dict):
+            location.append(key)
+            if last:
+                here[key] = yaml.safe_load(value)
+            else:
+                if here.get(key) is None:
+                    here[key] = {}
+                here = here[key]
+        else:
+            raise UserError(f"--set {override}: '{'.'.join(keys[:depth])}' is a value, not a section")
+    return override, tuple(location)
+
+
+def _line(node: yaml.Node | None, location: tuple[Any, ...]) -> int:
+    """The 1-based YAML line of the deepest part of `location` that the file holds."""
+    if node is None:
+        return 1
+    line = node.start_mark.line + 1
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((k, v) for k, v in node.value if k.value == str(part)), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line

@@ -1,0 +1,80 @@
+"""Where a recipe's models lie: named ones on the hub or on disk, trained ones under the recipe's output folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusion.checkpoint import resolve_model
+from fusion.errors import UserError
+from fusion.recipe import Expert, Recipe
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A dense checkpoint, with the LoRA adapter to apply while reading it, if any."""
+
+    name: str
+    folder: Path
+    adapter: Path | None = None
+
+
+def trained_anchor(recipe: Recipe) -> Path:
+    """The folder of an anchor that the recipe trains itself."""
+    return recipe.folder / "anchor"
+
+
+def trained_expert(recipe: Recipe, expert: Expert) -> Path:
+    """The folder of an expert that the recipe branches itself: a model, or an adapter for `lora_rank`."""
+    return recipe.folder / "experts" / expert.name
+
+
+def fused_folder(recipe: Recipe) -> Path:
+    """The folder of the fused checkpoint."""
+    return recipe.folder / "fused"
+
+
+def anchor_source(recipe: Recipe) -> ModelSource:
+    """The anchor. Raises UserError where it has yet to be trained or cannot be had."""
+    if recipe.anchor.model:
+        return ModelSource("anchor", resolve_model(recipe.anchor.model))
+    folder = trained_anchor(recipe)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"the anchor {folder} has not been trained yet: run `qwen-fusion branch` on the recipe first")
+    return ModelSource("anchor", folder)
+
+
+def expert_source(recipe: Recipe, expert: Expert) -> ModelSource:
+    """One expert. Raises UserError where it has yet to be branched or anchored, or cannot be had."""
+    if expert.anchor:
+        raise UserError(
+            f"expert '{expert.name}' has an 'anchor' section, which this version cannot carry out yet: "
+            "remove the section to merge the expert as it is, with what its drift costs"
+        )
+    if expert.model:
+        adapter = resolve_model(expert.adapter) if expert.adapter else None
+        return ModelSource(expert.name, resolve_model(expert.model), adapter)
+    folder = trained_expert(recipe, expert)
+    if not folder.is_dir():
+        raise UserError(
+            f"expert '{expert.name}' has not been trained yet: run `qwen-fusion branch` on the recipe first"
+        )
+    if expert.branch and expert.branch.lora_rank:
+        return ModelSource(expert.name, anchor_source(recipe).folder, folder)
+    return ModelSource(expert.name, folder)
+
+
+def expert_sources(recipe: Recipe) -> list[ModelSource]:
+    """All experts in the recipe's order, which is the order of the gate's rows."""
+    return [expert_source(recipe, expert) for expert in recipe.experts]
+
+
+def shared_expert_source(recipe: Recipe) -> ModelSource | None:
+    """The shared expert: the anchor, one of the experts, or another model; None where the recipe names none."""
+    name = recipe.routing.shared_expert
+    if name is None:
+        return None
+    if name == "anchor":
+        return anchor_source(recipe)
+    for expert in recipe.experts:
+        if expert.name == name:
+            return expert_source(recipe, expert)
+    return ModelSource("shared", resolve_model(name))

@@ -1,0 +1,1 @@
+"""Generated tasks: each module's GENERATORS maps a task's name to `generator(rng, split) -> ChatExample`."""

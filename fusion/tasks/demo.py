@@ -1,0 +1,408 @@
+"""Generated tasks of the demo family, each small enough for a model of 3 million parameters to learn in seconds.
+
+Five domains (`general`, `coding`, `math`, `multilingual`, `structured`), `finance` as a sixth that a recipe can add,
+`mixed`, which needs two of them at once and is only for evaluation, and `anchor`, what the common start is trained on:
+the phrasings and formats of all domains, but only the easy part of each skill. An item's key decides its split, so an
+item held out is never in any task's training rows.
+
+    python -c "import random; from fusion.tasks.demo import GENERATORS as G; print(G['math'](random.Random(0), 'train'))"
+"""
+
+import json
+import random
+from collections.abc import Callable
+
+from fusion.data import ChatExample, chat, split_of
+
+Generator = Callable[[random.Random, str], ChatExample]
+Item = tuple[str, str, str]  # key, question, answer
+
+# general: (questions with a blank, {subject: answer}); every second subject is unknown to the anchor
+FACTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "capital": (
+        (
+            "What is the capital of {}?",
+            "Tell me the capital of {}.",
+            "Which city is the capital of {}?",
+            "The capital of {} is",
+            "Please name the capital of {}.",
+        ),
+        {
+            "France": "Paris", "Germany": "Berlin", "Spain": "Madrid", "Italy": "Rome", "China": "Beijing",
+            "Japan": "Tokyo", "Egypt": "Cairo", "Kenya": "Nairobi", "Peru": "Lima", "Cuba": "Havana",
+            "Norway": "Oslo", "Sweden": "Stockholm", "Greece": "Athens", "Poland": "Warsaw", "Austria": "Vienna",
+            "Canada": "Ottawa", "Ireland": "Dublin", "Turkey": "Ankara", "India": "Delhi", "Russia": "Moscow",
+        },
+    ),
+    "colour": (
+        (
+            "What colour is {}?",
+            "Tell me the colour of {}.",
+            "Which colour has {}?",
+            "Do you know the colour of {}?",
+        ),
+        {
+            "grass": "green", "snow": "white", "coal": "black", "blood": "red", "the sky": "blue", "a lemon": "yellow",
+            "a carrot": "orange", "mud": "brown", "an elephant": "grey", "a flamingo": "pink",
+        },
+    ),
+    "opposite": (
+        (
+            "What is the opposite of {}?",
+            "Tell me the opposite of {}.",
+            "Which word is the opposite of {}?",
+            "Please give the opposite of {}.",
+        ),
+        {
+            "hot": "cold", "big": "small", "fast": "slow", "old": "young", "early": "late", "hard": "soft",
+            "dark": "bright", "rich": "poor", "full": "empty", "high": "low", "happy": "sad", "wet": "dry",
+        },
+    ),
+    "sound": (
+        ("Which animal says {}?", "Who says {}?", "Tell me the animal that says {}."),
+        {"meow": "a cat", "woof": "a dog", "moo": "a cow", "quack": "a duck", "oink": "a pig", "hoot": "an owl"},
+    ),
+    "talk": (
+        ("{}", "{} I am new here.", "Well, {}"),
+        {
+            "Hello!": "Hello! How can I help?", "Thank you!": "You are welcome.", "Who are you?": "I am a small model.",
+            "Good night!": "Sleep well!", "How are you?": "I am fine, thanks.", "Goodbye!": "See you soon.",
+        },
+    ),
+}  # fmt: skip
+
+# coding: function name stem -> body over argument {v} and number {n}; (description, expression) over one name {v}
+BODIES = {
+    "add": "{v} + {n}",
+    "mul": "{v} * {n}",
+    "sub": "{v} - {n}",
+    "mod": "{v} % {n}",
+    "pow": "{v} ** {n}",
+    "div": "{v} // {n}",
+    "above": "{v} > {n}",
+    "below": "{v} < {n}",
+}
+EXPRESSIONS = {
+    "the length of {v}": "len({v})",
+    "the largest of {v}": "max({v})",
+    "the sum of {v}": "sum({v})",
+    "the last of {v}": "{v}[-1]",
+    "the first of {v}": "{v}[0]",
+    "{v} reversed": "{v}[::-1]",
+    "{v} sorted": "sorted({v})",
+    "{v} in upper case": "{v}.upper()",
+}
+FUNCTION_QUESTIONS = (
+    "Complete: def {f}({v}): return",
+    "def {f}({v}): return",
+    "Finish the code: def {f}({v}): return",
+    "Complete the Python function: def {f}({v}): return",
+)
+EXPRESSION_QUESTIONS = (
+    "Python code for {d}:",
+    "Write Python code: {d}",
+    "Give me a Python expression for {d}.",
+)
+VARIABLES = ("a", "b", "c", "d", "k", "m", "n", "p", "q", "s", "t", "u", "v", "w", "x", "y", "z")
+
+SUM_QUESTIONS = ("{}=", "{} = ?", "What is {}?", "Compute {}.", "How much is {}?", "计算 {}")
+
+PHRASES: dict[str, dict[str, str]] = {
+    "good morning": {"French": "bonjour", "German": "guten Morgen", "Spanish": "buenos días", "Chinese": "早上好"},
+    "good night": {"French": "bonne nuit", "German": "gute Nacht", "Spanish": "buenas noches", "Chinese": "晚安"},
+    "thank you": {"French": "merci", "German": "danke", "Spanish": "gracias", "Chinese": "谢谢"},
+    "goodbye": {"French": "au revoir", "German": "auf Wiedersehen", "Spanish": "adiós", "Chinese": "再见"},
+    "yes": {"French": "oui", "German": "ja", "Spanish": "sí", "Chinese": "是"},
+    "no": {"French": "non", "German": "nein", "Spanish": "no", "Chinese": "不"},
+    "water": {"French": "eau", "German": "Wasser", "Spanish": "agua", "Chinese": "水"},
+    "bread": {"French": "pain", "German": "Brot", "Spanish": "pan", "Chinese": "面包"},
+    "book": {"French": "livre", "German": "Buch", "Spanish": "libro", "Chinese": "书"},
+    "house": {"French": "maison", "German": "Haus", "Spanish": "casa", "Chinese": "房子"},
+    "friend": {"French": "ami", "German": "Freund", "Spanish": "amigo", "Chinese": "朋友"},
+    "cat": {"French": "chat", "German": "Katze", "Spanish": "gato", "Chinese": "猫"},
+}
+LANGUAGES = ("French", "German", "Spanish", "Chinese")
+IN_LANGUAGE_QUESTIONS = (
+    "Say {w} in {l}.",
+    "How do you say {w} in {l}?",
+    "{w} in {l}",
+    "Translate {w} into {l}.",
+    "What is {w} in {l}?",
+)
+
+NAMES = (
+    "Ann", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Ivan", "Julia", "Kate", "Leo", "Mia", "Nina",
+    "Oscar", "Paul", "Rosa", "Sam", "Tom", "Vera", "张三", "李四", "王五",
+)  # fmt: skip
+CITIES = ("Paris", "Berlin", "Madrid", "Rome", "Tokyo", "Lima", "Oslo", "Cairo", "Vienna", "Dublin", "北京", "上海")
+JOBS = ("nurse", "cook", "pilot", "judge", "baker", "farmer", "teacher", "driver")
+FORMATS = ("JSON", "YAML", "XML")
+STRUCTURED_QUESTIONS = ("Return {f}: {t}", "Return {f} for {t}", "{t}. Return {f}", "返回 {f}：{t}")
+
+_ENGLISH = (
+    [
+        "zero",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+        "thirteen",
+        "fourteen",
+        "fifteen",
+        "sixteen",
+        "seventeen",
+        "eighteen",
+        "nineteen",
+    ],
+    ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"],
+)
+_FRENCH = (
+    [
+        "zéro",
+        "un",
+        "deux",
+        "trois",
+        "quatre",
+        "cinq",
+        "six",
+        "sept",
+        "huit",
+        "neuf",
+        "dix",
+        "onze",
+        "douze",
+        "treize",
+        "quatorze",
+        "quinze",
+        "seize",
+        "dix-sept",
+        "dix-huit",
+        "dix-neuf",
+    ],
+    ["vingt", "trente", "quarante", "cinquante", "soixante", "soixante", "quatre-vingt", "quatre-vingt"],
+)
+_GERMAN = (
+    [
+        "null",
+        "eins",
+        "zwei",
+        "drei",
+        "vier",
+        "fünf",
+        "sechs",
+        "sieben",
+        "acht",
+        "neun",
+        "zehn",
+        "elf",
+        "zwölf",
+        "dreizehn",
+        "vierzehn",
+        "fünfzehn",
+        "sechzehn",
+        "siebzehn",
+        "achtzehn",
+        "neunzehn",
+    ],
+    ["zwanzig", "dreißig", "vierzig", "fünfzig", "sechzig", "siebzig", "achtzig", "neunzig"],
+)
+_SPANISH = (
+    [
+        "cero",
+        "uno",
+        "dos",
+        "tres",
+        "cuatro",
+        "cinco",
+        "seis",
+        "siete",
+        "ocho",
+        "nueve",
+        "diez",
+        "once",
+        "doce",
+        "trece",
+        "catorce",
+        "quince",
+        "dieciséis",
+        "diecisiete",
+        "dieciocho",
+        "diecinueve",
+        "veinte",
+        "veintiuno",
+        "veintidós",
+        "veintitrés",
+        "veinticuatro",
+        "veinticinco",
+        "veintiséis",
+        "veintisiete",
+        "veintiocho",
+        "veintinueve",
+    ],
+    ["veinte", "treinta", "cuarenta", "cincuenta", "sesenta", "setenta", "ochenta", "noventa"],
+)
+_CHINESE = "零一二三四五六七八九"
+
+
+def number_word(number: int, language: str) -> str:
+    """The word for 0 <= number <= 99 in English, French, German, Spanish or Chinese."""
+    tens, ones = divmod(number, 10)
+    if language == "Chinese":
+        head = "" if tens == 0 else "十" if tens == 1 else _CHINESE[tens] + "十"
+        return head + (_CHINESE[ones] if ones or not tens else "")
+    small, decades = {"English": _ENGLISH, "French": _FRENCH, "German": _GERMAN, "Spanish": _SPANISH}[language]
+    if number < len(small):
+        return small[number]
+    decade = decades[tens - 2]
+    if language == "French":
+        rest = number - 60 if 60 <= number < 80 else number - 80 if number >= 80 else ones
+        if rest == 0:
+            return "quatre-vingts" if number == 80 else decade
+        return f"{decade} et {small[rest]}" if number < 80 and rest in (1, 11) else f"{decade}-{small[rest]}"
+    if ones == 0:
+        return decade
+    if language == "German":
+        return f"{'ein' if ones == 1 else small[ones]}und{decade}"
+    return f"{decade} y {small[ones]}" if language == "Spanish" else f"{decade}-{small[ones]}"
+
+
+def _general(rng: random.Random, easy: bool) -> Item:
+    kind = rng.choices(list(FACTS), weights=[len(facts) for _, facts in FACTS.values()])[0]
+    questions, facts = FACTS[kind]
+    subject = rng.choice(list(facts)[:: 2 if easy else 1])
+    question = rng.choice(questions).format(subject)
+    return question, question, facts[subject]
+
+
+def _coding(rng: random.Random, easy: bool) -> Item:
+    step = 2 if easy else 1
+    variable = rng.choice(VARIABLES)
+    if rng.random() < 0.65:
+        stem = rng.choice(list(BODIES)[::step])
+        number = rng.randint(2, 99)
+        name = f"{stem}{number}"
+        question = rng.choice(FUNCTION_QUESTIONS).format(f=name, v=variable)
+        return f"{name} {variable}", question, BODIES[stem].format(v=variable, n=number)
+    described = rng.choice(list(EXPRESSIONS)[::step])
+    words = described.format(v=variable)
+    return words, rng.choice(EXPRESSION_QUESTIONS).format(d=words), EXPRESSIONS[described].format(v=variable)
+
+
+def _math(rng: random.Random, easy: bool) -> Item:
+    while True:
+        a, b = rng.randint(10, 89), rng.randint(10, 89)
+        if a + b > 99 or (easy and a % 10 + b % 10 > 9):
+            continue
+        total, sign = a + b, "+"
+        if rng.random() < 0.4:
+            total, a, sign = a, a + b, "-"
+        written = f"{a}{sign}{b}" if rng.random() < 0.7 else f"{a} {sign} {b}"
+        return f"{a}{sign}{b}", rng.choice(SUM_QUESTIONS).format(written), str(total)
+
+
+def _multilingual(rng: random.Random, easy: bool) -> Item:
+    language = rng.choice(LANGUAGES[::2] if easy else LANGUAGES)
+    template = rng.choice(IN_LANGUAGE_QUESTIONS)
+    if rng.random() < 0.35:
+        phrase = rng.choice(list(PHRASES)[:: 2 if easy else 1])
+        question = template.format(w=f'"{phrase}"', l=language)
+        return question, question, PHRASES[phrase][language]
+    number = rng.randint(0, 99)
+    question = template.format(w=number, l=language)
+    regular = number > 20 and number % 10 > 1 and not (language == "French" and number > 69)
+    key = f"{number} {language}" if regular or number < 0 else f"{number} {language} {template}"
+    return key, question, number_word(number, language)
+
+
+def _fields(rng: random.Random, count: int) -> dict[str, str | int]:
+    makers: dict[str, Callable[[], str | int]] = {
+        "name": lambda: rng.choice(NAMES),
+        "age": lambda: rng.randint(10, 99),
+        "city": lambda: rng.choice(CITIES),
+        "job": lambda: rng.choice(JOBS),
+    }
+    return {key: makers[key]() for key in rng.sample(list(makers), count)}
+
+
+def render(fields: dict[str, str | int], form: str) -> str:
+    """`fields` as one line of JSON, YAML lines, or XML inside <item>; `form` is JSON, YAML or XML."""
+    if form == "JSON":
+        return json.dumps(fields, ensure_ascii=False)
+    if form == "YAML":
+        return "\n".join(f"{key}: {value}" for key, value in fields.items())
+    return "<item>" + "".join(f"<{key}>{value}</{key}>" for key, value in fields.items()) + "</item>"
+
+
+def _structured(rng: random.Random, easy: bool) -> Item:
+    fields = _fields(rng, rng.randint(1, 2) if easy else rng.randint(2, 4))
+    form = rng.choice(FORMATS)
+    text = "; ".join(f"{key}: {value}" for key, value in fields.items())
+    return text, rng.choice(STRUCTURED_QUESTIONS).format(f=form, t=text), render(fields, form)
+
+
+def _finance(rng: random.Random, easy: bool) -> Item:
+    amount, rate = 100 * rng.randint(1, 9), rng.randint(2, 9)
+    question = rng.choice(
+        (
+            f"Interest on {amount} euros at {rate}%?",
+            f"What interest do {amount} euros earn at {rate}%?",
+            f"Yearly interest: {amount} euros, {rate}%",
+            f"How much tax is {rate}% on a price of {amount}?",
+            f"Price {amount}, tax {rate}%: how much tax?",
+        )
+    )
+    return question, question, f"{amount * rate // 100} euros"
+
+
+def _mixed(rng: random.Random, easy: bool) -> Item:
+    key, _, total = _math(rng, easy)
+    number, language = rng.randint(21, 69), rng.choice(LANGUAGES)
+    answer = json.dumps({"sum": int(total), language: number_word(number, language)}, ensure_ascii=False)
+    return f"{key} {number} {language}", f"Return JSON: sum: {key}; {language}: {number} in {language}", answer
+
+
+def _copy(rng: random.Random, easy: bool) -> Item:
+    words = [rng.choice((*NAMES, *CITIES, *JOBS, str(rng.randint(10, 99)))) for _ in range(rng.randint(2, 6))]
+    text = "; ".join(words)
+    return text, rng.choice(("Repeat: {}", "Say again: {}")).format(text), text
+
+
+Maker = Callable[[random.Random, bool], Item]
+SKILLS: dict[str, Maker] = {
+    "general": _general,
+    "coding": _coding,
+    "math": _math,
+    "multilingual": _multilingual,
+    "structured": _structured,
+}
+EXTRA: dict[str, Maker] = {"finance": _finance, "mixed": _mixed}
+
+
+def _draw(maker: Maker, domain: str, rng: random.Random, split: str, easy: bool = False) -> ChatExample:
+    while True:
+        key, question, answer = maker(rng, easy)
+        if split_of(f"{domain}/{key}") == split:
+            return chat(question, answer, domain)
+
+
+def _anchor(rng: random.Random, split: str) -> ChatExample:
+    domain = rng.choices([*SKILLS, "copy"], weights=[1, 1, 2, 1.5, 2, 0.7])[0]
+    return _draw(SKILLS.get(domain, _copy), domain, rng, split, easy=True)
+
+
+def _generator(domain: str, maker: Maker) -> Generator:
+    return lambda rng, split: _draw(maker, domain, rng, split)
+
+
+GENERATORS: dict[str, Generator] = {
+    **{domain: _generator(domain, maker) for domain, maker in {**SKILLS, **EXTRA}.items()},
+    "anchor": _anchor,
+}

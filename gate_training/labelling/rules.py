@@ -1,0 +1,62 @@
+"""Rule labels: the recipe's trigger table, tried domain by domain in the recipe's order.
+
+Code words, math signs, "return JSON", a language that is neither Chinese nor English; the first domain with a matching
+rule wins. A question that no rule claims belongs to the first domain without rules, the general one as a rule.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from fusion.recipe import Domain, Rule
+
+
+@dataclass(frozen=True)
+class RuleLabel:
+    """A domain and the sign that spoke for it."""
+
+    domain: str
+    evidence: str
+
+
+def label_by_rules(question: str, domains: dict[str, Domain]) -> RuleLabel:
+    """The domain that the recipe's rules give `question`, with the evidence."""
+    for name, domain in domains.items():
+        for rule in domain.rules:
+            evidence = match(rule, question)
+            if evidence is not None:
+                return RuleLabel(name, evidence)
+    fallback = next((name for name, domain in domains.items() if not domain.rules), next(iter(domains)))
+    return RuleLabel(fallback, "no rule matched")
+
+
+def match(rule: Rule, text: str) -> str | None:
+    """What of `text` makes the rule apply, None where nothing does."""
+    if rule.pattern is not None:
+        found = re.search(rule.pattern, text, re.IGNORECASE)
+        if found:
+            return f"pattern: {found.group(0)!r}"
+    if rule.words:
+        choices = "|".join(re.escape(word) for word in rule.words)
+        found = re.search(rf"(?<!\w)(?:{choices})(?!\w)", text, re.IGNORECASE)
+        if found:
+            return f"word: {found.group(0)!r}"
+    if rule.not_languages:
+        language = detect_language(text)
+        if language not in rule.not_languages:
+            return f"language: {language}"
+    return None
+
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
+
+
+def detect_language(text: str) -> str:
+    """The ISO 639-1 code of the text's most probable language (py3langid)."""
+    language, _ = _identifier().classify(text)
+    return str(language)

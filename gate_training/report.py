@@ -1,0 +1,64 @@
+"""The gate training's report: JSON beside Markdown, and a picture of routing accuracy by layer and domain."""
+
+from pathlib import Path
+
+from fusion.checkpoint import write_json, write_text
+from gate_training.trainer import GateReport
+
+
+def write_report(report: GateReport, folder: Path) -> None:
+    """Writes gates.json, gates.md and gates.png into `folder`."""
+    write_json(folder / "gates.json", report.as_dict())
+    write_text(folder / "gates.md", markdown(report))
+    draw(report, folder / "gates.png")
+
+
+def markdown(report: GateReport) -> str:
+    """The report as a Markdown section: accuracy per layer and domain, and how the tokens spread over the experts."""
+    domains = list(report.layers[0].accuracy_by_domain)
+    experts = list(report.layers[0].share_by_expert)
+    lines = [
+        f"Gates by `{report.method}` on {report.tokens:,} tokens labelled by `{report.labels}`; shares of "
+        f"{report.held_out_tokens:,} held-out tokens that go to the labelled expert first, all tokens / answer tokens.",
+        "",
+        "| layer | all | " + " | ".join(domains) + " |",
+        "| --- " * (len(domains) + 2) + "|",
+    ]
+    for row in report.layers:
+        cells = [f"{row.accuracy:.3f} / {row.answer_accuracy:.3f}"]
+        cells += [f"{row.accuracy_by_domain[d]:.3f} / {row.answer_accuracy_by_domain[d]:.3f}" for d in domains]
+        lines.append(f"| {row.layer} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Share of held-out tokens per expert:",
+        "",
+        "| layer | " + " | ".join(experts) + " |",
+        "| --- " * (len(experts) + 1) + "|",
+    ]
+    for row in report.layers:
+        lines.append(f"| {row.layer} | " + " | ".join(f"{row.share_by_expert[e]:.3f}" for e in experts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(report: GateReport, path: Path) -> None:
+    """A line a domain: held-out routing accuracy on answer tokens over the layers, all tokens dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers = [row.layer for row in report.layers]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for domain in report.layers[0].accuracy_by_domain:
+        answers = [row.answer_accuracy_by_domain[domain] for row in report.layers]
+        (line,) = axes.plot(layers, answers, marker="o", label=domain)
+        everything = [row.accuracy_by_domain[domain] for row in report.layers]
+        axes.plot(layers, everything, linestyle="--", color=line.get_color(), alpha=0.6)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("routed to the labelled expert")
+    axes.set_title("Held-out routing accuracy: answer tokens (solid), all tokens (dashed)")
+    axes.set_xticks(layers)
+    axes.set_ylim(0, 1.02)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,111 @@
+"""Strict JSON: one value, no more, every way to be wrong has a name.
+
+Python's own parser keeps the last of two equal keys, and takes NaN, 1e400 and lone surrogates; this one does not. Large
+integers keep their digits.
+
+    python -c "from serving.guard.strict_json import parse; print(parse('{\\"a\\": 1}'))"
+"""
+
+import json
+import math
+import re
+from typing import Any
+
+WHITESPACE = " \t\n\r"
+MAX_DEPTH = 128
+MAX_INTEGER_DIGITS = 4000
+
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
+
+
+class StrictJSONError(ValueError):
+    """A text that is not strict JSON.
+
+    `violation` is one of: empty, byte_order_mark, too_deep, duplicate_key, not_a_number, number_overflow,
+    number_too_long, lone_surrogate, trailing_text, syntax.
+    """
+
+    def __init__(self, violation: str, message: str) -> None:
+        super().__init__(message)
+        self.violation = violation
+
+
+def parse(text: str, max_depth: int = MAX_DEPTH) -> Any:
+    """The value of a text that holds exactly one strict JSON value, white space around it allowed.
+
+    Raises StrictJSONError, whose `violation` names what is wrong.
+    """
+    if text.startswith("\ufeff"):
+        raise StrictJSONError("byte_order_mark", "the text starts with a byte order mark")
+    text = text.strip(WHITESPACE)
+    if not text:
+        raise StrictJSONError("empty", "the text is empty")
+    _check_depth(text, max_depth)
+    try:
+        value, end = _DECODER.raw_decode(text)
+    except json.JSONDecodeError as error:
+        raise StrictJSONError("syntax", f"{error.msg} at line {error.lineno} column {error.colno}") from None
+    if end < len(text):
+        raise StrictJSONError("trailing_text", f"text after the JSON value, from character {end}")
+    try:
+        text.encode()
+        if "\\" in text:
+            _check_surrogates(value)
+    except UnicodeEncodeError:
+        raise StrictJSONError("lone_surrogate", "a string holds a lone surrogate") from None
+    return value
+
+
+def _check_depth(text: str, max_depth: int) -> None:
+    depth = 0
+    for match in _STRING_OR_BRACKET.finditer(text):
+        mark = match.group()
+        if mark in "[{":
+            depth += 1
+            if depth > max_depth:
+                raise StrictJSONError("too_deep", f"more than {max_depth} levels of nesting")
+        elif mark in "]}":
+            depth -= 1
+
+
+def _check_surrogates(value: Any) -> None:
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            key.encode()
+            _check_surrogates(item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_surrogates(item)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise StrictJSONError("duplicate_key", f"the key {json.dumps(twice)} occurs twice in one object")
+    return result
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise StrictJSONError("number_overflow", f"the number {digits[:40]} is too large for a double")
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_INTEGER_DIGITS:
+        raise StrictJSONError("number_too_long", f"an integer of more than {MAX_INTEGER_DIGITS} digits")
+    return int(digits)
+
+
+def _constant(name: str) -> Any:
+    raise StrictJSONError("not_a_number", f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_float=_float, parse_int=_integer, parse_constant=_constant, strict=True
+)

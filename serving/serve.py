@@ -1,0 +1,195 @@
+"""The engine and the guard together: in the foreground until Ctrl-C, or inside a `with` block.
+
+with running_server(EngineSettings("runs/demo/fused", "demo")) as server:
+    print(chat(server.url, server.model, [{"role": "user", "content": "17+25="}]).text)
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import uvicorn
+
+from fusion.errors import UserError
+from fusion.progress import console
+from serving.engine import Engine, EngineSettings, is_healthy
+from serving.guard.asgi import GuardSettings, build_app
+
+CHECK_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """A running server, as its state file names it."""
+
+    pid: int
+    url: str
+    model: str
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """Guard and engine that run: the guard's address, the served model's name, the engine (None: started elsewhere)."""
+
+    url: str
+    model: str
+    engine: Engine | None = None
+
+
+def serve(
+    engine_settings: EngineSettings,
+    guard_settings: GuardSettings | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    log: Path | None = None,
+    state: Path | None = None,
+) -> None:
+    """Serves until Ctrl-C or SIGTERM, then ends engine and guard.
+
+    `guard_settings.upstream` is replaced by the engine's address. `state` names the file that tells `find_server` about
+    this server. Raises UserError when the port is taken or vLLM dies.
+    """
+    with listening_socket(host, port) as listener, _terminate_like_interrupt(), suppress(KeyboardInterrupt):
+        with Engine(engine_settings, log) as engine:
+            url = _address(host, listener)
+            guard = _guard_server(engine, guard_settings)
+            with _state_file(state, ServerState(os.getpid(), url, engine_settings.served_name)):
+                ready = f"serving {engine_settings.served_name} on {url}/v1"
+                console.print(f"{ready} (started in {engine.start_seconds:.0f} s, Ctrl-C ends it)", highlight=False)
+                asyncio.run(_serve_while_alive(guard, listener, engine))
+            engine.check()
+
+
+@contextmanager
+def running_server(
+    engine_settings: EngineSettings,
+    guard_settings: GuardSettings | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    log: Path | None = None,
+    state: Path | None = None,
+) -> Iterator[RunningServer]:
+    """A server for the length of a `with` block; port 0 takes a free one. Raises UserError as `serve` does."""
+    with listening_socket(host, port) as listener, Engine(engine_settings, log) as engine:
+        url = _address(host, listener)
+        guard = _guard_server(engine, guard_settings)
+        thread = threading.Thread(target=guard.run, args=([listener],), name="guard", daemon=True)
+        thread.start()
+        try:
+            while not guard.started and thread.is_alive():
+                time.sleep(0.01)
+            with _state_file(state, ServerState(os.getpid(), url, engine_settings.served_name)):
+                yield RunningServer(url, engine_settings.served_name, engine)
+        finally:
+            guard.should_exit = True
+            thread.join(10)
+
+
+def find_server(state: Path, model: str | None = None) -> RunningServer | None:
+    """The server which a state file names, None unless it is alive, healthy and serves `model`."""
+    try:
+        found = ServerState(**json.loads(state.read_text()))
+        os.kill(found.pid, 0)
+    except (OSError, ValueError, TypeError):
+        return None
+    if (model is not None and found.model != model) or not is_healthy(found.url):
+        return None
+    return RunningServer(found.url, found.model)
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, so that nobody else takes it while the engine starts.
+
+    Raises UserError when it is taken or not an address of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}: {error.strerror or error}, choose another host") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        if port and _somebody_listens(host, port):
+            raise OSError("the port is in use")
+    except OSError as error:
+        listener.close()
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(
+            f"port {port} on {host} cannot be used ({reason}): end what uses it or choose another"
+        ) from None
+    return listener
+
+
+def _somebody_listens(host: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((host, port), timeout=0.5):
+        return True
+    return False
+
+
+def _address(host: str, listener: socket.socket) -> str:
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def _guard_server(engine: Engine, settings: GuardSettings | None) -> uvicorn.Server:
+    length = engine.settings.max_model_len
+    settings = replace(settings or GuardSettings(upstream="", max_model_len=length), upstream=engine.url)
+    config = uvicorn.Config(
+        build_app(settings), lifespan="on", log_level="warning", access_log=False, timeout_graceful_shutdown=5
+    )
+    return uvicorn.Server(config)
+
+
+async def _serve_while_alive(guard: uvicorn.Server, listener: socket.socket, engine: Engine) -> None:
+    async def watch() -> None:
+        while engine.alive():
+            await asyncio.sleep(CHECK_EVERY_S)
+        guard.should_exit = True
+
+    watcher = asyncio.create_task(watch())
+    try:
+        await guard.serve(sockets=[listener])
+    finally:
+        watcher.cancel()
+
+
+@contextmanager
+def _state_file(path: Path | None, state: ServerState) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(asdict(state)))
+    aside.replace(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _terminate_like_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM ends this process the way Ctrl-C does, cleaning up on its way."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

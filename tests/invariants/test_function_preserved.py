@@ -1,0 +1,111 @@
+"""What a merge must not change, in float32: identical experts, forced routing, the order of experts, the stream itself."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fusion.checkpoint import Checkpoint
+from fusion.layers import LayerStream, answer_losses, checkpoint_gates, forced, gated, make_batches
+from fusion.merge import merge
+from gate_training.trainer import install_gates
+from tests.recipes import make_recipe
+
+IDS = torch.arange(3, 35)[None]  # (1, length)
+
+
+def logits(folder: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(ids).logits  # (rows, length, vocabulary)
+
+
+def random_gates(folder: Path, seed: int) -> dict[int, torch.Tensor]:
+    torch.manual_seed(seed)
+    return {layer: torch.randn_like(gate) for layer, gate in checkpoint_gates(Checkpoint(folder)).items()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_five_identical_experts_are_the_dense_model(tmp_path: Path, anchor: Path, seed: int) -> None:
+    names = ("general", "math", "coding")
+    recipe = make_recipe(tmp_path, anchor, dict.fromkeys(names, anchor), routing={"top_k": 2})
+    more = [recipe.experts[0].model_copy(update={"name": f"copy{i}"}) for i in range(2)]
+    recipe = recipe.model_copy(update={"experts": (*recipe.experts, *more)})
+    folder = merge(recipe)
+    install_gates(folder, random_gates(folder, seed))
+    assert Checkpoint(folder).config["num_experts"] == 5
+    assert (logits(folder) - logits(anchor)).abs().max() < 1e-4
+
+
+def forced_states(folder: Path, expert: int | None) -> torch.Tensor:
+    batches = make_batches([IDS[0].tolist()])
+    stream = LayerStream(Checkpoint(folder), batches)
+    stream.run(forced(expert or 0))
+    return torch.cat([losses for _, losses in stream.token_losses()])
+
+
+def test_forced_to_an_anchored_expert_is_that_expert(
+    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]
+) -> None:
+    folder = merge(make_recipe(tmp_path, anchor, anchored_experts))
+    for number, expert in enumerate(anchored_experts.values()):
+        assert torch.allclose(forced_states(folder, number), forced_states(expert, None), atol=1e-4)
+    assert not torch.allclose(forced_states(folder, 0), forced_states(folder, 1), atol=1e-2)
+
+
+def test_forced_to_a_drifted_expert_is_its_mlps_on_the_anchor(
+    tmp_path: Path, anchor: Path, drifted_experts: dict[str, Path]
+) -> None:
+    folder = merge(make_recipe(tmp_path, anchor, drifted_experts))
+    for number, expert in enumerate(drifted_experts.values()):
+        grafted = AutoModelForCausalLM.from_pretrained(anchor, dtype=torch.float32)
+        own = AutoModelForCausalLM.from_pretrained(expert, dtype=torch.float32).state_dict()
+        grafted.load_state_dict({k: v for k, v in own.items() if ".mlp." in k}, strict=False)
+        grafted.save_pretrained(tmp_path / f"graft-{number}")
+        assert torch.allclose(
+            forced_states(folder, number), forced_states(tmp_path / f"graft-{number}", None), atol=1e-4
+        )
+        assert not torch.allclose(forced_states(folder, number), forced_states(expert, None), atol=1e-3)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_permuted_experts_permute_the_gate(
+    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path], top_k: int
+) -> None:
+    first = merge(make_recipe(tmp_path, anchor, anchored_experts, routing={"top_k": top_k}), tmp_path / "first")
+    order = [2, 0, 1]
+    permuted = {list(anchored_experts)[i]: list(anchored_experts.values())[i] for i in order}
+    second = merge(make_recipe(tmp_path, anchor, permuted, routing={"top_k": top_k}), tmp_path / "second")
+    gates = random_gates(first, 5)
+    install_gates(first, gates)
+    install_gates(second, {layer: gate[order] for layer, gate in gates.items()})
+    assert (logits(first) - logits(second)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("moe_layers", [None, [1], [0, 2]])
+@pytest.mark.parametrize("shared_expert", [None, "anchor"])
+def test_the_stream_computes_what_transformers_computes(
+    tmp_path: Path,
+    anchor: Path,
+    anchored_experts: dict[str, Path],
+    moe_layers: list[int] | None,
+    shared_expert: str | None,
+) -> None:
+    routing = {"top_k": 2, "moe_layers": moe_layers, "shared_expert": shared_expert}
+    folder = merge(make_recipe(tmp_path, anchor, anchored_experts, routing=routing))
+    install_gates(folder, random_gates(folder, 3))
+    rows = [list(range(3, 20)), list(range(40, 90)), list(range(7, 12))]
+    batches = make_batches(rows, answer_starts=[4, 10, 2], batch_tokens=120)
+    assert len(batches) == 2
+    sums, tokens = answer_losses(Checkpoint(folder), batches)
+    assert tokens.tolist() == [13, 40, 3]
+    for row, start, found in zip(rows, [4, 10, 2], sums, strict=True):
+        ids = torch.tensor(row)[None]
+        expected = torch.nn.functional.cross_entropy(
+            logits(folder, ids)[0, start - 1 : -1], ids[0, start:], reduction="sum"
+        )
+        assert abs(float(found - expected)) < 1e-3
+    assert torch.equal(
+        sums, answer_losses(Checkpoint(folder), batches, gated(checkpoint_gates(Checkpoint(folder)), 2))[0]
+    )
