@@ -4,11 +4,13 @@ mergekit's MoE path fails on `base+adapter`, and merging with PEFT would load th
 """
 
 import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from fusion.checkpoint import read_json
+from fusion.checkpoint import Checkpoint, open_safetensors, read_json
 from fusion.errors import UserError
 
 _PREFIX = "base_model.model."
@@ -18,26 +20,34 @@ class Adapter:
     """A PEFT LoRA folder. Raises UserError for what is not plain LoRA on linear layers."""
 
     def __init__(self, folder: Path):
-        from safetensors import safe_open
-
         config = read_json(folder / "adapter_config.json")
         if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
             raise UserError(f"{folder} is no plain LoRA adapter: merge it with PEFT first and name the merged model")
         if config.get("modules_to_save") or config.get("bias", "none") != "none":
             raise UserError(f"{folder} carries full modules or biases beside its LoRA: merge it with PEFT first")
-        self.folder = folder
-        self.base = str(config.get("base_model_name_or_path") or "")
-        self._config = config
         path = folder / "adapter_model.safetensors"
         if not path.is_file():
             raise UserError(f"{folder} holds no adapter_model.safetensors: pickled adapters are not read")
-        self._file = safe_open(path, framework="pt")
-        self._names = set(self._file.keys())
+        self.folder = folder
+        self._config = config
+        self._file = open_safetensors(path)
+        names = list(self._file.keys())
         self.targets = {
             name.removeprefix(_PREFIX).replace(".lora_A.weight", ".weight")
-            for name in self._names
+            for name in names
             if name.endswith(".lora_A.weight")
         }
+        if len(names) != 2 * len(self.targets):
+            odd = next(name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight")))
+            raise UserError(f"{folder} holds {odd}, which is no LoRA on a linear layer: merge it with PEFT first")
+
+    def check_targets(self, names: Iterable[str]) -> None:
+        """Raises UserError where the adapter changes a tensor that is not among the base's `names`."""
+        missing = sorted(self.targets - set(names))
+        if missing:
+            raise UserError(
+                f"{self.folder} changes {missing[0]}, which its base model lacks: it belongs to another base"
+            )
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight`, `(out, in)`, of tensor `name` with its update added, in its own dtype; itself where there is none.
@@ -57,9 +67,24 @@ class Adapter:
         return (weight.float() + self._scale(name, down.shape[0]) * (up @ down)).to(weight.dtype)
 
     def _scale(self, name: str, rank: int) -> float:
-        alpha = float(self._config["lora_alpha"])
+        """lora_alpha / rank, or / sqrt(rank) for rsLoRA; PEFT's alpha_pattern is a regular expression, first match."""
         module = name.removesuffix(".weight")
-        for pattern, value in (self._config.get("alpha_pattern") or {}).items():
-            if module.endswith(pattern):
-                alpha = float(value)
+        patterns = self._config.get("alpha_pattern") or {}
+        own = (float(alpha) for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+        alpha = next(own, float(self._config["lora_alpha"]))
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+
+
+class AdaptedCheckpoint(Checkpoint):
+    """A dense checkpoint read with an adapter's updates, or as it is where `adapter` is None."""
+
+    def __init__(self, folder: Path, adapter: Path | None):
+        super().__init__(folder)
+        self._adapter = Adapter(adapter) if adapter else None
+        if self._adapter:
+            self._adapter.check_targets(self.weight_map)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor `name` with its update."""
+        weight = super().tensor(name)
+        return self._adapter.apply(name, weight) if self._adapter else weight

@@ -9,21 +9,26 @@ held-out loss is kept, and the expert is then judged by its task score beside th
 """
 
 import hashlib
-import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
@@ -38,6 +43,7 @@ MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 IGNORED = -100  # label of a position without loss
 BEST, RESULT = "best.safetensors", "branch.json"
+COPIED = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, template
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ def train_expert(
     """
     began = time.monotonic()
     partial = out.with_name(f".{out.name}.branch")
-    _claim(partial, _fingerprint(start, train, held_out, general, settings, layers))
+    decisive = settings.model_copy(update={"allow_no_gain": False})
+    _claim(partial, _fingerprint(start, train, held_out, general, decisive, layers))
     tokenizer = AutoTokenizer.from_pretrained(start)
     rows = [_encode(tokenizer, example, settings.max_length) for example in _mixed(train, general, settings)]
     if not rows:
@@ -87,19 +94,23 @@ def train_expert(
         write_json(before_file, _judge(model, tokenizer, judged, watched, settings, "anchor"))
     before = read_json(before_file)
 
-    progress = _Progress(partial, model, before["loss"])
+    progress = _Progress(
+        partial, model, settings.evaluate_every, before["loss"], lambda: _mean_loss(model, tokenizer, watched, settings)
+    )
     trainer = _BranchTrainer(
         model=model,
         args=_arguments(partial, settings, len(rows)),
-        train_dataset=rows,  # type: ignore[arg-type]
+        train_dataset=rows,
         data_collator=lambda batch: pack(batch, settings.max_length, tokenizer.pad_token_id or 0),
         callbacks=[progress],
     )
-    trainer.held_out_loss = lambda: _mean_loss(model, tokenizer, watched, settings)
+    progress.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
     with _quiet_trainer():
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(partial)))
 
-    _load_best(model, partial, _anchor_dtype(start))
+    adapter = bool(settings.lora_rank)
+    _restore(model, load_file(partial / BEST), torch.float32 if adapter else _saved_dtype(start))
     after = _judge(model, tokenizer, judged, watched, settings, "expert")
     result = TrainResult(
         loss_before=before["loss"],
@@ -109,7 +120,7 @@ def train_expert(
         score_name=judged[0].score if judged else "",
         best_step=progress.best_step,
         steps=settings.steps,
-        tokens=progress.tokens,
+        tokens=trainer.tokens,
         seconds=round(time.monotonic() - began, 1),
         curve=progress.curve,
     )
@@ -173,9 +184,7 @@ def _encode(tokenizer: Any, example: ChatExample, max_length: int) -> dict[str, 
     return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
 
 
-def _mixed(
-    train: Sequence[ChatExample], general: Sequence[ChatExample], settings: BranchSettings
-) -> list[ChatExample]:
+def _mixed(train: Sequence[ChatExample], general: Sequence[ChatExample], settings: BranchSettings) -> list[ChatExample]:
     share = settings.general_share
     if share and not general:
         raise UserError(f"branch.general_share is {share} but there are no general rows: give the general domain data")
@@ -224,10 +233,7 @@ def _arguments(partial: Path, settings: BranchSettings, rows: int) -> TrainingAr
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=torch.cuda.is_available(),
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        eval_strategy="steps",
-        eval_steps=settings.evaluate_every,
-        save_strategy="steps",
-        save_steps=settings.evaluate_every,
+        save_strategy="no",  # _Progress asks for it
         save_total_limit=1,
         logging_strategy="no",
         report_to=[],
@@ -241,9 +247,9 @@ def _arguments(partial: Path, settings: BranchSettings, rows: int) -> TrainingAr
 class _BranchTrainer(Trainer):
     """Trainer whose head runs on answer tokens alone, and whose checkpoints hold the trained tensors alone."""
 
-    held_out_loss: Any
+    tokens = 0  # trained so far, padding aside
 
-    def compute_loss(  # type: ignore[override]
+    def compute_loss(
         self,
         model: Any,
         inputs: dict[str, torch.Tensor],
@@ -254,16 +260,13 @@ class _BranchTrainer(Trainer):
         states = inner.model(
             input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
         ).last_hidden_state  # (sequences, width, hidden)
+        positions = inputs["position_ids"]
+        self.tokens += int((positions > 0).sum() + (positions == 1).sum())  # each row starts with one 0
         labels = inputs["labels"][:, 1:].to(states.device)
         answers = labels != IGNORED  # (sequences, width - 1)
         logits = inner.lm_head(states[:, :-1][answers]).float()  # (answer tokens, vocabulary)
         loss = cross_entropy(logits, labels[answers].to(logits.device), reduction="sum")
         return loss / (num_items_in_batch if num_items_in_batch is not None else max(1, int(answers.sum())))
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = {"eval_loss": self.held_out_loss()}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -275,13 +278,15 @@ class _BranchTrainer(Trainer):
 
 
 class _Progress(TrainerCallback):
-    """Shows the steps with the last held-out loss, counts tokens, and keeps the best step's tensors."""
+    """Shows the steps, measures the held-out loss every few of them, keeps the best step's tensors and the state."""
 
-    def __init__(self, partial: Path, model: Any, loss_before: float):
-        self.partial, self.model = partial, model
+    trainer: _BranchTrainer
+
+    def __init__(self, partial: Path, model: Any, every: int, loss_before: float, held_out_loss: Callable[[], float]):
+        self.partial, self.model, self.every, self.held_out_loss = partial, model, every, held_out_loss
         self.bar = progress_bar()
         self.curve: list[tuple[int, float]] = [(0, loss_before)]
-        self.best_step, self.best_loss, self.tokens = 0, math.inf, 0
+        self.best_step, self.best_loss = 0, math.inf
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         noted = self.partial / "curve.json"
@@ -289,25 +294,118 @@ class _Progress(TrainerCallback):
             saved = read_json(noted)
             self.curve = [(step, loss) for step, loss in saved["curve"] if step <= state.global_step]
             self.best_step, self.best_loss = min(self.curve[1:], key=lambda point: point[1], default=(0, math.inf))
-            self.tokens = saved["tokens"]
+            self.trainer.tokens = saved["tokens"]
         self.bar.start()
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(self.task, completed=state.global_step)
-        if state.global_step == state.max_steps:
-            control.should_evaluate = control.should_save = True
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        loss = metrics["eval_loss"]
-        self.curve.append((state.global_step, round(loss, 4)))
+        if state.global_step % self.every and state.global_step < state.max_steps:
+            return
+        loss = round(self.held_out_loss(), 5)
+        self.curve.append((state.global_step, loss))
         if loss < self.best_loss:
             self.best_step, self.best_loss = state.global_step, loss
             aside = self.partial / f"{BEST}.partial"
             save_file(_trained(self.model), aside)
             aside.replace(self.partial / BEST)
-        write_json(self.partial / "curve.json", {"curve": self.curve, "tokens": self.tokens})
+        write_json(self.partial / "curve.json", {"curve": self.curve, "tokens": self.trainer.tokens})
         self.bar.update(self.task, description=f"training, held-out loss {loss:.3f}")
+        control.should_save = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.stop()
+
+
+def _trained(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def _restore(model: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """Puts `tensors` into the model as `dtype` would hold them: what is judged is what is saved."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor.to(dtype))
+
+
+def _mean_loss(model: Any, tokenizer: Any, rows: Sequence[ChatExample], settings: BranchSettings) -> float:
+    pairs = answer_losses(model, tokenizer, rows, settings.batch_rows, description=None)
+    return sum(loss for loss, _ in pairs) / max(1, sum(tokens for _, tokens in pairs))
+
+
+def _judge(
+    model: Any,
+    tokenizer: Any,
+    judged: Sequence[ChatExample],
+    watched: Sequence[ChatExample],
+    settings: BranchSettings,
+    who: str,
+) -> dict[str, float]:
+    scores = score_examples(
+        model, tokenizer, judged, settings.max_new_tokens, batch_size=32, description=f"task score, {who}"
+    )
+    return {"score": sum(scores) / max(1, len(scores)), "loss": _mean_loss(model, tokenizer, watched, settings)}
+
+
+def _saved_dtype(start: Path) -> torch.dtype:
+    """The type in which the anchor holds its weights, and the expert will."""
+    return Checkpoint(start).tensor("model.layers.0.mlp.down_proj.weight").dtype
+
+
+def _write(model: Any, start: Path, out: Path, partial: Path, record: dict[str, Any]) -> None:
+    """Writes the adapter, or the anchor's files with the trained tensors in the place of its own."""
+    folder = partial / "out"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    if hasattr(model, "peft_config"):
+        model.peft_config["default"].base_model_name_or_path = str(start)
+        model.save_pretrained(str(folder))
+        (folder / "README.md").unlink(missing_ok=True)
+    else:
+        _write_full(model, start, folder)
+    write_json(folder / RESULT, record)
+    put_in_place(folder, out)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_full(model: Any, start: Path, folder: Path) -> None:
+    checkpoint = Checkpoint(start)
+    tied = dict(model.named_parameters(remove_duplicate=False))  # the head too, where it is the embedding
+    for file in sorted(set(checkpoint.weight_map.values())):
+        names = [name for name, where in checkpoint.weight_map.items() if where == file]
+        tensors = {name: checkpoint.tensor(name) for name in names}
+        for name in names:
+            if name in tied and tied[name].requires_grad:
+                tensors[name] = tied[name].detach().to("cpu", tensors[name].dtype).contiguous()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    for path in sorted(start.iterdir()):
+        if path.is_file() and path.suffix in COPIED and path.name not in (RESULT, "README.md"):
+            shutil.copy(path, folder / path.name)
+
+
+def _fingerprint(start: Path, *parts: Any) -> str:
+    """A hash of all that decides the training, so that a changed call starts anew instead of going on."""
+    config = (start / "config.json").read_text(encoding="utf-8")
+    weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(start.glob("*.safetensors"))]
+    return hashlib.sha256(repr((config, weights, parts)).encode()).hexdigest()
+
+
+def _claim(partial: Path, fingerprint: str) -> None:
+    """Makes the aside folder this call's: what an earlier, different call left there is removed."""
+    note = partial / "call.txt"
+    if not note.is_file() or note.read_text(encoding="utf-8") != fingerprint:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        note.write_text(fingerprint, encoding="utf-8")
+
+
+@contextmanager
+def _quiet_trainer() -> Iterator[None]:
+    """The trainer's own messages off: the bar and branch.json say what it did."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)

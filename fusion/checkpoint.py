@@ -42,14 +42,16 @@ class Checkpoint:
 
     def _weight_map(self) -> dict[str, str]:
         if (self.folder / INDEX).is_file():
-            weight_map: dict[str, str] = read_json(self.folder / INDEX)["weight_map"]
+            weight_map: dict[str, str] = read_json(self.folder / INDEX).get("weight_map", {})
+            if not weight_map:
+                raise UserError(f"{self.folder / INDEX} names no tensors: download the model again")
             missing = sorted({file for file in weight_map.values() if not (self.folder / file).is_file()})
             if missing:
                 raise UserError(f"{self.folder} lacks {missing[0]}, which its index names: download the model again")
             return weight_map
         single = self.folder / "model.safetensors"
         if single.is_file():
-            with _open(single) as file:
+            with open_safetensors(single) as file:
                 return dict.fromkeys(file.keys(), single.name)
         if list(self.folder.glob("*.bin")):
             raise UserError(
@@ -64,7 +66,7 @@ class Checkpoint:
         except KeyError:
             raise UserError(f"{self.folder} has no tensor '{name}': it is not the model its config.json says") from None
         if file not in self._handles:
-            self._handles[file] = _open(self.folder / file)
+            self._handles[file] = open_safetensors(self.folder / file)
         return self._handles[file]
 
     def __contains__(self, name: str) -> bool:
@@ -84,7 +86,8 @@ class Checkpoint:
         return {name.removeprefix(prefix): self.tensor(name) for name in self.weight_map if name.startswith(prefix)}
 
 
-def _open(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file, opened for lazy reading. Raises UserError where it is broken."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -173,7 +176,7 @@ def put_in_place(aside: Path, target: Path) -> None:
 def write_shards(
     folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = 2 * 2**30
 ) -> dict[str, str]:
-    """Writes one group of tensors as `stem.safetensors`, or `stem-00001.safetensors`, ... where it exceeds `shard_bytes`.
+    """Writes one group of tensors as `stem.safetensors`, or as `stem.00001.safetensors`, ... of at most `shard_bytes`.
 
     Holds one shard in memory. Returns {tensor name: file name}.
     """
@@ -181,7 +184,7 @@ def write_shards(
     buffer: dict[str, torch.Tensor] = {}
 
     def flush() -> None:
-        path = folder / f"{stem}-{len(files) + 1:05d}.safetensors"
+        path = folder / f"{stem}.{len(files) + 1:05d}.safetensors"
         save_file(buffer, path, metadata={"format": "pt"})
         files.append(list(buffer))
         buffer.clear()
@@ -196,16 +199,16 @@ def write_shards(
     if buffer:
         flush()
     if len(files) == 1:
-        (folder / f"{stem}-00001.safetensors").rename(folder / f"{stem}.safetensors")
+        (folder / f"{stem}.00001.safetensors").rename(folder / f"{stem}.safetensors")
         return dict.fromkeys(files[0], f"{stem}.safetensors")
-    return {name: f"{stem}-{i + 1:05d}.safetensors" for i, names in enumerate(files) for name in names}
+    return {name: f"{stem}.{i + 1:05d}.safetensors" for i, names in enumerate(files) for name in names}
 
 
 def write_index(folder: Path, weight_map: dict[str, str]) -> None:
     """Writes the index that transformers and vLLM read, with the total of the tensors' bytes."""
     total = 0
     for file in sorted(set(weight_map.values())):
-        with _open(folder / file) as shard:
+        with open_safetensors(folder / file) as shard:
             for name in shard.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                 view = shard.get_slice(name)
                 elements = 1

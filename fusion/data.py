@@ -84,7 +84,7 @@ def _generated(name: str, split: str, count: int, seed: int) -> list[ChatExample
     try:
         generators: dict[str, Generator] = importlib.import_module(f"fusion.tasks.{module_name}").GENERATORS
         generator = generators[task]
-    except (ImportError, KeyError) as error:
+    except (ImportError, AttributeError, KeyError) as error:
         raise UserError(f"no generated task '{name}': use one of fusion/tasks, written MODULE.TASK") from error
     rng = random.Random(f"{name}/{split}/{seed}")
     rows: list[ChatExample] = []
@@ -138,4 +138,11 @@ def _row(row: dict[str, Any], source: DataSource, domain: str) -> ChatExample:
             reference=row.get("reference"),
             schema=row.get("schema"),
         )
-    return chat(str(row[source.prompt]), str(row[source.answer]), domain, score=source.score)
+    reference = row[source.reference] if source.reference else None
+    return chat(_text(row, source.prompt), _text(row, source.answer), domain, score=source.score, reference=reference)
+
+
+def _text(row: dict[str, Any], column: str) -> str:
+    """A column's text, or a text with columns filled in; lists become lines."""
+    lines = {key: "\n".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()}
+    return column.format_map(lines) if "{" in column else str(lines[column])

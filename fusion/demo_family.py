@@ -1,35 +1,57 @@
 """The demo family's common start: a small tokenizer and a Qwen2 model trained from scratch on generated text.
 
-`qwen-fusion branch configs/demo.yaml` calls `pretrain_anchor` where the recipe's anchor has a `pretrain` section, then
-branches the experts from it. Five experts of 3 million parameters are enough to show routing on two CPU cores.
+    qwen-fusion branch configs/demo.yaml
+
+calls `pretrain_anchor` where the recipe's anchor has a `pretrain` section, and then branches the experts from it.
+Two to four million parameters each are enough to show routing, and minutes on two CPU cores are enough to train them.
 """
 
-from collections.abc import Sequence
+import math
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from fusion.branch import IGNORED, pack
+from fusion.checkpoint import put_in_place
+from fusion.data import load_examples
+from fusion.encoding import encode
+from fusion.progress import progress_bar
+from fusion.recipe import PretrainSettings
+from fusion.tasks.demo import vocabulary
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-# words take the space after them and single letters, digits and signs stand alone: a value is then the same token in
-# "name: Ann;", {"name": "Ann"} and <name>Ann</name>, which is what lets a model this small copy it
-SPLIT = r"\p{L}{2,} ?|\p{L}|\p{N}|[^\p{L}\p{N}]+"
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
+PACKED = 256  # tokens a packed sequence
+WARMUP = 0.05  # of the steps
 
 
-def build_tokenizer(texts: Sequence[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`, with Qwen2's splitting rule, special tokens and chat form.
+def build_tokenizer(out: Path, vocab_size: int = 1280, max_length: int = 512) -> PreTrainedTokenizerFast:
+    """Saves to folder `out` a byte-level BPE tokenizer with Qwen2's splitting rule, special tokens and chat form.
 
-    Digits are single tokens. The template adds no system prompt of its own, which keeps sequences short.
+    The values of the demo tasks come first in the merges, so that "Ann" is the same token in "name: Ann;" and in
+    {"name": "Ann"}: that is what lets a model this small copy it. The template adds no system prompt of its own.
     """
+    values, prose = vocabulary()
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -40,13 +62,98 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int = 1024) -> PreTrainedT
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    tokenizer.train_from_iterator([*values * 10 * len(prose), *prose], trainer)
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=IM_END,
         pad_token=END_OF_TEXT,
-        additional_special_tokens=[IM_START],
+        unk_token=END_OF_TEXT,
+        extra_special_tokens=[IM_START],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
-        model_max_length=512,
+        model_max_length=max_length,
     )
+    fast.save_pretrained(out)
+    return fast
+
+
+def anchor_config(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
+    """The shape of the family: Qwen2 with tied embeddings; vLLM on CPUs takes no head_dim below 32."""
+    return Qwen2Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,  # a multiple that tensor parallelism divides
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_key_value_heads,
+        max_position_embeddings=settings.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        dtype="float32",
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def pretrain_anchor(out: Path, settings: PretrainSettings) -> dict[str, Any]:
+    """Trains a model from scratch on the answers of `settings.data` and writes its folder `out` when it is complete.
+
+    Returns the parameter count, the tokens trained (prompts included) and the mean loss of the last tenth of the
+    steps in nats an answer token. The same settings give the same model on the same machine and thread count.
+    """
+    partial = out.with_name(f".{out.name}.pretrain")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tokenizer = build_tokenizer(partial, settings.vocab_size, settings.max_position_embeddings)
+    tokens = [encode(tokenizer, row) for row in load_examples(settings.data, "anchor", settings.rows, settings.seed)]
+    rows = [{"input_ids": e.ids, "labels": [IGNORED] * e.answer_start + e.ids[e.answer_start :]} for e in tokens]
+    torch.manual_seed(settings.seed)
+    model = Qwen2ForCausalLM(anchor_config(settings, tokenizer)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / settings.steps))
+    losses: list[float] = []
+    trained = 0
+    with progress_bar() as bar:
+        task = bar.add_task("training the anchor", total=settings.steps, unit="step")
+        for chosen in _batches(rows, settings):
+            loss = _answer_loss(model, pack(chosen, PACKED, tokenizer.pad_token_id))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            trained += sum(len(row["input_ids"]) for row in chosen)
+            bar.update(task, advance=1, description=f"training the anchor, loss {losses[-1]:.3f}")
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
+    model.eval().save_pretrained(partial)
+    put_in_place(partial, out)
+    last = losses[-max(1, len(losses) // 10) :]
+    return {"parameters": model.num_parameters(), "tokens": trained, "loss": sum(last) / len(last)}
+
+
+def _rate(done: float) -> float:
+    """Warm-up, then a cosine down to a twentieth; `done` is the share of the steps done."""
+    return min(1.0, (done + 1e-3) / WARMUP) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def _batches(rows: list[dict[str, Any]], settings: PretrainSettings) -> Iterator[list[dict[str, Any]]]:
+    rng = random.Random(settings.seed)
+    order: list[int] = []
+    for _ in range(settings.steps):
+        if len(order) < settings.batch_rows:
+            order = rng.sample(range(len(rows)), len(rows)) + order
+        batch, order = order[-settings.batch_rows :], order[: -settings.batch_rows]
+        yield [rows[i] for i in batch]
+
+
+def _answer_loss(model: Qwen2ForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    states = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    labels = batch["labels"][:, 1:]
+    answers = labels != IGNORED  # (sequences, width - 1)
+    logits = model.lm_head(states.last_hidden_state[:, :-1][answers])  # (answer tokens, vocabulary)
+    return cross_entropy(logits, labels[answers])

@@ -1,4 +1,4 @@
-"""Chat examples as token ids: the chat template, then the answer and its end mark, exactly as a served model sees them."""
+"""Chat examples as token ids: the chat template, then the answer and its end mark, as a served model sees them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -49,7 +49,7 @@ from fusion.errors import UserError
 from fusion.model_card import model_card
 from fusion.progress import progress_bar
 from fusion.recipe import Recipe
-from fusion.sources import ModelSource, anchor_source, expert_sources, fused_folder, shared_expert_source
+from fusion.sources import ModelSource, anchor_source, expert_sources, shared_expert_source
 
 GATES_FILE = "gates.safetensors"
 MANIFEST = "fusion.json"
@@ -77,6 +77,8 @@ class Reader:
         self.reference = reference_of(str(source.folder))
         self.loader = self.reference.lazy_loader(lazy_unpickle=False)
         self.adapter = Adapter(source.adapter) if source.adapter else None
+        if self.adapter:
+            self.adapter.check_targets(self.names())
 
     def names(self) -> list[str]:
         """The tensor names of the dense checkpoint."""
@@ -208,7 +210,7 @@ def merge(recipe: Recipe, out: Path | None = None, shard_bytes: int = 2 * 2**30)
     The gates are mergekit's random ones, seeded, until `train-gates` replaces them. Raises UserError where a model is
     missing or does not fit.
     """
-    out = out or fused_folder(recipe)
+    out = out or recipe.fused
     anchor, experts, shared_expert = anchor_source(recipe), expert_sources(recipe), shared_expert_source(recipe)
     config, sources, references = mergekit_config(recipe, anchor, experts, shared_expert)
     architecture = QwenSparseMoE(recipe.routing.moe_layers, sources, [e.name for e in experts], shard_bytes)
@@ -262,14 +264,23 @@ def mergekit_config(
     return config, sources, names
 
 
-def _with_folders(config: MoEMergeConfig, references: dict[str, str]) -> dict[str, Any]:
+def _with_folders(config: MoEMergeConfig, folders: dict[str, str]) -> dict[str, Any]:
     """mergekit's YAML form of the merge, each model by its folder (and adapter)."""
-    data: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
-    data["base_model"] = references[str(config.base_model)]
-    for key, experts in (("experts", config.experts), ("shared_experts", config.shared_experts or [])):
-        for entry, expert in zip(data.get(key, []), experts, strict=True):
-            entry["source_model"] = references[str(expert.source_model)]
-    return data
+
+    def experts(rows: list[MergekitExpert]) -> list[dict[str, Any]]:
+        return [
+            {"source_model": folders[str(row.source_model)], "positive_prompts": row.positive_prompts or []}
+            for row in rows
+        ]
+
+    return {
+        "base_model": folders[str(config.base_model)],
+        "gate_mode": config.gate_mode,
+        "dtype": config.dtype,
+        "experts_per_token": config.experts_per_token,
+        "experts": experts(config.experts),
+        **({"shared_experts": experts(config.shared_experts)} if config.shared_experts else {}),
+    }
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

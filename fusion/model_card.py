@@ -16,14 +16,14 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
         "---",
         f"# {recipe.name}",
         "",
-        f"One `Qwen2MoeForCausalLM` with {len(recipe.experts)} routed experts, {recipe.routing.top_k} active per token, "
-        f"on the shared parts (attention, norms, embeddings, head) of {manifest['anchor']}.",
+        f"One `Qwen2MoeForCausalLM` with {len(recipe.experts)} routed experts, {recipe.routing.top_k} per token, on "
+        f" the shared parts (attention, norms, embeddings, head) of {manifest['anchor']}.",
         "",
         "| expert | domain | made from | adapter | licence | shared parts | sha256 of its first shard |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in manifest["experts"]:
-        shard = next((h for f, h in manifest["sha256"].items() if f.startswith(f"expert-{row['name']}")), "")
+        shard = next((h for f, h in manifest["sha256"].items() if f.startswith(f"expert-{row['name']}.")), "")
         drift = "the anchor's" if row["anchored"] else f"{row['shared_tensors_differing']} tensors differ (drifted)"
         origin = f"{row['model']}{', branched' if row['branched'] else ''}"
         adapter = "LoRA" if row["adapter"] else ""

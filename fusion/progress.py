@@ -1,7 +1,7 @@
 """Progress bars with rate and time left; `QWEN_FUSION_QUIET=1` silences them."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -39,7 +39,7 @@ def progress_bar() -> Progress:
 
 def track(items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
     """Yields `items` while a bar shows how many went by, at which rate, and how long the rest will take."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with progress_bar() as bar:
         task = bar.add_task(description, total=total, unit=unit)

@@ -18,6 +18,14 @@ from fusion.errors import UserError
 NAME = r"^[a-z0-9][a-z0-9_-]*$"
 
 
+class Misfit(ValueError):
+    """Sections that contradict each other, with the location of the one to change."""
+
+    def __init__(self, location: tuple[str | int, ...], message: str):
+        super().__init__(message)
+        self.location = location
+
+
 class Section(BaseModel):
     """A recipe section: immutable, and no key it does not know."""
 
@@ -32,11 +40,13 @@ class DataSource(Section):
     hub: str | None = None  # data set id, with config and columns
     config: str | None = None
     split: str = "train"
-    prompt: str = "prompt"  # column
-    answer: str = "answer"  # column
+    prompt: str = "prompt"  # column, or a text with {columns} in it
+    answer: str = "answer"  # column, or a text with {columns} in it
+    reference: str | None = None  # column that the scorer compares with; None: the answer
     score: Literal["exact_match", "exact_values", "number", "tests_passed", "chrf"] = "exact_match"
     rows: int | None = Field(None, gt=0)
     license: str | None = None
+    optional: bool = False  # evaluation.extra only: left out with a note where it cannot be had
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSource":
@@ -197,6 +207,7 @@ class Evaluation(Section):
     max_new_tokens: int = Field(64, gt=0)
     batch_rows: int = Field(32, gt=0)
     hidden_prompts: int = Field(32, gt=0)  # an expert, for mergekit's `hidden` gates
+    cross_domains: bool = False  # score every expert on every domain, not on its own alone
     extra: dict[str, DataSource] = {}  # more held-out tasks, scored on anchor and fused
     seed: int = 0
 
@@ -253,23 +264,24 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         names = [expert.name for expert in self.experts]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two experts are called '{name}'")
-        for expert in self.experts:
+        for i, expert in enumerate(self.experts):
+            if expert.name in names[:i]:
+                raise Misfit(("experts", i, "name"), f"two experts are called '{expert.name}'")
             if expert.domain not in self.domains:
-                raise ValueError(
-                    f"expert '{expert.name}' is for domain '{expert.domain}', which 'domains' does not have"
-                )
+                message = f"expert '{expert.name}' is for domain '{expert.domain}', which 'domains' does not have"
+                raise Misfit(("experts", i, "domain"), message)
         if self.routing.top_k > len(self.experts):
-            raise ValueError(f"routing.top_k is {self.routing.top_k} with {len(self.experts)} experts")
+            message = f"{self.routing.top_k} experts a token are more than the {len(self.experts)} there are"
+            raise Misfit(("routing", "top_k"), message)
         for name in self.domains:
             self.expert_of(name)
-        for question in self.serving.questions:
+        for i, question in enumerate(self.serving.questions):
             if question.domain is not None and question.domain not in self.domains:
-                raise ValueError(f"a sample question is for domain '{question.domain}', which 'domains' does not have")
+                message = f"the question is for domain '{question.domain}', which 'domains' does not have"
+                raise Misfit(("serving", "questions", i, "domain"), message)
         if self.serving.sampling.max_tokens >= self.serving.max_model_len:
-            raise ValueError("serving.sampling.max_tokens leaves no room for a prompt within serving.max_model_len")
+            message = f"leaves no room for a prompt within serving.max_model_len {self.serving.max_model_len}"
+            raise Misfit(("serving", "sampling", "max_tokens"), message)
         return self
 
     @property
@@ -277,20 +289,26 @@ class Recipe(Section):
         """The output folder."""
         return Path(self.output).expanduser()
 
+    @property
+    def fused(self) -> Path:
+        """The folder of the fused checkpoint."""
+        return self.folder / "fused"
+
     def expert_of(self, domain: str) -> int:
         """The index of the expert that serves `domain`: its own, or that of its chain of fallbacks."""
-        asked = domain
-        for _ in range(len(self.domains) + 1):
+        asked, here = domain, ("domains", domain)
+        for _ in self.domains:
             for index, expert in enumerate(self.experts):
                 if expert.domain == domain:
                     return index
             fallback = self.domains[domain].fallback
             if fallback is None:
-                raise ValueError(f"domain '{asked}' has neither an expert nor a fallback that has one")
+                raise Misfit(here, f"domain '{asked}' has neither an expert nor a fallback that has one")
             if fallback not in self.domains:
-                raise ValueError(f"domain '{domain}' falls back to '{fallback}', which 'domains' does not have")
+                message = f"domain '{domain}' falls back to '{fallback}', which 'domains' does not have"
+                raise Misfit(("domains", domain, "fallback"), message)
             domain = fallback
-        raise ValueError(f"the fallbacks of domain '{asked}' run in a circle")
+        raise Misfit((*here, "fallback"), f"the fallbacks of domain '{asked}' run in a circle")
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -300,14 +318,17 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """
     if not path.is_file():
         raise UserError(f"recipe {path} does not exist: name a YAML file, for example configs/demo.yaml")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         data = yaml.load(text, Loader=_UniqueKeyLoader)
         root = yaml.compose(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}" if mark else "somewhere"
-        raise UserError(f"{path}, {where}: not YAML ({getattr(error, 'problem', error)})") from error
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be parsed"
+        raise UserError(f"{path}, {where}: not YAML ({problem})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}, line 1: a recipe is a mapping of sections, see configs/demo.yaml")
     touched = [_override(data, override) for override in overrides or []]
@@ -315,14 +336,15 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        location = tuple(part for part in first["loc"])
+        cause = first.get("ctx", {}).get("error")
+        location = (*first["loc"], *(cause.location if isinstance(cause, Misfit) else ()))
         key = ".".join(str(part) for part in location) or "recipe"
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = "unknown key"
         elif first["type"] == "missing":
             message = "this key is missing"
-        by_override = next((o for o, loc in touched if location[: len(loc)] == loc), None)
+        by_override = next((o for o, place in reversed(touched) if location[: len(place)] == place), None)
         where = f"--set {by_override}" if by_override else f"{path}, line {_line(root, location)}"
         raise UserError(f"{where}: {key}: {message}") from error
 
@@ -333,6 +355,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -341,11 +365,16 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _override(data: dict[str, Any], override: str) -> tuple[str, tuple[str | int, ...]]:
     """Applies one `section.key=value` to the raw recipe; list items are named by index or by their `name`."""
-    path, equals, value = override.partition("=")
+    path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"--set {override}: write section.key=value, for example routing.top_k=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not YAML") from None
     keys = path.split(".")
     location: list[str | int] = []
+    created: tuple[str | int, ...] = ()  # the first section that the override brought into being
     here: Any = data
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
@@ -357,19 +386,20 @@ def _override(data: dict[str, Any], override: str) -> tuple[str, tuple[str | int
                 raise UserError(f"--set {override}: '{'.'.join(keys[:depth])}' has no item '{key}'")
             location.append(index)
             if last:
-                here[index] = yaml.safe_load(value)
+                here[index] = value
             here = here[index]
         elif isinstance(here, dict):
             location.append(key)
             if last:
-                here[key] = yaml.safe_load(value)
+                here[key] = value
             else:
                 if here.get(key) is None:
                     here[key] = {}
+                    created = created or tuple(location)
                 here = here[key]
         else:
             raise UserError(f"--set {override}: '{'.'.join(keys[:depth])}' is a value, not a section")
-    return override, tuple(location)
+    return override, created or tuple(location)
 
 
 def _line(node: yaml.Node | None, location: tuple[Any, ...]) -> int:

@@ -27,11 +27,6 @@ def trained_expert(recipe: Recipe, expert: Expert) -> Path:
     return recipe.folder / "experts" / expert.name
 
 
-def fused_folder(recipe: Recipe) -> Path:
-    """The folder of the fused checkpoint."""
-    return recipe.folder / "fused"
-
-
 def anchor_source(recipe: Recipe) -> ModelSource:
     """The anchor. Raises UserError where it has yet to be trained or cannot be had."""
     if recipe.anchor.model:
@@ -42,13 +37,18 @@ def anchor_source(recipe: Recipe) -> ModelSource:
     return ModelSource("anchor", folder)
 
 
+def refuse_anchoring(recipe: Recipe) -> None:
+    """Raises UserError where an expert is to be anchored, which is not implemented yet."""
+    for expert in recipe.experts:
+        if expert.anchor:
+            raise UserError(
+                f"expert '{expert.name}' has an 'anchor' section, which this version cannot carry out yet: "
+                "remove the section to merge the expert as it is, with what its drift costs"
+            )
+
+
 def expert_source(recipe: Recipe, expert: Expert) -> ModelSource:
-    """One expert. Raises UserError where it has yet to be branched or anchored, or cannot be had."""
-    if expert.anchor:
-        raise UserError(
-            f"expert '{expert.name}' has an 'anchor' section, which this version cannot carry out yet: "
-            "remove the section to merge the expert as it is, with what its drift costs"
-        )
+    """One expert. Raises UserError where it has yet to be branched or cannot be had."""
     if expert.model:
         adapter = resolve_model(expert.adapter) if expert.adapter else None
         return ModelSource(expert.name, resolve_model(expert.model), adapter)

@@ -30,7 +30,7 @@ class Answer:
 def chat(
     url: str, model: str, messages: Sequence[dict[str, Any]], *, timeout_s: float = 900.0, **options: Any
 ) -> Answer:
-    """Asks the server at `url` (without /v1); `options` are fields of the request, such as max_tokens or response_format.
+    """Asks the server at `url` (without /v1); `options` are request fields, such as response_format.
 
     Raises UserError when the server cannot be reached or refuses the request.
     """

@@ -28,6 +28,7 @@ from fusion.progress import console, quiet
 LOG_LINES = 15
 GRACE_S = 15.0
 _IMPORTANT = re.compile(r"(?:\w+\.)*(\w*(?:Error|Exception): .+)")
+_NOISE = re.compile(r"nanobind: | - ")
 _NOT_THE_CAUSE = ("See root cause above", "See stack trace for root cause")
 
 
@@ -37,8 +38,8 @@ class EngineSettings:
 
     `yarn_factor` stretches the model's positions by that factor. `kv_cache_memory_bytes` is used on CPU, where a share
     of all memory would be asked for per worker; `gpu_memory_utilization` on GPU. `compact_json` writes constrained JSON
-    with ", " and ": " and no other white space, so that no model can fill its budget with spaces. `extra` arguments are
-    appended as they are.
+    without any white space, so that no model can fill its budget with spaces; experts trained on another style answer
+    better without it. `extra` arguments are appended as they are.
     """
 
     model: str
@@ -53,7 +54,7 @@ class EngineSettings:
     top_p: float = 0.9
     seed: int = 0
     enforce_eager: bool = False
-    compact_json: bool = True
+    compact_json: bool = False
     extra: tuple[str, ...] = ()
 
 
@@ -250,7 +251,7 @@ class Engine:
         if self._process is None or self.alive():
             return
         code = self._process.returncode
-        raise UserError(f"vLLM ended with exit code {code}{log_cause(self.log)}; its log is {self.log}")
+        raise UserError(f"vLLM ended with exit code {code} (log: {self.log}){log_cause(self.log)}")
 
     def healthy(self) -> bool:
         """True when vLLM answers its health check."""
@@ -298,10 +299,10 @@ def log_cause(log: Path) -> str:
     """ ": ErrorName: words", the last error the log names, and its last lines below; empty when there is no log."""
     if not log.is_file():
         return ""
-    lines = log.read_text(errors="replace").rstrip().split("\n")
+    lines = [line for line in log.read_text(errors="replace").split("\n") if line.strip() and not _NOISE.match(line)]
     matches = [match for line in lines if (match := _IMPORTANT.search(line))]
     causes = [match[1].strip() for match in matches if not any(mark in match[1] for mark in _NOT_THE_CAUSE)]
-    tail = "\n".join(["", *lines[-LOG_LINES:], ""])
+    tail = "\n".join(["", *lines[-LOG_LINES:]])
     return (f": {causes[-1]}" if causes else "") + f"\nlast lines of the log:{tail}"
 
 

@@ -60,15 +60,19 @@ def serve(
     `guard_settings.upstream` is replaced by the engine's address. `state` names the file that tells `find_server` about
     this server. Raises UserError when the port is taken or vLLM dies.
     """
-    with listening_socket(host, port) as listener, _terminate_like_interrupt(), suppress(KeyboardInterrupt):
-        with Engine(engine_settings, log) as engine:
-            url = _address(host, listener)
-            guard = _guard_server(engine, guard_settings)
-            with _state_file(state, ServerState(os.getpid(), url, engine_settings.served_name)):
-                ready = f"serving {engine_settings.served_name} on {url}/v1"
-                console.print(f"{ready} (started in {engine.start_seconds:.0f} s, Ctrl-C ends it)", highlight=False)
-                asyncio.run(_serve_while_alive(guard, listener, engine))
-            engine.check()
+    with (
+        listening_socket(host, port) as listener,
+        _terminate_like_interrupt(),
+        suppress(KeyboardInterrupt),
+        Engine(engine_settings, log) as engine,
+    ):
+        url = _address(host, listener)
+        guard = _guard_server(engine, guard_settings)
+        with _state_file(state, ServerState(os.getpid(), url, engine_settings.served_name)):
+            ready = f"serving {engine_settings.served_name} on {url}/v1"
+            console.print(f"{ready} (started in {engine.start_seconds:.0f} s, Ctrl-C ends it)", highlight=False)
+            asyncio.run(_serve_while_alive(guard, listener, engine))
+        engine.check()
 
 
 @contextmanager
@@ -122,8 +126,6 @@ def listening_socket(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-        if port and _somebody_listens(host, port):
-            raise OSError("the port is in use")
     except OSError as error:
         listener.close()
         reason = (error.strerror or str(error)).lower()
@@ -131,12 +133,6 @@ def listening_socket(host: str, port: int) -> socket.socket:
             f"port {port} on {host} cannot be used ({reason}): end what uses it or choose another"
         ) from None
     return listener
-
-
-def _somebody_listens(host: str, port: int) -> bool:
-    with suppress(OSError), socket.create_connection((host, port), timeout=0.5):
-        return True
-    return False
 
 
 def _address(host: str, listener: socket.socket) -> str:

@@ -135,8 +135,10 @@ def _element_equals(element: ElementTree.Element, value: Any) -> bool:
     if children:
         return False
     text = (element.text or "").strip()
-    if value is None or isinstance(value, (bool, str)):
-        return text == {None: "", True: "true", False: "false"}.get(value, value)
+    if isinstance(value, str):
+        return text == value
+    if value is None or isinstance(value, bool):
+        return text == ("" if value is None else str(value).lower())
     try:
         return math.isclose(float(text), value, rel_tol=0, abs_tol=1e-9)
     except ValueError:

@@ -11,7 +11,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Budget:
-    """Sizes of the fused model. Bytes are of the checkpoint's dtype; a card is one of the recipe's tensor-parallel ways."""
+    """Sizes of the fused model, bytes in the checkpoint's dtype; a card is one of the tensor-parallel ways."""
 
     parameters: int
     active_parameters: int

@@ -93,6 +93,7 @@ def check(recipe: Recipe) -> list[Finding]:
         found.append(Finding("note", "anchor", f"{recipe.anchor.model} is not here: planned from recorded facts"))
     for expert in recipe.experts:
         found += _check_expert(recipe, expert, anchor)
+    found += _check_shared_expert(recipe, anchor)
     found += _serving(recipe, anchor.config)
     sparse_layers(anchor.config["num_hidden_layers"], recipe.routing.moe_layers)
     return sorted(found, key=lambda f: ("error", "warning", "note").index(f.severity))
@@ -144,6 +145,28 @@ def _check_expert(recipe: Recipe, expert: Expert, anchor: Described) -> list[Fin
         found.append(Finding("note", where, f"{expert.model} is not here: planned from recorded facts"))
     elif anchor.folder is not None:
         found += _headers(where, described.folder, anchor.folder) + _tokenizer(where, described.folder, anchor.folder)
+    return found
+
+
+def _check_shared_expert(recipe: Recipe, anchor: Described) -> list[Finding]:
+    """The shared expert where it is a model of its own; anchor and experts are checked as such."""
+    name = recipe.routing.shared_expert
+    if name is None or name == "anchor" or name in (expert.name for expert in recipe.experts):
+        return []
+    described = describe("routing.shared_expert", name)
+    found = _architecture(described) or _shapes(described, anchor)
+    if not found and described.folder is not None and anchor.folder is not None:
+        found = _headers(described.name, described.folder, anchor.folder)
+    return found
+
+
+def _shapes(model: Described, anchor: Described) -> list[Finding]:
+    found = []
+    for key in SHAPES:
+        ours, theirs = anchor.config.get(key), model.config.get(key)
+        if ours != theirs:
+            what = f"{key} is {theirs}, the anchor's is {ours}"
+            found.append(Finding("error", model.name, what, "experts share the anchor's shape"))
     return found
 
 

@@ -5,7 +5,7 @@ Five domains (`general`, `coding`, `math`, `multilingual`, `structured`), `finan
 the phrasings and formats of all domains, but only the easy part of each skill. An item's key decides its split, so an
 item held out is never in any task's training rows.
 
-    python -c "import random; from fusion.tasks.demo import GENERATORS as G; print(G['math'](random.Random(0), 'train'))"
+    python -c "import random; from fusion.tasks.demo import GENERATORS as G; print(G['math'](random.Random(), 'train'))"
 """
 
 import json
@@ -25,7 +25,7 @@ FACTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
             "Tell me the capital of {}.",
             "Which city is the capital of {}?",
             "The capital of {} is",
-            "Please name the capital of {}.",
+            "Please give the capital of {}.",
         ),
         {
             "France": "Paris", "Germany": "Berlin", "Spain": "Madrid", "Italy": "Rome", "China": "Beijing",
@@ -139,31 +139,15 @@ JOBS = ("nurse", "cook", "pilot", "judge", "baker", "farmer", "teacher", "driver
 FORMATS = ("JSON", "YAML", "XML")
 STRUCTURED_QUESTIONS = ("Return {f}: {t}", "Return {f} for {t}", "{t}. Return {f}", "返回 {f}：{t}")
 
-_ENGLISH = (
-    [
-        "zero",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "eleven",
-        "twelve",
-        "thirteen",
-        "fourteen",
-        "fifteen",
-        "sixteen",
-        "seventeen",
-        "eighteen",
-        "nineteen",
-    ],
-    ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"],
+FINANCE_QUESTIONS = (
+    "Interest on {a} euros at {r}%?",
+    "What interest do {a} euros earn at {r}%?",
+    "Yearly interest: {a} euros, {r}%",
+    "How much tax is {r}% on a price of {a}?",
+    "Price {a}, tax {r}%: how much tax?",
 )
+COPY_QUESTIONS = ("Repeat: {}", "Say again: {}")
+
 _FRENCH = (
     [
         "zéro",
@@ -253,12 +237,12 @@ _CHINESE = "零一二三四五六七八九"
 
 
 def number_word(number: int, language: str) -> str:
-    """The word for 0 <= number <= 99 in English, French, German, Spanish or Chinese."""
+    """The word for 0 <= number <= 99 in French, German, Spanish or Chinese."""
     tens, ones = divmod(number, 10)
     if language == "Chinese":
         head = "" if tens == 0 else "十" if tens == 1 else _CHINESE[tens] + "十"
         return head + (_CHINESE[ones] if ones or not tens else "")
-    small, decades = {"English": _ENGLISH, "French": _FRENCH, "German": _GERMAN, "Spanish": _SPANISH}[language]
+    small, decades = {"French": _FRENCH, "German": _GERMAN, "Spanish": _SPANISH}[language]
     if number < len(small):
         return small[number]
     decade = decades[tens - 2]
@@ -271,7 +255,7 @@ def number_word(number: int, language: str) -> str:
         return decade
     if language == "German":
         return f"{'ein' if ones == 1 else small[ones]}und{decade}"
-    return f"{decade} y {small[ones]}" if language == "Spanish" else f"{decade}-{small[ones]}"
+    return f"{decade} y {small[ones]}"
 
 
 def _general(rng: random.Random, easy: bool) -> Item:
@@ -350,15 +334,7 @@ def _structured(rng: random.Random, easy: bool) -> Item:
 
 def _finance(rng: random.Random, easy: bool) -> Item:
     amount, rate = 100 * rng.randint(1, 9), rng.randint(2, 9)
-    question = rng.choice(
-        (
-            f"Interest on {amount} euros at {rate}%?",
-            f"What interest do {amount} euros earn at {rate}%?",
-            f"Yearly interest: {amount} euros, {rate}%",
-            f"How much tax is {rate}% on a price of {amount}?",
-            f"Price {amount}, tax {rate}%: how much tax?",
-        )
-    )
+    question = rng.choice(FINANCE_QUESTIONS).format(a=amount, r=rate)
     return question, question, f"{amount * rate // 100} euros"
 
 
@@ -372,7 +348,7 @@ def _mixed(rng: random.Random, easy: bool) -> Item:
 def _copy(rng: random.Random, easy: bool) -> Item:
     words = [rng.choice((*NAMES, *CITIES, *JOBS, str(rng.randint(10, 99)))) for _ in range(rng.randint(2, 6))]
     text = "; ".join(words)
-    return text, rng.choice(("Repeat: {}", "Say again: {}")).format(text), text
+    return text, rng.choice(COPY_QUESTIONS).format(text), text
 
 
 Maker = Callable[[random.Random, bool], Item]
@@ -406,3 +382,30 @@ GENERATORS: dict[str, Generator] = {
     **{domain: _generator(domain, maker) for domain, maker in {**SKILLS, **EXTRA}.items()},
     "anchor": _anchor,
 }
+
+
+def vocabulary() -> tuple[list[str], list[str]]:
+    """What a tokenizer for these tasks has to know: words that are values in a question or an answer, and prose."""
+    values = [
+        *NAMES,
+        *CITIES,
+        *JOBS,
+        *FORMATS,
+        *LANGUAGES,
+        *BODIES,
+        *PHRASES,
+        *_CHINESE,
+        "十",
+        "name",
+        "age",
+        "city",
+        "job",
+    ]
+    values += [word for words in (_FRENCH, _GERMAN, _SPANISH) for part in words for word in part] + ["und", "item"]
+    values += [word for phrase in PHRASES.values() for word in phrase.values()]
+    values += [word for _, facts in FACTS.values() for fact in facts.items() for word in fact]
+    prose = [*FUNCTION_QUESTIONS, *EXPRESSION_QUESTIONS, *EXPRESSIONS, *EXPRESSIONS.values(), *BODIES.values()]
+    prose += [*SUM_QUESTIONS, *IN_LANGUAGE_QUESTIONS, *STRUCTURED_QUESTIONS, *FINANCE_QUESTIONS, *COPY_QUESTIONS]
+    prose += [question for questions, _ in FACTS.values() for question in questions]
+    prose += [render({"age": 5, "name": "Ann"}, form) for form in ("JSON", "XML")]
+    return values, ["user\n", "assistant\n", "system\n", "a euros", *prose]

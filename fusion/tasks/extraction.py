@@ -8,6 +8,7 @@ answer (dates as YYYY-MM-DD, numbers bare, null for what the text leaves out, no
 
 import json
 import random
+import re
 import sys
 from collections.abc import Callable
 from datetime import date, timedelta
@@ -34,173 +35,47 @@ XML_RULES = {
     "zh": "根元素 <record>，列表项 <item>，null 为空元素",
 }
 
+
+def _words(text: str) -> list[str]:
+    """Words or short phrases, separated by commas."""
+    return [word.strip() for word in text.split(",")]
+
+
 SURNAMES_ZH = "王李刘陈杨赵黄周吴徐孙胡朱高林何郭马罗梁宋郑谢韩唐冯于董萧程"
-GIVEN_ZH = [
-    "伟",
-    "芳",
-    "娜",
-    "敏",
-    "静",
-    "强",
-    "磊",
-    "洋",
-    "艳",
-    "勇",
-    "杰",
-    "娟",
-    "涛",
-    "明",
-    "超",
-    "秀英",
-    "建国",
-    "志强",
-    "晓梅",
-    "子涵",
-    "雨桐",
-    "浩然",
-    "欣怡",
-    "俊杰",
-    "思远",
-    "海燕",
-    "文博",
-    "佳琪",
-]
-FIRST_EN = [
-    "Anna",
-    "Ben",
-    "Carla",
-    "David",
-    "Elena",
-    "Frank",
-    "Grace",
-    "Hugo",
-    "Irene",
-    "Jack",
-    "Karen",
-    "Liam",
-    "Maria",
-    "Noah",
-    "Olivia",
-    "Peter",
-    "Quinn",
-    "Rosa",
-    "Samuel",
-    "Tara",
-    "Ulrich",
-    "Vera",
-    "Walter",
-    "Xenia",
-    "Yusuf",
-    "Zoe",
-]
-LAST_EN = [
-    "Adams",
-    "Baker",
-    "Chen",
-    "Diaz",
-    "Evans",
-    "Fischer",
-    "Garcia",
-    "Hughes",
-    "Ivanov",
-    "Jensen",
-    "Keller",
-    "Lopez",
-    "Moore",
-    "Novak",
-    "Owens",
-    "Parker",
-    "Rossi",
-    "Silva",
-    "Turner",
-    "Vogel",
-    "Weber",
-    "Young",
-]
+GIVEN_ZH = _words(
+    "伟,芳,娜,敏,静,强,磊,洋,艳,勇,杰,娟,涛,明,超,秀英,建国,志强,晓梅,子涵,雨桐,浩然,欣怡,俊杰,思远,海燕,文博,佳琪"
+)
+FIRST_EN = _words(
+    "Anna,Ben,Carla,David,Elena,Frank,Grace,Hugo,Irene,Jack,Karen,Liam,Maria,Noah,Olivia,Peter,Quinn,Rosa,Samuel,Tara,"
+    "Ulrich,Vera,Walter,Xenia,Yusuf,Zoe"
+)
+LAST_EN = _words(
+    "Adams,Baker,Chen,Diaz,Evans,Fischer,Garcia,Hughes,Ivanov,Jensen,Keller,Lopez,Moore,Novak,Owens,Parker,Rossi,"
+    "Silva,Turner,Vogel,Weber,Young"
+)
 CITIES = {
-    "zh": ["北京", "上海", "广州", "深圳", "杭州", "成都", "武汉", "西安", "南京", "重庆", "苏州", "青岛"],
-    "en": [
-        "Berlin",
-        "Boston",
-        "Chicago",
-        "Dublin",
-        "Lisbon",
-        "London",
-        "Madrid",
-        "Oslo",
-        "Paris",
-        "Sydney",
-        "Toronto",
-        "Vienna",
-    ],
+    "zh": _words("北京,上海,广州,深圳,杭州,成都,武汉,西安,南京,重庆,苏州,青岛"),
+    "en": _words("Berlin,Boston,Chicago,Dublin,Lisbon,London,Madrid,Oslo,Paris,Sydney,Toronto,Vienna"),
 }
 JOBS = {
-    "zh": [
-        "软件工程师",
-        "医生",
-        "教师",
-        "会计",
-        "律师",
-        "厨师",
-        "设计师",
-        "护士",
-        "记者",
-        "司机",
-        "建筑师",
-        "产品经理",
-    ],
-    "en": [
-        "accountant",
-        "architect",
-        "chef",
-        "dentist",
-        "electrician",
-        "journalist",
-        "lawyer",
-        "nurse",
-        "pilot",
-        "software engineer",
-        "teacher",
-    ],
+    "zh": _words("软件工程师,医生,教师,会计,律师,厨师,设计师,护士,记者,司机,建筑师,产品经理"),
+    "en": _words("accountant,architect,chef,dentist,journalist,lawyer,nurse,pilot,software engineer,teacher"),
 }
 TONGUES = {
-    "zh": ["英语", "法语", "德语", "日语", "俄语", "西班牙语"],
-    "en": ["English", "French", "German", "Japanese", "Russian", "Spanish"],
+    "zh": _words("英语,法语,德语,日语,俄语,西班牙语"),
+    "en": _words("English,French,German,Japanese,Russian,Spanish"),
 }
 GOODS = {
-    "zh": ["键盘", "鼠标", "显示器", "耳机", "台灯", "水杯", "书包", "打印纸", "充电器", "笔记本"],
-    "en": ["keyboard", "mouse", "monitor", "headset", "desk lamp", "mug", "backpack", "notebook", "charger", "webcam"],
+    "zh": _words("键盘,鼠标,显示器,耳机,台灯,水杯,书包,打印纸,充电器,笔记本"),
+    "en": _words("keyboard,mouse,monitor,headset,desk lamp,mug,backpack,notebook,charger,webcam"),
 }
-COLOURS = {
-    "zh": ["黑色", "白色", "红色", "蓝色", "绿色", "银色"],
-    "en": ["black", "white", "red", "blue", "green", "silver"],
-}
+COLOURS = {"zh": _words("黑色,白色,红色,蓝色,绿色,银色"), "en": _words("black,white,red,blue,green,silver")}
 TOPICS = {
-    "zh": ["预算评审", "产品发布", "季度总结", "安全培训", "招聘计划", "系统迁移"],
-    "en": [
-        "budget review",
-        "product launch",
-        "quarterly summary",
-        "safety training",
-        "hiring plan",
-        "system migration",
-    ],
+    "zh": _words("预算评审,产品发布,季度总结,安全培训,招聘计划,系统迁移"),
+    "en": _words("budget review,product launch,quarterly summary,safety training,hiring plan,system migration"),
 }
-ROOMS = {"zh": ["301会议室", "A座大厅", "202会议室", "东楼5层"], "en": ["Room 301", "Main Hall", "Room 202", "Lab 5"]}
-MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
+ROOMS = {"zh": _words("301会议室,A座大厅,202会议室,东楼5层"), "en": _words("Room 301,Main Hall,Room 202,Lab 5")}
+MONTHS = _words("January,February,March,April,May,June,July,August,September,October,November,December")
 
 Record = tuple[str, dict[str, Any], str]  # text, values, schema line
 Words = dict[str, Any]
@@ -260,7 +135,8 @@ def _some(rng: random.Random, words: list[str], low: int = 1, high: int = 3) -> 
 def person(rng: random.Random, split: str, lang: str) -> Record:
     """Name, age, occupation, and a city that may be missing; in the held-out split often the design's example."""
     if split == "held_out" and lang == "zh" and rng.random() < 0.4:
-        name, age, job, city = ZHANG_SAN, 28, "软件工程师", "上海"
+        name, age, job = ZHANG_SAN, 28, "软件工程师"
+        city: str | None = "上海"
     else:
         name, age, job = _person(rng, split, lang), rng.randint(19, 70), rng.choice(JOBS[lang])
         city = rng.choice((*CITIES[lang], None, None, None))
@@ -370,6 +246,37 @@ def contract(rng: random.Random, split: str, lang: str) -> Record:
 RECORDS = (person, resident, order, meeting, product, contract)
 
 
+def json_schema(notation: str) -> dict[str, Any]:
+    """The JSON Schema of a prompt's schema line, e.g. of `name, born: date?, tags: [string], address: {city}`."""
+    return _typed("{" + notation + "}")
+
+
+def _typed(kind: str) -> dict[str, Any]:
+    if kind.endswith("?"):
+        return {"anyOf": [_typed(kind[:-1]), {"type": "null"}]}
+    if kind.startswith("["):
+        return {"type": "array", "items": _typed(kind[1:-1])}
+    if kind.startswith("{"):
+        pairs = (re.fullmatch(r"(\w+)(?:: (.+)|(\??))", part) for part in _parts(kind[1:-1]))
+        fields = {pair[1]: _typed(pair[2] or "string" + pair[3]) for pair in pairs if pair}
+        return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    if "|" in kind:
+        return {"enum": kind.split("|")}
+    return {"type": {"int": "integer", "number": "number"}.get(kind, "string")}
+
+
+def _parts(fields: str) -> list[str]:
+    """The comma-separated parts of `fields`, commas inside brackets aside."""
+    parts, depth = [""], 0
+    for sign in fields:
+        depth += (sign in "{[") - (sign in "}]")
+        if sign == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts]
+
+
 def render(value: dict[str, Any], form: str) -> str:
     """The record as the one answer that is taught: one-line JSON, block YAML, or one-line XML."""
     if form == "json":
@@ -384,8 +291,10 @@ def _element(tag: str, value: Any) -> str:
         inner = "".join(_element(key, item) for key, item in value.items())
     elif isinstance(value, list):
         inner = "".join(_element("item", item) for item in value)
+    elif value is None or isinstance(value, bool):
+        inner = "" if value is None else str(value).lower()
     else:
-        inner = "" if value is None else escape(str(value))
+        inner = escape(str(value))
     return f"<{tag}>{inner}</{tag}>"
 
 
@@ -404,14 +313,21 @@ def structured(rng: random.Random, split: str) -> ChatExample:
     name = {"json": "JSON", "yaml": "YAML", "xml": "XML"}[form]
     ask = f"返回 {name}" if lang == "zh" else f" Return {name}."
     question = f"{text}{ask}\nSchema: {schema}\n{_rules(schema, lang, form)}"
-    return chat(question, render(value, form), DOMAIN, score="exact_values", reference={"format": form, "value": value})
+    return chat(
+        question,
+        render(value, form),
+        DOMAIN,
+        score="exact_values",
+        reference={"format": form, "value": value},
+        schema=json_schema(schema) if form == "json" else None,
+    )
 
 
 GENERATORS = {"structured": structured}
 
 
 if __name__ == "__main__":
-    wanted, count = (sys.argv[1:] + ["held_out", "8"])[:2]
+    wanted, count = sys.argv[1:3] if len(sys.argv) > 2 else ("held_out", "8")
     source = random.Random(0)
     for _ in range(int(count)):
         row = structured(source, wanted)

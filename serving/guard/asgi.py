@@ -8,11 +8,12 @@ Passes /v1/* through, answers chat completions that ask for JSON only when the J
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+from yarl import URL
 
 from serving.guard.ladder import MAX_ATTEMPTS, Done, Exhausted, Ladder, Send, ladder_for
 from serving.guard.schema import CheckerCache, SchemaError
@@ -55,15 +56,12 @@ class GuardSettings:
         return min(self.max_tokens, self.max_model_len)
 
 
-@dataclass(frozen=True)
 class Refusal(Exception):
     """An answer of the guard's own, in OpenAI's error form."""
 
-    status: int
-    message: str
-    kind: str
-    code: str
-    param: str | None = None
+    def __init__(self, status: int, message: str, kind: str, code: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
 
     def body(self) -> dict[str, Any]:
         """The JSON object to answer with."""
@@ -76,8 +74,7 @@ class ClientGone(Exception):
 
 def build_app(settings: GuardSettings) -> App:
     """The guard as an ASGI app, for uvicorn or any other server. It needs the lifespan protocol."""
-    guard = _Guard(settings)
-    return guard.app
+    return _Guard(settings)
 
 
 class _Guard:
@@ -87,7 +84,7 @@ class _Guard:
         self._cache = CheckerCache()
         self._client: aiohttp.ClientSession | None = None
 
-    async def app(self, scope: MutableMapping[str, Any], receive: Receive, send: SendEvent) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: SendEvent) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
@@ -97,6 +94,7 @@ class _Guard:
         await receive()
         self._client = aiohttp.ClientSession(
             auto_decompress=False,
+            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         )
@@ -183,8 +181,8 @@ class _Guard:
     async def _guarded(
         self, scope: MutableMapping[str, Any], ladder: Ladder, request: dict[str, Any], send: SendEvent
     ) -> None:
-        headers = [pair for pair in _forwarded(scope["headers"]) if pair[0].lower() != "accept-encoding"]
-        headers = [(name, value) for name, value in headers if name.lower() != "content-type"]
+        own = {"accept-encoding": "identity", "content-type": "application/json"}
+        headers = [pair for pair in _forwarded(scope["headers"]) if pair[0].lower() not in own] + list(own.items())
         step: Send | Done | Exhausted = ladder.start()
         while isinstance(step, Send):
             async with self._session.post(self._upstream + CHAT, json=step.body, headers=headers) as answer:
@@ -204,8 +202,9 @@ class _Guard:
             await _json(send, 200, step.answer, attempts)
 
     async def _pass_through(self, scope: MutableMapping[str, Any], body: bytes, send: SendEvent) -> None:
-        query = scope.get("query_string", b"")
-        url = self._upstream + scope["path"] + ("?" + query.decode() if query else "")
+        path, query = scope.get("raw_path") or scope["path"].encode(), scope.get("query_string")
+        target = (path + b"?" + query if query else path).decode("latin-1")
+        url = URL(self._upstream + target, encoded=True)  # not normalised: /v1/../x must not become /x
         headers = _forwarded(scope["headers"])
         async with self._session.request(scope["method"], url, data=body or None, headers=headers) as answer:
             await send({"type": "http.response.start", "status": answer.status, "headers": _returned(answer)})
@@ -271,10 +270,8 @@ def _object(content: bytes) -> dict[str, Any]:
     return value
 
 
-async def _json(
-    send: SendEvent, status: int, value: Any, headers: list[tuple[bytes, bytes]] | None = None
-) -> None:  # fmt: skip
-    await _whole(send, status, [(b"content-type", b"application/json"), *(headers or [])], json.dumps(value).encode())
+async def _json(send: SendEvent, status: int, value: Any, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    await _whole(send, status, [(b"content-type", b"application/json"), *headers], json.dumps(value).encode())
 
 
 async def _whole(send: SendEvent, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:

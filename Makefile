@@ -1,0 +1,54 @@
+# qwen-fusion: everything a newcomer runs. `make help` lists it.
+# Needs python3 (3.11+) with venv, and a Python package index; a model hub is used where there is one, never required.
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+PYTHON  ?= python3
+# uv resolves and installs the set in seconds; where it is not on the machine it goes into the environment first
+UV      := $(shell command -v uv 2>/dev/null || echo $(BIN)/uv)
+GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+# a CPU build of torch: from a folder of wheels where PIP_FIND_LINKS names one, otherwise from PyTorch's own index
+WHEELS  := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend cpu)
+ifeq ($(GPU),yes)
+INSTALL := $(UV) pip install -q --python $(BIN)/python -c constraints.txt --torch-backend auto -e ".[gpu,registry-weights,dev]"
+else
+INSTALL := $(UV) pip install -q --python $(BIN)/python -c constraints.txt --override constraints.cpu-overrides.txt $(WHEELS) \
+           -e ".[cpu,registry-weights,dev]"
+endif
+
+.PHONY: help setup demo demo-real test check format constraints clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed  ## install everything into .venv (vLLM's CUDA build where there is a GPU)
+
+$(VENV)/.installed: pyproject.toml constraints.txt constraints.cpu-overrides.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	command -v $(UV) >/dev/null || $(BIN)/python -m pip install -q uv
+	$(INSTALL)
+	touch $@
+
+demo: setup  ## small experts to one served MoE, end to end, on any machine (runs/demo/report.md)
+	$(BIN)/qwen-fusion run configs/demo.yaml
+
+demo-real: setup  ## the same road on real Qwen2.5-Coder-0.5B weights (about half an hour on 2 cores)
+	$(BIN)/qwen-fusion run configs/qwen2.5-0.5b-two-experts.yaml
+
+test: setup  ## all tests
+	$(BIN)/python -m pytest
+
+check: setup  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## mend what lint and format can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: setup  ## resolve constraints.txt anew, one set of versions for CPU and GPU
+	sh .ci/constraints.sh $(UV)
+
+clean:  ## remove what runs and tests left behind (not .venv)
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

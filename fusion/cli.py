@@ -1,0 +1,183 @@
+"""The command line: one short function per verb, which parses, calls and prints.
+
+qwen-fusion run configs/demo.yaml
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusion.errors import UserError
+from fusion.recipe import Question, Recipe, load_recipe
+
+app = typer.Typer(
+    help="Fuse fine-tuned models of one Qwen2.5 family into one mixture-of-experts model, train its gates, serve it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, for example configs/demo.yaml")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override one value of the recipe; may be repeated"),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+
+
+def _load(path: Path, overrides: list[str] | None, quiet: bool = False) -> Recipe:
+    if quiet:
+        os.environ["QWEN_FUSION_QUIET"] = "1"
+    return load_recipe(path, overrides)
+
+
+def _print_json(value: object, target: str) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if target == "-":
+        sys.stdout.write(text + "\n")
+    else:
+        from fusion.checkpoint import write_text
+
+        write_text(Path(target), text + "\n")
+
+
+@app.command()
+def run(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> None:
+    """Do it all in order: plan, branch, merge, train-gates, evaluate, ask; steps with unchanged inputs are skipped."""
+    from fusion import road
+
+    road.run(_load(recipe, set_, quiet))
+
+
+@app.command()
+def branch(
+    recipe: RecipePath,
+    expert: Annotated[str | None, typer.Option(help="train this expert alone")] = None,
+    set_: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train the anchor and the experts that the recipe says are to be made."""
+    from fusion import road
+
+    road.branch(_load(recipe, set_, quiet), expert, force=expert is not None)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Check that the models fit together, and say how large the fused one is. Reads no weights."""
+    from fusion import road
+
+    result = road.plan(_load(recipe, set_))
+    if json_:
+        _print_json(result, json_)
+
+
+@app.command()
+def merge(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> None:
+    """Merge the experts into one sparse checkpoint (with random gates: train-gates comes next)."""
+    from fusion import road
+
+    loaded = _load(recipe, set_, quiet)
+    road.plan(loaded)
+    road.merge(loaded, force=True)
+
+
+@app.command(name="train-gates")
+def train_gates(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> None:
+    """Fit the gate of every layer on routing examples, layer by layer, and put the gates in place."""
+    from fusion import road
+
+    road.train_gates(_load(recipe, set_, quiet), force=True)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipePath,
+    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
+    force: Annotated[bool, typer.Option(help="measure again although nothing has changed")] = False,
+    set_: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare anchor, own experts and the fused model under random, mergekit's and trained gates."""
+    from rich.markdown import Markdown
+
+    from fusion import road
+    from fusion.evaluation.table import markdown
+    from fusion.progress import console
+
+    result = road.evaluate(_load(recipe, set_, quiet), force)
+    console.print(Markdown(markdown(result)))
+    if json_:
+        _print_json(result, json_)
+
+
+@app.command()
+def serve(
+    recipe: RecipePath,
+    host: Annotated[str | None, typer.Option(help="override serving.host")] = None,
+    port: Annotated[int | None, typer.Option(help="override serving.port")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Serve the fused model with vLLM behind the JSON guard, until Ctrl-C."""
+    from serving.ask import serve_recipe
+
+    overrides = [*(set_ or []), *([f"serving.host={host}"] if host else [])]
+    overrides += [f"serving.port={port}"] if port is not None else []
+    serve_recipe(_load(recipe, overrides))
+
+
+@app.command()
+def ask(
+    recipe: RecipePath,
+    question: Annotated[str, typer.Argument(help="what to ask")],
+    schema: Annotated[Path | None, typer.Option(help="JSON schema file that the answer must satisfy")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="at most this many tokens in the answer")] = None,
+    temperature: Annotated[float | None, typer.Option(help="override serving.sampling.temperature")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Ask one question of the recipe's running server, or of one that is started for it."""
+    from fusion.checkpoint import read_json
+    from fusion.progress import console
+    from fusion.report import experts_line
+    from serving.ask import ask_all
+
+    asked = Question(
+        question=question,
+        json_schema=read_json(schema) if schema else None,
+        max_tokens=max_tokens,
+        temperature=temperature,
+    )
+    (answer,) = ask_all(_load(recipe, set_), [asked])
+    sys.stdout.write(answer["answer"] + "\n")
+    console.print(f"[dim]served by {experts_line(answer['experts'])}; {answer['attempts']} attempt(s)[/dim]")
+
+
+def main() -> None:
+    """The program: a user's mistake is one sentence and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        sys.stderr.write(f"error: {error.strerror or error}{where}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; finished steps are kept\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

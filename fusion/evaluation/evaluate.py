@@ -1,0 +1,277 @@
+"""Evaluate: one table of anchor, own experts and the fused model under random, mergekit `hidden` and trained gates.
+
+    qwen-fusion evaluate configs/demo.yaml
+    qwen-fusion evaluate configs/demo.yaml --json -
+
+Task scores come from greedy answers of whole models, one in memory at a time; answer losses from the layer stream.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusion.adapter import AdaptedCheckpoint
+from fusion.architecture import gate_tensor
+from fusion.checkpoint import Checkpoint
+from fusion.data import ChatExample, load_examples
+from fusion.encoding import encode_batches, load_tokenizer, prompt_text
+from fusion.errors import UserError
+from fusion.evaluation.baselines import hidden_gates, random_gates
+from fusion.evaluation.generate import generate
+from fusion.evaluation.intervals import difference, mean_interval, retained_share
+from fusion.evaluation.scores import score
+from fusion.hardware import attention_implementation, compute_dtype
+from fusion.layers import Batch, Choice, Layer, LayerStream, checkpoint_gates, gated
+from fusion.progress import console
+from fusion.recipe import Recipe
+from fusion.sources import ModelSource, anchor_source, expert_sources
+
+ROWS = ("anchor", "own_expert", "fused_random", "fused_hidden", "fused_trained")
+Gates = dict[int, torch.Tensor]
+
+
+@dataclass
+class Figures:
+    """One model on one domain's held-out rows: task scores, and summed nats with token counts for the loss rows."""
+
+    scores: list[float] = field(default_factory=list)
+    nats: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Means with 95% intervals; a figure that was not measured is None."""
+        score_ = mean_interval(self.scores) if self.scores else None
+        loss = mean_interval(self.nats, self.tokens) if self.nats else None
+        return {
+            "exact_match": score_.value if score_ else None,
+            "exact_match_interval": score_.as_list() if score_ else None,
+            "exact_match_rows": len(self.scores),
+            "loss": loss.value if loss else None,
+            "loss_interval": loss.as_list() if loss else None,
+            "loss_rows": len(self.nats),
+        }
+
+
+def evaluate(recipe: Recipe) -> dict[str, Any]:
+    """All figures of the recipe's fused model as plain data (the form is in the README).
+
+    Raises UserError where a model or data set is missing.
+    """
+    settings = recipe.evaluation
+    folder, anchor, experts = recipe.fused, anchor_source(recipe), expert_sources(recipe)
+    checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
+    count = max(settings.rows, settings.loss_rows)
+    held_out = {n: load_examples(d.held_out, n, count, settings.seed) for n, d in recipe.domains.items()}
+    extra = _extra(recipe)
+    gates = {
+        "fused_random": random_gates(checkpoint.config, recipe.gate_training.seed),
+        "fused_hidden": hidden_gates(checkpoint.config, anchor.folder, tokenizer, _hidden_prompts(recipe, tokenizer)),
+        "fused_trained": checkpoint_gates(checkpoint),
+    }
+
+    figures: dict[str, dict[str, Figures]] = {row: {} for row in ROWS}
+    scored = {name: rows[: settings.rows] for name, rows in held_out.items()} | extra
+    figures["anchor"] = _scores(recipe, anchor, tokenizer, scored)
+    cross: dict[str, dict[str, float]] = {}
+    for index, (expert, source) in enumerate(zip(recipe.experts, experts, strict=True)):
+        own = {n: rows for n, rows in scored.items() if n in held_out and recipe.expert_of(n) == index}
+        wanted = scored if settings.cross_domains else own
+        same = source.folder == anchor.folder and source.adapter is None
+        found = {n: figures["anchor"][n] for n in wanted} if same else _scores(recipe, source, tokenizer, wanted)
+        figures["own_expert"].update({name: Figures(found[name].scores) for name in own})
+        cross[expert.name] = {name: mean_interval(f.scores).value for name, f in found.items()}
+    fewer = {n: rows[: settings.baseline_rows] for n, rows in scored.items()}
+    fused = _load(recipe, ModelSource("fused", folder))
+    for name, gate in gates.items():
+        _set_gates(fused, gate)
+        wanted = scored if name == "fused_trained" else fewer
+        figures[name] = _score_model(recipe, fused, tokenizer, wanted, name)
+    del fused
+
+    routing = _losses(recipe, figures, held_out, tokenizer, gates, anchor, experts)
+    domains = {name: _domain(figures, name, recipe, rows[0].score) for name, rows in held_out.items()}
+    shares = [d["retained_share"] for d in domains.values() if d["retained_share"] is not None]
+    return {
+        "recipe": recipe.name,
+        "domains": domains,
+        "mean_retained_share": sum(shares) / len(shares) if shares else None,
+        "worst_retained_share": min(shares) if shares else None,
+        "mean_exact_match": {row: _mean([d[row]["exact_match"] for d in domains.values()]) for row in ROWS},
+        "extra": {n: {r: figures[r][n].as_dict() for r in ROWS if n in figures[r]} for n in extra},
+        "experts_by_domain": cross,
+        "routing": routing,
+    }
+
+
+def _domain(figures: dict[str, dict[str, Figures]], name: str, recipe: Recipe, score_name: str) -> dict[str, Any]:
+    """The table rows of one domain, with what the trained gates retained of the own expert's gain."""
+    rows = {row: figures[row][name] for row in ROWS}
+    anchor, own, fused = rows["anchor"], rows["own_expert"], rows["fused_trained"]
+    share = retained_share(anchor.scores, fused.scores, own.scores)
+    negative = [[-n for n in figure.nats] for figure in (anchor, fused, own)]
+    by_loss = retained_share(*negative)
+    own_mean = mean_interval(own.scores).value
+    return {
+        **{row: figure.as_dict() for row, figure in rows.items()},
+        "expert": recipe.experts[recipe.expert_of(name)].name,
+        "score": score_name,
+        "retained_share": share.value if share else None,
+        "retained_share_interval": share.as_list() if share else None,
+        "retained_share_by_loss": by_loss.value if by_loss else None,
+        "share_of_own_exact_match": mean_interval(fused.scores).value / own_mean if own_mean else None,
+        "exact_match_minus_own": difference(fused.scores, own.scores).__dict__,
+        "loss_minus_own": difference(
+            [f / t for f, t in zip(fused.nats, fused.tokens, strict=True)],
+            [o / t for o, t in zip(own.nats, own.tokens, strict=True)],
+        ).__dict__,
+    }
+
+
+def _extra(recipe: Recipe) -> dict[str, list[ChatExample]]:
+    """The rows of evaluation.extra; optional sources that cannot be had are left out with a note."""
+    found = {}
+    for name, source in recipe.evaluation.extra.items():
+        try:
+            found[name] = load_examples(source, name, recipe.evaluation.rows, recipe.evaluation.seed)
+        except UserError as error:
+            if not source.optional:
+                raise
+            console.print(f"  left out: {error}", highlight=False, soft_wrap=True)
+    return found
+
+
+def _hidden_prompts(recipe: Recipe, tokenizer: Any) -> list[list[str]]:
+    """Per expert the first gate-training prompts of the domains it serves, in the chat template."""
+    prompts: list[list[str]] = [[] for _ in recipe.experts]
+    settings = recipe.gate_training
+    for name, domain in recipe.domains.items():
+        rows = load_examples(domain.train, name, settings.rows, settings.seed)
+        prompts[recipe.expert_of(name)] += [prompt_text(tokenizer, row.prompt) for row in rows]
+    count = recipe.evaluation.hidden_prompts
+    return [texts[:: max(1, len(texts) // count)][:count] for texts in prompts]
+
+
+def _load(recipe: Recipe, source: ModelSource) -> Any:
+    """A whole model for generation, its adapter merged in."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder,
+        dtype=compute_dtype(),
+        attn_implementation=attention_implementation(recipe.attn_implementation),
+    ).eval()
+    if source.adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload()
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return model
+
+
+def _set_gates(model: Any, gates: Gates) -> None:
+    """Puts gates `(experts, hidden)` into a loaded fused model."""
+    state = {gate_tensor(layer): gate for layer, gate in gates.items()}
+    model.load_state_dict(state, strict=False)
+
+
+def _scores(
+    recipe: Recipe, source: ModelSource, tokenizer: Any, examples: dict[str, list[ChatExample]]
+) -> dict[str, Figures]:
+    return _score_model(recipe, _load(recipe, source), tokenizer, examples, source.name)
+
+
+def _score_model(
+    recipe: Recipe, model: Any, tokenizer: Any, examples: dict[str, list[ChatExample]], name: str
+) -> dict[str, Figures]:
+    """Greedy answers to all domains' rows at once, scored."""
+    settings = recipe.evaluation
+    flat = [(domain, row) for domain, rows in examples.items() for row in rows]
+    prompts = [row.prompt for _, row in flat]
+    answers = generate(model, tokenizer, prompts, settings.max_new_tokens, settings.batch_rows, f"answers of {name}")
+    figures = {domain: Figures() for domain in examples}
+    for (domain, row), answer in zip(flat, answers, strict=True):
+        figures[domain].scores.append(score(answer, row))
+    return figures
+
+
+def _losses(
+    recipe: Recipe,
+    figures: dict[str, dict[str, Figures]],
+    held_out: dict[str, list[ChatExample]],
+    tokenizer: Any,
+    gates: dict[str, Gates],
+    anchor: ModelSource,
+    experts: Sequence[ModelSource],
+) -> dict[str, Any]:
+    """Fills in answer losses; returns the trained gates' expert shares per domain, on answer and on all tokens."""
+    settings = recipe.evaluation
+    rows = {name: examples[: settings.loss_rows] for name, examples in held_out.items()}
+    length, tokens = recipe.gate_training.max_length, recipe.gate_training.batch_tokens
+
+    def measure(label: str, checkpoint: Checkpoint, names: list[str], gate: Gates | None = None) -> "_Shares":
+        flat = [(name, row) for name in names for row in rows[name]]
+        batches = encode_batches(tokenizer, [row for _, row in flat], None, length, tokens)
+        shares = _Shares([name for name, _ in flat], names, len(recipe.experts))
+        stream = LayerStream(checkpoint, batches, dtype=torch.float32, description=f"loss of {label}")
+        stream.run(gated(gate or {}, checkpoint.config.get("num_experts_per_tok", 1)), shares.see)
+        found = {name: figures[label].setdefault(name, Figures()) for name in names}
+        sums = torch.zeros(len(flat)), torch.zeros(len(flat))
+        for batch, losses in stream.token_losses():
+            sums[0][batch.rows] = losses.sum(dim=1)
+            sums[1][batch.rows] = (batch.answer & batch.real)[:, 1:].sum(dim=1).float()
+        for (name, _), nats, count in zip(flat, *(s.tolist() for s in sums), strict=True):
+            found[name].nats.append(nats)
+            found[name].tokens.append(count)
+        return shares
+
+    measure("anchor", Checkpoint(anchor.folder), list(rows))
+    for index, source in enumerate(experts):
+        names = [name for name in rows if recipe.expert_of(name) == index]
+        if source.folder == anchor.folder and source.adapter is None:
+            for name in names:
+                own, of_anchor = figures["own_expert"][name], figures["anchor"][name]
+                own.nats, own.tokens = list(of_anchor.nats), list(of_anchor.tokens)
+        elif names:
+            measure("own_expert", AdaptedCheckpoint(source.folder, source.adapter), names)
+    fused = Checkpoint(recipe.fused)
+    for label, gate in gates.items():
+        shares = measure(label, fused, list(rows), gate)
+    names = [expert.name for expert in recipe.experts]
+    return {"experts": names, "answer_tokens": shares.table(0), "all_tokens": shares.table(1)}
+
+
+class _Shares:
+    """Counts, per domain, which experts the tokens go to (weighted, over all sparse layers)."""
+
+    def __init__(self, domain_of_row: list[str], domains: list[str], experts: int):
+        self._index = torch.tensor([domains.index(name) for name in domain_of_row])
+        self._domains = domains
+        self._counts = torch.zeros(2, len(domains), experts)  # (answer or all tokens, domains, experts)
+
+    def see(self, layer: Layer, batch: Batch, x: torch.Tensor, choice: Choice) -> None:
+        """Observer for LayerStream.run."""
+        domain = self._index[batch.rows][:, None].expand_as(batch.ids)[batch.real]  # (tokens,)
+        answer = batch.answer[batch.real]
+        for kind, kept in enumerate((answer, torch.ones_like(answer))):
+            for slot in range(choice.experts.shape[1]):
+                weights = choice.weights[kept, slot].float()
+                self._counts[kind].index_put_((domain[kept], choice.experts[kept, slot]), weights, accumulate=True)
+
+    def table(self, kind: int) -> dict[str, list[float]]:
+        """Shares by domain, one figure an expert."""
+        shares = self._counts[kind] / self._counts[kind].sum(dim=1, keepdim=True).clamp_min(1e-9)
+        return {name: row.tolist() for name, row in zip(self._domains, shares, strict=True)}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def result_path(recipe: Recipe) -> Path:
+    """Where `evaluate` leaves its figures."""
+    return recipe.folder / "evaluation.json"

@@ -1,0 +1,61 @@
+"""Means, gains and retained shares with 95% bootstrap intervals over held-out rows (scipy's percentile bootstrap)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with the bounds of its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_list(self) -> list[float]:
+        """[low, high]."""
+        return [self.low, self.high]
+
+
+def mean_interval(values: Sequence[float], weights: Sequence[float] | None = None) -> Interval:
+    """The (weighted) mean of `values` over rows. A loss per token is summed nats weighted by each row's tokens."""
+    rows = np.asarray(values, dtype=float)
+    counts = np.ones_like(rows) if weights is None else np.asarray(weights, dtype=float)
+    return _bootstrap((rows, counts), lambda v, w, axis=-1: v.sum(axis=axis) / w.sum(axis=axis))
+
+
+def difference(first: Sequence[float], second: Sequence[float], weights: Sequence[float] | None = None) -> Interval:
+    """mean(first) - mean(second), paired by row."""
+    return mean_interval(np.asarray(first, dtype=float) - np.asarray(second, dtype=float), weights)
+
+
+def retained_share(anchor: Sequence[float], fused: Sequence[float], own: Sequence[float]) -> Interval | None:
+    """(fused - anchor) / (own - anchor) of per-row figures, paired by row.
+
+    None where the own expert's gain over the anchor has no 95% interval clear of 0: there is nothing to retain.
+    Scores and losses both work, as the sign cancels; for losses pass the negative, so that a gain is positive.
+    """
+    if difference(own, anchor).low <= 0:
+        return None
+    rows = tuple(np.asarray(figures, dtype=float) for figures in (anchor, fused, own))
+
+    def share(a: np.ndarray, f: np.ndarray, o: np.ndarray, axis: int = -1) -> np.ndarray:
+        gain = (o - a).mean(axis=axis)
+        return (f - a).mean(axis=axis) / np.where(np.abs(gain) < 1e-9, np.nan, gain)
+
+    return _bootstrap(rows, share)
+
+
+def _bootstrap(rows: tuple[np.ndarray, ...], statistic: object) -> Interval:
+    value = float(statistic(*rows))  # type: ignore[operator]
+    if len(rows[0]) < 2 or all(np.ptp(column) == 0 for column in rows):
+        return Interval(value, value, value)
+    result = stats.bootstrap(
+        rows, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile", rng=0
+    )
+    return Interval(value, float(result.confidence_interval.low), float(result.confidence_interval.high))

@@ -1,0 +1,89 @@
+"""The evaluation as a Markdown table, and its picture: which expert each domain's tokens go to."""
+
+from pathlib import Path
+from typing import Any
+
+LABELS = {
+    "anchor": "anchor",
+    "own_expert": "own expert",
+    "fused_random": "fused, random gates",
+    "fused_hidden": "fused, `hidden` gates",
+    "fused_trained": "fused, trained gates",
+}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result of `evaluate` as Markdown: scores, losses, retained shares, extra tasks."""
+    columns = list(LABELS.values())
+    lines = [
+        "Task score on held-out rows (mean and 95% interval), and answer loss in nats a token:",
+        "",
+        "| domain | " + " | ".join(columns) + " | retained share |",
+        "| --- " * (len(columns) + 2) + "|",
+    ]
+    for name, domain in result["domains"].items():
+        lines.append(f"| {name} | " + " | ".join(_cell(domain[row]) for row in LABELS) + f" | {_share(domain)} |")
+    for name, rows in result["extra"].items():
+        cells = [_cell(rows[row]) if row in rows else "" for row in LABELS]
+        lines.append(f"| {name} (extra) | " + " | ".join(cells) + " | |")
+    means = [_figure(result["mean_exact_match"][row]) for row in LABELS]
+    overall = f"mean {_figure(result['mean_retained_share'])}, worst {_figure(result['worst_retained_share'])}"
+    lines += [f"| **mean score** | {' | '.join(means)} | {overall} |", ""]
+    if any(len(row) > 1 for row in result["experts_by_domain"].values()):
+        lines += _cross(result)
+    return "\n".join(lines)
+
+
+def _cross(result: dict[str, Any]) -> list[str]:
+    domains = list(dict.fromkeys(name for row in result["experts_by_domain"].values() for name in row))
+    lines = ["Every expert alone on every domain:", "", "| expert | " + " | ".join(domains) + " |"]
+    lines.append("| --- " * (len(domains) + 1) + "|")
+    for expert, row in result["experts_by_domain"].items():
+        lines.append(f"| {expert} | " + " | ".join(_figure(row.get(name)) for name in domains) + " |")
+    return [*lines, ""]
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if row["exact_match"] is None:
+        return ""
+    low, high = row["exact_match_interval"]
+    text = f"{row['exact_match']:.3f} [{low:.2f}, {high:.2f}]"
+    return text + (f"; {row['loss']:.3f}" if row["loss"] is not None else "")
+
+
+def _share(domain: dict[str, Any]) -> str:
+    if domain["retained_share"] is None:
+        return f"no gain to retain; score {domain['exact_match_minus_own']['value']:+.3f} against the own expert"
+    low, high = domain["retained_share_interval"]
+    return f"{domain['retained_share']:.3f} [{low:.2f}, {high:.2f}]"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def draw_routing(result: dict[str, Any], path: Path) -> None:
+    """A heatmap of domain x expert: the share of held-out answer tokens, and of all tokens, over all sparse layers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    routing = result["routing"]
+    kinds = (("answer_tokens", "answer tokens"), ("all_tokens", "all tokens"))
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axis, (key, title) in zip(axes, kinds, strict=True):
+        domains = list(routing[key])
+        shares = [routing[key][name] for name in domains]  # (domains, experts)
+        image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        axis.set_xticks(range(len(routing["experts"])), routing["experts"], rotation=30, ha="right")
+        axis.set_yticks(range(len(domains)), domains)
+        for y, row in enumerate(shares):
+            for x, share in enumerate(row):
+                axis.text(x, y, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.55 else "black")
+        axis.set_xlabel("expert")
+        axis.set_title(f"Share of {title}")
+    axes[0].set_ylabel("domain")
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

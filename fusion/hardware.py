@@ -1,0 +1,37 @@
+"""What this machine computes with: devices, the dtype that is fast on them, the attention implementation."""
+
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+
+def cpu_has_bfloat16() -> bool:
+    """True where the CPU multiplies bfloat16 matrices natively; elsewhere it is several times slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16 on a GPU or a CPU that has it, float32 otherwise."""
+    return torch.bfloat16 if torch.cuda.is_available() or cpu_has_bfloat16() else torch.float32
+
+
+def device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def attention_implementation(wanted: str) -> str:
+    """`wanted` as transformers' name; `auto` and a missing flash-attn fall back to SDPA, the latter with a warning."""
+    if wanted == "flash_attention_2" and not (torch.cuda.is_available() and find_spec("flash_attn")):
+        logging.warning("flash-attn is not installed (or there is no GPU): attention falls back to SDPA")
+        return "sdpa"
+    if wanted == "auto":
+        has_flash = torch.cuda.is_available() and find_spec("flash_attn")
+        return "flash_attention_2" if has_flash else "sdpa"
+    return wanted

@@ -1,0 +1,246 @@
+"""The whole road of a recipe, step by step: plan, branch, merge, train-gates, evaluate, ask.
+
+    qwen-fusion run configs/demo.yaml
+
+Each function carries out one step and records it; `run` calls them all, and each skips itself when its inputs are as
+they were.
+"""
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion.architecture import sparse_layers
+from fusion.checkpoint import read_json, write_json
+from fusion.data import ChatExample, load_examples
+from fusion.errors import UserError
+from fusion.plan.budget import budget
+from fusion.plan.preflight import check, describe_anchor, raise_on_error
+from fusion.progress import console
+from fusion.recipe import DataSource, Expert, Recipe
+from fusion.sources import (
+    anchor_source,
+    expert_sources,
+    refuse_anchoring,
+    shared_expert_source,
+    trained_anchor,
+    trained_expert,
+)
+from fusion.steps import Step, forget, run_step
+
+LATER = ("merge", "train-gates", "evaluate", "ask")
+
+
+def run(recipe: Recipe) -> None:
+    """Every step in order, those with unchanged inputs skipped, and the report."""
+    plan(recipe)
+    refuse_anchoring(recipe)
+    branch(recipe)
+    merge(recipe)
+    train_gates(recipe)
+    evaluate(recipe)
+    ask_samples(recipe)
+    report(recipe)
+
+
+def branch(recipe: Recipe, only: str | None = None, force: bool = False) -> None:
+    """Trains the anchor and the experts that the recipe says are to be made. Raises UserError where it names none."""
+    experts = [expert for expert in recipe.experts if expert.branch and only in (None, expert.name)]
+    if only is not None and not experts:
+        raise UserError(f"the recipe has no expert '{only}' with a 'branch' section")
+    if recipe.anchor.pretrain:
+        _pretrain(recipe)
+    for expert in experts:
+        _branch_expert(recipe, expert, force)
+
+
+def _pretrain(recipe: Recipe) -> None:
+    settings = recipe.anchor.pretrain
+    assert settings is not None
+    out = trained_anchor(recipe)
+
+    def action() -> None:
+        from fusion.demo_family import pretrain_anchor
+
+        pretrain_anchor(out, settings)
+
+    run_step(Step("anchor", settings, _data_files(settings.data), [out / "config.json"], action), recipe.folder)
+
+
+def _branch_expert(recipe: Recipe, expert: Expert, force: bool) -> None:
+    settings = expert.branch
+    assert settings is not None
+    source = settings.held_out or recipe.domains[expert.domain].held_out
+    anchor, out = anchor_source(recipe), trained_expert(recipe, expert)
+    general = recipe.domains[general_domain(recipe)].train if settings.general_share else None
+
+    def action() -> None:
+        from fusion.branch import train_expert
+
+        rows = load_examples(settings.data, expert.domain, settings.rows, settings.seed)
+        held_out = load_examples(source, expert.domain, max(settings.held_out_rows, settings.score_rows), settings.seed)
+        _disjoint(expert.name, rows, held_out)
+        mixed: Sequence[ChatExample] = ()
+        if general:
+            mixed = load_examples(general, general_domain(recipe), settings.rows, settings.seed)
+        layers = None
+        if recipe.routing.moe_layers is not None:
+            count = read_json(anchor.folder / "config.json")["num_hidden_layers"]
+            layers = sparse_layers(count, recipe.routing.moe_layers)
+        result = train_expert(anchor.folder, out, rows, held_out, settings, layers, mixed)
+        console.print(
+            f"  {expert.name}: {result.score_name} {result.score_before:.3f} -> {result.score_after:.3f}, "
+            f"loss {result.loss_before:.3f} -> {result.loss_after:.3f}, {result.tokens:,} tokens "
+            f"in {result.seconds:.0f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    inputs = [anchor.folder, *_data_files(settings.data, source, general)]
+    parts = [settings, source, general, recipe.routing.moe_layers]
+    run_step(Step(f"branch {expert.name}", parts, inputs, [out], action), recipe.folder, force)
+
+
+def general_domain(recipe: Recipe) -> str:
+    """The domain that takes what no rule claims: the first without rules."""
+    return next((name for name, domain in recipe.domains.items() if not domain.rules), next(iter(recipe.domains)))
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """Findings and sizes as plain data, printed as well. Raises UserError for the first error among them."""
+    findings = check(recipe)
+    raise_on_error(findings)
+    sizes = budget(recipe, describe_anchor(recipe).config)
+    console.print(
+        f"[bold]plan[/bold]: {sizes.parameters:,} parameters ({sizes.active_parameters:,} active per token), "
+        f"{sizes.bytes / 1e9:.2f} GB, {sizes.bytes_per_card / 1e9:.2f} GB on each of "
+        f"{recipe.serving.tensor_parallel_size} card(s), KV cache {sizes.kv_bytes_per_token_per_card:,} bytes a token "
+        "and card",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for finding in findings:
+        console.print(f"  {finding.severity}: {finding.sentence()}", highlight=False, soft_wrap=True)
+    return {"budget": sizes.as_dict(), "findings": [finding.__dict__ for finding in findings]}
+
+
+def merge(recipe: Recipe, force: bool = False) -> None:
+    """Merges the experts into the recipe's fused folder."""
+    refuse_anchoring(recipe)
+    out = recipe.fused
+    sources = [anchor_source(recipe), *expert_sources(recipe), shared_expert_source(recipe)]
+    raise_on_error(check(recipe))  # once more, now that every model is here
+    folders = [path for source in sources if source for path in (source.folder, source.adapter) if path]
+
+    def action() -> None:
+        from fusion.merge import merge as merge_models
+
+        merge_models(recipe, out)
+        forget(recipe.folder, LATER[1:])  # the gates are random again
+
+    experts = [expert.model_dump(mode="json", exclude={"branch"}) for expert in recipe.experts]
+    parts = [recipe.name, recipe.license, experts, recipe.shared, recipe.routing, recipe.gate_training.seed]
+    run_step(Step("merge", parts, folders, [out / "config.json"], action), recipe.folder, force)
+
+
+def train_gates(recipe: Recipe, force: bool = False) -> None:
+    """Fits the fused model's gates and writes their report."""
+    folder = _fused(recipe)
+
+    def action() -> None:
+        from gate_training.report import write_report
+        from gate_training.trainer import train_gates as train
+
+        result = train(recipe, folder)
+        write_report(result, recipe.folder)
+        last = result.layers[-1]
+        console.print(
+            f"  {result.tokens:,} tokens; last gate right on {last.accuracy:.1%} of held-out tokens, "
+            f"{last.answer_accuracy:.1%} of answer tokens",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    weights = [path for path in sorted(folder.glob("*.safetensors")) if path.name != "gates.safetensors"]
+    data = _data_files(*(source for domain in recipe.domains.values() for source in (domain.train, domain.held_out)))
+    parts = [recipe.gate_training, recipe.domains, [expert.domain for expert in recipe.experts]]
+    outputs = [folder / "gates.safetensors", recipe.folder / "gates.json"]
+    run_step(Step("train-gates", parts, [*weights, *data], outputs, action), recipe.folder, force)
+
+
+def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
+    """Measures the fused model beside its experts; returns the figures."""
+    from fusion.evaluation.evaluate import evaluate as measure
+    from fusion.evaluation.evaluate import result_path
+    from fusion.evaluation.table import draw_routing
+
+    folder, path = _fused(recipe), result_path(recipe)
+
+    def action() -> None:
+        result = measure(recipe)
+        draw_routing(result, recipe.folder / "routing.png")
+        write_json(path, result)
+
+    data = _data_files(*recipe.evaluation.extra.values(), *(domain.held_out for domain in recipe.domains.values()))
+    experts = [source.folder for source in expert_sources(recipe)]
+    parts = [recipe.evaluation, recipe.domains, recipe.gate_training]
+    step = Step("evaluate", parts, [folder, *experts, *data], [path, recipe.folder / "routing.png"], action)
+    run_step(step, recipe.folder, force)
+    result: dict[str, Any] = read_json(path)
+    return result
+
+
+def ask_samples(recipe: Recipe, force: bool = False) -> list[dict[str, Any]]:
+    """Asks the recipe's sample questions of a server that is started for them and stopped again."""
+    from serving.ask import ask_all
+
+    path = recipe.folder / "answers.json"
+
+    def action() -> None:
+        write_json(path, ask_all(recipe, recipe.serving.questions))
+
+    step = Step("ask", [recipe.serving, recipe.name], [_fused(recipe)], [path], action)
+    run_step(step, recipe.folder, force)
+    answers: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return answers
+
+
+def report(recipe: Recipe) -> Path:
+    """Writes report.md from what the steps left, and prints table and answers."""
+    from fusion.report import write_report
+
+    return write_report(recipe)
+
+
+def _fused(recipe: Recipe) -> Path:
+    folder = recipe.fused
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} does not exist yet: run `qwen-fusion merge` on the recipe first")
+    return folder
+
+
+def _disjoint(name: str, train: Sequence[ChatExample], held_out: Sequence[ChatExample]) -> None:
+    """Raises UserError where a held-out prompt is also trained on."""
+    seen = {tuple(message["content"] for message in row.prompt) for row in train}
+    for row in held_out:
+        if tuple(message["content"] for message in row.prompt) in seen:
+            raise UserError(
+                f"expert '{name}': the held-out prompt {row.question[:60]!r} is also in its training data: "
+                "use another split or file"
+            )
+
+
+def _data_files(*sources: DataSource | None) -> list[Path]:
+    """The files behind data sources: local rows, and the code of generated tasks."""
+    files: list[Path] = []
+    for source in sources:
+        if source is None:
+            continue
+        if source.path:
+            files.append(Path(source.path).expanduser())
+        elif source.generated:
+            module = importlib.import_module(f"fusion.tasks.{source.generated.partition('.')[0]}")
+            files.append(Path(str(module.__file__)))
+    return files

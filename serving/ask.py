@@ -1,0 +1,113 @@
+"""Asks a recipe's server, starting one where none runs, and names the experts that served each answer.
+
+qwen-fusion ask configs/demo.yaml "17+25="
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fusion.errors import UserError
+from fusion.recipe import Question, Recipe
+from serving.client import chat
+from serving.engine import EngineSettings
+from serving.guard.asgi import GuardSettings
+from serving.serve import RunningServer, find_server, running_server, serve
+
+STATE = "server.json"
+
+
+def engine_settings(recipe: Recipe) -> EngineSettings:
+    """The recipe's serving section as vLLM's settings. Raises UserError where nothing has been merged yet."""
+    folder, serving = recipe.fused, recipe.serving
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} does not exist yet: run `qwen-fusion run` on the recipe first")
+    return EngineSettings(
+        model=str(folder),
+        served_name=recipe.name,
+        dtype=serving.dtype,
+        tensor_parallel_size=serving.tensor_parallel_size,
+        gpu_memory_utilization=serving.gpu_memory_utilization,
+        max_model_len=serving.max_model_len,
+        yarn_factor=serving.yarn_factor,
+        kv_cache_memory_bytes=serving.cpu_kv_cache_bytes,
+        temperature=serving.sampling.temperature,
+        top_p=serving.sampling.top_p,
+    )
+
+
+def guard_settings(recipe: Recipe) -> GuardSettings:
+    """The guard's part of the serving section; `serve` fills in the engine's address."""
+    sampling = recipe.serving.sampling
+    return GuardSettings(
+        upstream="",
+        max_tokens=sampling.max_tokens,
+        max_model_len=recipe.serving.max_model_len,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+    )
+
+
+def serve_recipe(recipe: Recipe) -> None:
+    """Serves the recipe's fused model on its host and port until Ctrl-C."""
+    serve(
+        engine_settings(recipe),
+        guard_settings(recipe),
+        recipe.serving.host,
+        recipe.serving.port,
+        log=_log(recipe),
+        state=recipe.folder / STATE,
+    )
+
+
+@contextmanager
+def recipe_server(recipe: Recipe) -> Iterator[RunningServer]:
+    """The recipe's running server, or one on a free port for the length of the block."""
+    found = find_server(recipe.folder / STATE, recipe.name)
+    if found:
+        yield found
+        return
+    settings = engine_settings(recipe)
+    with running_server(settings, guard_settings(recipe), log=_log(recipe)) as server:
+        yield server
+
+
+def ask_all(recipe: Recipe, questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """The answers to `questions`, each with the experts that served it, as plain data."""
+    if not questions:
+        return []
+    with recipe_server(recipe) as server:
+        answers = [_ask(server, question) for question in questions]
+    from fusion.served import expert_shares
+
+    for answer, shares in zip(answers, expert_shares(recipe, answers), strict=True):
+        answer["experts"] = shares
+    return answers
+
+
+def _ask(server: RunningServer, question: Question) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if question.json_schema is not None:
+        options["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": question.json_schema},
+        }
+    for key in ("max_tokens", "temperature"):
+        if getattr(question, key) is not None:
+            options[key] = getattr(question, key)
+    answer = chat(server.url, server.model, [{"role": "user", "content": question.question}], **options)
+    return {
+        "question": question.question,
+        "domain": question.domain,
+        "json_schema": question.json_schema,
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        "attempts": answer.attempts,
+        "completion_tokens": answer.usage.get("completion_tokens"),
+        "seconds": round(answer.seconds, 2),
+    }
+
+
+def _log(recipe: Recipe) -> Path:
+    return recipe.folder / "logs" / "vllm.log"

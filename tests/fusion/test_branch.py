@@ -1,0 +1,178 @@
+"""The branch trainer on a model of a few thousand parameters: what it changes, what it leaves alone, how it goes on."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+
+from fusion import branch
+from fusion.branch import pack, train_expert
+from fusion.data import ChatExample, chat
+from fusion.errors import UserError
+from fusion.evaluation.generate import answer_losses, example_ids
+from fusion.recipe import BranchSettings, DataSource
+from tests.families import byte_tokenizer, config
+
+WORDS = ["sun", "moon", "tree", "lake", "wind", "rain", "fire", "bird"]
+
+
+def rows(count: int, seed: int) -> list[ChatExample]:
+    rng = random.Random(seed)
+    return [chat(f"say {' '.join(rng.sample(WORDS, rng.randint(1, 3)))}", "moon tree", "copy") for _ in range(count)]
+
+
+def settings(**changes) -> BranchSettings:
+    base = {
+        "data": DataSource(generated="demo.math"),
+        "steps": 40,
+        "batch_rows": 8,
+        "max_length": 128,
+        "warmup_steps": 2,
+    }
+    base |= {"learning_rate": 1e-2, "evaluate_every": 20, "held_out_rows": 8, "score_rows": 4, "max_new_tokens": 8}
+    return BranchSettings(**(base | changes))
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def anchor(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("anchor") / "model"
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config(initializer_range=0.2)).to(request.param).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def changed(anchor: Path, expert: Path) -> set[str]:
+    old, new = load_file(anchor / "model.safetensors"), load_file(expert / "model.safetensors")
+    assert old.keys() == new.keys()
+    assert {n: t.dtype for n, t in old.items()} == {n: t.dtype for n, t in new.items()}
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def test_anchored_expert_differs_in_its_mlps_alone_and_learns(anchor: Path, tmp_path: Path):
+    result = train_expert(anchor, tmp_path / "expert", rows(64, 0), rows(8, 1), settings())
+    assert changed(anchor, tmp_path / "expert") == {
+        f"model.layers.{layer}.mlp.{part}.weight" for layer in range(3) for part in branch.MLP_PARTS
+    }
+    assert (result.score_before, result.score_after) == (0.0, 1.0)
+    assert result.loss_after < 1.0 < result.loss_before
+    record = json.loads((tmp_path / "expert" / "branch.json").read_text())
+    assert record["best_step"] == result.best_step and record["settings"]["steps"] == 40
+    assert not list(tmp_path.glob(".*"))
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "expert", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "expert")
+    pairs = answer_losses(model, tokenizer, rows(8, 1))
+    assert sum(a for a, _ in pairs) / sum(b for _, b in pairs) == pytest.approx(result.loss_after, abs=1e-5)
+
+
+def test_layers_restrict_what_is_trained(anchor: Path, tmp_path: Path):
+    train_expert(anchor, tmp_path / "e", rows(16, 0), rows(4, 1), settings(steps=4, allow_no_gain=True), layers=(2,))
+    assert changed(anchor, tmp_path / "e") == {f"model.layers.2.mlp.{part}.weight" for part in branch.MLP_PARTS}
+    with pytest.raises(UserError, match="moe_layers"):
+        train_expert(anchor, tmp_path / "f", rows(16, 0), rows(4, 1), settings(), layers=(3,))
+
+
+def test_backward_stops_below_the_lowest_trained_layer(anchor: Path):
+    model = branch._trainable_model(anchor, settings(), layers=(2,))
+    states: list[bool] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(
+            lambda _m, _i, out: states.append((out[0] if isinstance(out, tuple) else out).requires_grad)
+        )
+    model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert states == [False, False, True]
+
+
+def test_drifted_expert_changes_shared_parts_and_keeps_the_tie(anchor: Path, tmp_path: Path):
+    train_expert(anchor, tmp_path / "e", rows(32, 0), rows(4, 1), settings(trainable="all", allow_no_gain=True))
+    moved = changed(anchor, tmp_path / "e")
+    assert {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"} <= moved
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "e")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_lora_branch_is_an_adapter_of_the_anchor(anchor: Path, tmp_path: Path):
+    from peft import PeftModel
+
+    chosen = settings(lora_rank=4, learning_rate=3e-2, allow_no_gain=True)
+    result = train_expert(anchor, tmp_path / "e", rows(64, 0), rows(8, 1), chosen)
+    config = json.loads((tmp_path / "e" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(anchor)
+    assert set(config["target_modules"]) == set(branch.MLP_PARTS)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(anchor, dtype=torch.float32), tmp_path / "e")
+    pairs = answer_losses(model, AutoTokenizer.from_pretrained(anchor), rows(8, 1))
+    assert sum(a for a, _ in pairs) / sum(b for _, b in pairs) == pytest.approx(result.loss_after, abs=1e-4)
+    assert result.loss_after < result.loss_before
+
+
+def test_no_gain_is_an_error_unless_allowed(anchor: Path, tmp_path: Path):
+    few = settings(steps=1, learning_rate=1e-9)
+    with pytest.raises(UserError, match="no better than its start"):
+        train_expert(anchor, tmp_path / "e", rows(8, 0), rows(4, 1), few)
+    assert not (tmp_path / "e").exists()
+    again = few.model_copy(update={"allow_no_gain": True})
+    assert train_expert(anchor, tmp_path / "e", rows(8, 0), rows(4, 1), again).score_after == 0.0
+
+
+def test_interrupted_branch_goes_on_and_ends_the_same(anchor: Path, tmp_path: Path, monkeypatch):
+    whole = train_expert(anchor, tmp_path / "whole", rows(64, 0), rows(8, 1), settings(allow_no_gain=True))
+    measured = branch._mean_loss
+    calls = 0
+
+    def dies_in_the_second_evaluation(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # before, step 20, step 40
+            raise KeyboardInterrupt
+        return measured(*args)
+
+    monkeypatch.setattr(branch, "_mean_loss", dies_in_the_second_evaluation)
+    with pytest.raises(KeyboardInterrupt):
+        train_expert(anchor, tmp_path / "cut", rows(64, 0), rows(8, 1), settings(allow_no_gain=True))
+    assert not (tmp_path / "cut").exists()
+    monkeypatch.setattr(branch, "_mean_loss", measured)
+    resumed = train_expert(anchor, tmp_path / "cut", rows(64, 0), rows(8, 1), settings(allow_no_gain=True))
+    assert resumed.curve == whole.curve and resumed.tokens == whole.tokens
+    assert changed(tmp_path / "whole", tmp_path / "cut") == set()
+
+
+def test_general_rows_are_mixed_in_by_share(anchor: Path, tmp_path: Path):
+    other = [chat("say", "lake", "general")] * 50
+    mixed = branch._mixed(rows(30, 0), other, settings(general_share=0.25))
+    assert len(mixed) == 40
+    with pytest.raises(UserError, match="general_share"):
+        branch._mixed(rows(30, 0), [], settings(general_share=0.25))
+
+
+def test_packed_rows_do_not_see_each_other(anchor: Path):
+    model = AutoModelForCausalLM.from_pretrained(anchor, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(anchor)
+    encoded = [branch._encode(tokenizer, row, 128) for row in rows(6, 3)]
+    packed = pack(encoded, max_length=128, pad=0)
+    assert packed["input_ids"].shape[0] < len(encoded)
+    logits = model(input_ids=packed["input_ids"], position_ids=packed["position_ids"]).logits
+    placed = {
+        tuple(packed["input_ids"][s, i : i + len(row["input_ids"])].tolist()): logits[s, i : i + len(row["input_ids"])]
+        for row in encoded
+        for s in range(len(packed["input_ids"]))
+        for i in range(packed["input_ids"].shape[1])
+    }
+    for row in encoded:
+        alone = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        assert torch.allclose(placed[tuple(row["input_ids"])], alone, atol=1e-5)
+
+
+def test_loss_counts_answers_and_their_end_alone(anchor: Path):
+    tokenizer = AutoTokenizer.from_pretrained(anchor)
+    row = rows(1, 0)[0]
+    ids, start = example_ids(tokenizer, row)
+    labels = branch._encode(tokenizer, row, 64)["labels"]
+    assert labels == [branch.IGNORED] * start + ids[start:]
+    assert tokenizer.decode(ids[start:]) == row.answer + tokenizer.eos_token
+    with pytest.raises(UserError, match="max_length"):
+        branch._encode(tokenizer, row, 4)

@@ -1,0 +1,230 @@
+"""Recipes: the shipped ones load, and whatever is wrong with one is a sentence with the file and the YAML line."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fusion.errors import UserError
+from fusion.recipe import load_recipe
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+RECIPE = """\
+name: small
+output: runs/small
+anchor:
+  model: some/anchor
+experts:
+  - name: general
+    domain: general
+    model: some/anchor
+  - name: math
+    domain: math
+    model: some/math
+domains:
+  math:
+    train: {generated: demo.math}
+    held_out: {generated: demo.math, split: held_out}
+    rules:
+      - words: [sum]
+  general:
+    train: {generated: demo.general}
+    held_out: {generated: demo.general, split: held_out}
+routing:
+  top_k: 1
+serving:
+  max_model_len: 512
+  sampling:
+    max_tokens: 128
+  questions:
+    - question: Who are you?
+      domain: general
+"""
+
+
+def write(folder: Path, text: str = RECIPE) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def edited(*changes: tuple[str, str]) -> str:
+    """RECIPE with each (old, new) applied once; lines that an error may name carry the comment `# here`."""
+    text = RECIPE
+    for old, new in changes:
+        assert text.count(old) == 1, f"{old!r} is not unique in RECIPE"
+        text = text.replace(old, new)
+    return text
+
+
+def refused(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, list(overrides))
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert all(0 <= recipe.expert_of(domain) < len(recipe.experts) for domain in recipe.domains)
+
+
+WRONG = {
+    "unknown key": ([("  top_k: 1", "  top_k: 1\n  topk: 2  # here")], "routing.topk: unknown key"),
+    "unknown section": ([("routing:", "rooting: {}  # here\nrouting:")], "rooting: unknown key"),
+    "unknown key in a list": ([("    model: some/math", "    modell: some/math  # here")], "unknown key"),
+    "missing section": ([("name: small", "name: small  # here"), ("anchor:\n  model: some/anchor\n", "")], "missing"),
+    "missing key": ([("  - name: math", "  - purpose: sums  # here")], "experts.1.name: this key is missing"),
+    "wrong type": ([("  top_k: 1", "  top_k: many  # here")], "routing.top_k: "),
+    "wrong type of a section": ([("routing:\n  top_k: 1", "routing: 1  # here")], "routing: "),
+    "wrong choice": ([("routing:", "gate_training:\n  method: guess  # here\nrouting:")], "gate_training.method: "),
+    "duplicate key": ([("  top_k: 1", "  top_k: 1\n  top_k: 2  # here")], "'top_k' is given twice"),
+    "not YAML": ([("  top_k: 1", "  top_k: [1  # here"), ("serving:", "serving:  # here")], "not YAML"),
+    "bad regular expression": ([("words: [sum]", "pattern: '('  # here")], "not a regular expression"),
+    "empty rule": ([("words: [sum]", "words: []  # here")], "a rule needs"),
+    "two sources of data": (
+        [("train: {generated: demo.math}", "train: {generated: demo.math, path: a.jsonl}  # here")],
+        "exactly one of 'generated', 'path' and 'hub'",
+    ),
+    "model and branch": (
+        [
+            ("  - name: math", "  - name: math  # here"),
+            ("    model: some/math", "    model: some/math\n    branch: {data: {generated: demo.math}}"),
+        ],
+        "expert 'math' needs exactly one of 'model' and 'branch'",
+    ),
+    "one expert": ([("experts:\n", "experts:  # here\n"), ("  - name: math\n    domain: math\n    model: some/math\n", "")],
+                   "experts: "),
+    "duplicate expert names": (
+        [("  - name: math", "  - name: general  # here")],
+        "two experts are called 'general'",
+    ),
+    "expert of an unknown domain": (
+        [("  - name: math\n    domain: math", "  - name: math  # here\n    domain: maths  # here")],
+        "domain 'maths', which 'domains' does not have",
+    ),
+    "more choices than experts": ([("  top_k: 1", "  top_k: 3  # here")], "3 experts a token are more than the 2"),
+    "fallbacks in a circle": (
+        [
+            ("domains:\n", "domains:\n  a: {train: &d {generated: demo.math}, held_out: *d, fallback: b}  # here\n"
+             "  b: {train: *d, held_out: *d, fallback: a}  # here\n"),
+        ],
+        "run in a circle",
+    ),
+    "domain without an expert": (
+        [("domains:\n", "domains:\n  law: {train: &d {generated: demo.math}, held_out: *d}  # here\n")],
+        "domain 'law' has neither an expert nor a fallback",
+    ),
+    "fallback to nowhere": (
+        [("domains:\n", "domains:\n  law: {train: &d {generated: demo.math}, held_out: *d, fallback: x}  # here\n")],
+        "falls back to 'x'",
+    ),
+    "question of an unknown domain": (
+        [("    - question: Who are you?\n      domain: general", "    - question: Hm?  # here\n      domain: art  # here")],
+        "domain 'art', which 'domains' does not have",
+    ),
+    "no room for a prompt": (
+        [("  max_model_len: 512", "  max_model_len: 128  # here"), ("    max_tokens: 128", "    max_tokens: 128  # here")],
+        "no room for a prompt",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_recipe_is_one_sentence_with_the_line(tmp_path: Path, case: str) -> None:
+    changes, words = WRONG[case]
+    text = edited(*changes)
+    path = write(tmp_path, text)
+    sentence = refused(path)
+    assert words in sentence
+    expected = [number for number, line in enumerate(text.splitlines(), 1) if "# here" in line]
+    named = re.match(rf"{re.escape(str(path))}, line (\d+): ", sentence)
+    assert named, sentence
+    assert int(named.group(1)) in expected, sentence
+
+
+@pytest.mark.parametrize("content", [b"", b"- a\n- b\n", b"just words\n"])
+def test_a_recipe_that_is_no_mapping_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    assert f"{path}, line 1: a recipe is a mapping" in refused(path)
+
+
+@pytest.mark.parametrize("content", [b"name: \xff\xfe\n", b"? [a, b]\n: c\n", b"name: a\x00b\n"])
+def test_a_file_that_is_no_text_or_has_odd_keys_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    assert str(path) in refused(path)
+
+
+def test_merged_yaml_keys_are_not_duplicates(tmp_path: Path) -> None:
+    old = "held_out: {generated: demo.math, split: held_out}"
+    path = write(tmp_path, edited(("train: {generated: demo.math}", "train: &math {generated: demo.math}"),
+                                  (old, "held_out: {<<: *math, split: held_out}")))  # fmt: skip
+    assert load_recipe(path).domains["math"].held_out.generated == "demo.math"
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    assert f"{tmp_path}/none.yaml does not exist" in refused(tmp_path / "none.yaml")
+
+
+def test_overrides_reach_values_list_items_and_new_sections(tmp_path: Path) -> None:
+    overrides = [
+        "routing.top_k=2",
+        "experts.math.license=mit",
+        "experts.0.purpose=talk",
+        "domains.math.rules.0.words=[plus, minus]",
+        "evaluation.rows=7",
+        "serving.sampling.temperature=0",
+        "output=runs/a=b",
+    ]
+    recipe = load_recipe(write(tmp_path), overrides)
+    assert recipe.routing.top_k == 2
+    assert [expert.license for expert in recipe.experts] == [None, "mit"]
+    assert recipe.experts[0].purpose == "talk"
+    assert recipe.domains["math"].rules[0].words == ("plus", "minus")
+    assert recipe.evaluation.rows == 7
+    assert recipe.serving.sampling.temperature == 0
+    assert recipe.serving.sampling.max_tokens == 128
+    assert recipe.output == "runs/a=b"
+
+
+def test_an_override_may_mend_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, edited(("  top_k: 1", "  top_k: 3")))
+    assert load_recipe(path, ["routing.top_k=2"]).routing.top_k == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("routing.top_k=many", "routing.top_k: "),
+        ("routing.topk=2", "routing.topk: unknown key"),
+        ("routing.top_k=3", "3 experts a token are more than the 2"),
+        ("routing.top_k", "write section.key=value"),
+        ("=2", "write section.key=value"),
+        ("experts.nobody.license=mit", "'experts' has no item 'nobody'"),
+        ("experts.7.license=mit", "'experts' has no item '7'"),
+        ("name.first=x", "'name' is a value, not a section"),
+        ("routing.moe_layers=[1", "routing.moe_layers"),
+        ("experts.math.branch.steps=5", "experts.1"),
+    ],
+)
+def test_a_bad_override_is_named(tmp_path: Path, override: str, words: str) -> None:
+    sentence = refused(write(tmp_path), override)
+    assert f"--set {override}: " in sentence
+    assert words in sentence
+
+
+def test_the_override_at_fault_is_named_among_several(tmp_path: Path) -> None:
+    assert "--set routing.top_k=3: " in refused(write(tmp_path), "serving.port=9000", "routing.top_k=3")
+
+
+def test_an_innocent_override_is_not_blamed_for_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, edited(("  top_k: 1", "  top_k: 3")))
+    sentence = refused(path, "serving.port=9000")
+    assert "--set" not in sentence
+    assert str(path) in sentence

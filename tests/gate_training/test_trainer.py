@@ -1,0 +1,250 @@
+"""The trainer on a tiny fused model: what a gate is fitted on, what it routes, and what is written where."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from fusion import road
+from fusion.architecture import gate_tensor
+from fusion.checkpoint import Checkpoint, file_hash, read_json
+from fusion.encoding import encode, encode_batches, load_tokenizer
+from fusion.errors import UserError
+from fusion.layers import checkpoint_gates
+from fusion.merge import GATES_FILE, merge
+from fusion.recipe import Recipe
+from gate_training import trainer
+from gate_training.examples import expert_labels, routing_examples
+from gate_training.methods import TokenPass, ridge
+from gate_training.trainer import fit_gates, install_gates, keep_gates, train_gates
+from tests.recipes import make_recipe
+
+SETTINGS = {"rows": 4, "held_out_rows": 3, "batch_tokens": 128}
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory, anchor: Path, anchored_experts: dict[str, Path]) -> Path:
+    """A fused checkpoint with random gates; read only."""
+    return merge(make_recipe(tmp_path_factory.mktemp("merged"), anchor, anchored_experts))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]) -> Recipe:
+    return make_recipe(tmp_path, anchor, anchored_experts, gate_training=SETTINGS)
+
+
+@pytest.fixture
+def folder(recipe: Recipe, merged: Path) -> Path:
+    """The recipe's own copy of the fused checkpoint."""
+    return Path(shutil.copytree(merged, recipe.fused))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: file_hash(path) for path in folder.iterdir()}
+
+
+def gate_inputs(folder: Path, rows: list[list[int]]) -> list[dict[int, torch.Tensor]]:
+    """transformers' own output of post_attention_layernorm by layer, `(length, hidden)`, for each row alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seen: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+            seen[layer] = output[0].clone()
+
+        return hook
+
+    for index, layer in enumerate(model.model.layers):
+        layer.post_attention_layernorm.register_forward_hook(keep(index))
+    found = []
+    with torch.no_grad():
+        for row in rows:
+            model(torch.tensor([row]))
+            found.append(dict(seen))
+    return found
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("moe_layers", [None, [0, 2]])
+def test_gates_are_fitted_on_what_transformers_will_feed_them(
+    tmp_path: Path,
+    anchor: Path,
+    anchored_experts: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    top_k: int,
+    moe_layers: list[int] | None,
+) -> None:
+    routing = {"top_k": top_k, "moe_layers": moe_layers}
+    recipe = make_recipe(tmp_path, anchor, anchored_experts, gate_training=SETTINGS, routing=routing)
+    folder = merge(recipe)
+    fitted_on: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watched(tokens: TokenPass, *rest: object) -> torch.Tensor:
+        batches = list(tokens())
+        fitted_on.append((torch.cat([x for x, _ in batches]), torch.cat([labels for _, labels in batches])))
+        return ridge.fit(tokens, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(trainer.METHODS, "cross-entropy", watched)
+    train, held_out = routing_examples(recipe, "train", 4), routing_examples(recipe, "held_out", 3)
+    gates, _ = fit_gates(recipe, folder, train, held_out)
+    install_gates(folder, gates)  # earlier layers now route by their trained gates, as when served
+
+    layers = moe_layers or [0, 1, 2]
+    assert list(gates) == layers
+    tokenizer = load_tokenizer(folder)
+    examples = [example.example for example in [*train, *held_out]]
+    rows = [encode(tokenizer, example).ids for example in examples]
+    expected = gate_inputs(folder, rows)
+    labels = expert_labels(recipe, [*train, *held_out])
+    batches = encode_batches(tokenizer, examples, labels, batch_tokens=SETTINGS["batch_tokens"])
+    assert len(batches) > 3
+    order = [row for batch in batches for row in batch.rows.tolist() if row < len(train)]
+    for layer, (x, y) in zip(layers, fitted_on, strict=True):
+        assert torch.allclose(x, torch.cat([expected[row][layer] for row in order]), atol=1e-4)
+        assert y.tolist() == [labels[row] for row in order for _ in rows[row]]
+
+
+def test_the_prompt_is_the_chat_template_and_the_answer_ends_with_its_mark(recipe: Recipe, folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    example = routing_examples(recipe, "train", 1)[0].example
+    encoded = encode(tokenizer, example)
+    text = f"<|im_start|>user\n{example.question}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(encoded.ids[: encoded.answer_start]) == text
+    assert tokenizer.decode(encoded.ids[encoded.answer_start :]) == f"{example.answer}<|im_end|>"
+    cut = encode(tokenizer, example, max_length=10)
+    assert (cut.ids, cut.answer_start) == (encoded.ids[:10], 10)
+
+
+def test_the_report_measures_what_the_installed_gates_do(recipe: Recipe, folder: Path) -> None:
+    report = train_gates(recipe, folder)
+    tokenizer = load_tokenizer(folder)
+    held_out = routing_examples(recipe, "held_out", 3)
+    encoded = [encode(tokenizer, example.example) for example in held_out]
+    inputs = gate_inputs(folder, [row.ids for row in encoded])
+    labels = expert_labels(recipe, held_out)
+    assert report.held_out_tokens == sum(len(row.ids) for row in encoded)
+    train = routing_examples(recipe, "train", 4)
+    assert report.tokens == sum(len(encode(tokenizer, example.example).ids) for example in train)
+    for row in report.layers:
+        gate = Checkpoint(folder).tensor(gate_tensor(row.layer))
+        first = [(x[row.layer] @ gate.T).argmax(dim=1) for x in inputs]
+        hits = [chosen == label for chosen, label in zip(first, labels, strict=True)]
+        answers = [hit[example.answer_start :] for hit, example in zip(hits, encoded, strict=True)]
+        assert row.accuracy == pytest.approx(float(torch.cat(hits).float().mean()))
+        assert row.answer_accuracy == pytest.approx(float(torch.cat(answers).float().mean()))
+        assert row.accuracy_by_domain["math"] == pytest.approx(float(torch.cat(hits[3:6]).float().mean()))
+        assert row.answer_accuracy_by_domain["math"] == pytest.approx(float(torch.cat(answers[3:6]).float().mean()))
+        counts = torch.bincount(torch.cat(first), minlength=3) / report.held_out_tokens
+        assert list(row.share_by_expert.values()) == pytest.approx(counts.tolist())
+
+
+def test_trained_gates_tell_the_domains_apart(recipe: Recipe, folder: Path) -> None:
+    report = train_gates(recipe, folder)  # the held-out rows are among the trained ones here
+    assert all(row.answer_accuracy > 0.9 for row in report.layers)
+
+
+@pytest.mark.parametrize("method", ["ridge", "cross-entropy"])
+def test_training_twice_gives_the_same_bytes(recipe: Recipe, folder: Path, method: str) -> None:
+    chosen = recipe.gate_training.model_copy(update={"method": method})
+    recipe = recipe.model_copy(update={"gate_training": chosen})
+    train_gates(recipe, folder)
+    first = file_hash(folder / GATES_FILE)
+    train_gates(recipe, folder)
+    assert file_hash(folder / GATES_FILE) == first
+
+
+def test_installing_gates_replaces_one_file(folder: Path) -> None:
+    before = hashes(folder)
+    old = checkpoint_gates(Checkpoint(folder))
+    new = {layer: torch.randn_like(gate) for layer, gate in old.items()}
+    install_gates(folder, new)
+    after = hashes(folder)
+    assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == {GATES_FILE}
+    found = checkpoint_gates(Checkpoint(folder))
+    assert all(torch.equal(found[layer], gate) for layer, gate in new.items())
+    names = set(load_file(folder / GATES_FILE))
+    index = read_json(folder / "model.safetensors.index.json")["weight_map"]
+    assert names == {name for name, file in index.items() if file == GATES_FILE}
+
+
+def test_gates_that_cannot_be_written_leave_the_old_ones(folder: Path) -> None:
+    before = file_hash(folder / GATES_FILE)
+    with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
+        install_gates(folder, {0: torch.eye(3, 64).to_sparse()})
+    assert file_hash(folder / GATES_FILE) == before
+
+
+def test_gates_are_stored_in_the_checkpoints_dtype(
+    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]
+) -> None:
+    experts = {}
+    for name, path in {"anchor": anchor, **anchored_experts}.items():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / name)
+        load_tokenizer(path).save_pretrained(tmp_path / name)
+        experts[name] = tmp_path / name
+    half = make_recipe(tmp_path, experts.pop("anchor"), experts, gate_training=SETTINGS)
+    folder = merge(half)
+    report = train_gates(half, folder)
+    assert {gate.dtype for gate in checkpoint_gates(Checkpoint(folder)).values()} == {torch.bfloat16}
+    assert report.layers[0].answer_accuracy > 0.9
+
+
+def test_the_step_writes_its_report_and_is_skipped_the_second_time(recipe: Recipe, folder: Path) -> None:
+    road.train_gates(recipe)
+    assert (recipe.folder / "gates.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((recipe.folder / "gates.json").read_text())
+    assert [row["layer"] for row in report["layers"]] == [0, 1, 2]
+    assert report["method"] == "cross-entropy"
+    table = (recipe.folder / "gates.md").read_text()
+    assert table.count("\n| 0 |") == table.count("\n| 2 |") == 2
+    assert f"{report['layers'][0]['accuracy']:.3f} / {report['layers'][0]['answer_accuracy']:.3f}" in table
+    stamp = (folder / GATES_FILE).stat().st_mtime_ns
+    road.train_gates(recipe)
+    assert (folder / GATES_FILE).stat().st_mtime_ns == stamp
+    other = recipe.gate_training.model_copy(update={"method": "ridge"})
+    road.train_gates(recipe.model_copy(update={"gate_training": other}))
+    assert (folder / GATES_FILE).stat().st_mtime_ns != stamp
+
+
+def test_merging_again_forgets_that_the_gates_were_trained(recipe: Recipe) -> None:
+    road.merge(recipe)
+    road.train_gates(recipe)
+    trained = file_hash(recipe.fused / GATES_FILE)
+    road.merge(recipe, force=True)
+    assert file_hash(recipe.fused / GATES_FILE) != trained
+    road.train_gates(recipe)
+    assert file_hash(recipe.fused / GATES_FILE) == trained
+
+
+def test_kept_gates_are_a_copy(folder: Path, tmp_path: Path) -> None:
+    keep_gates(folder, tmp_path / "deep" / "gates.safetensors")
+    assert file_hash(tmp_path / "deep" / "gates.safetensors") == file_hash(folder / GATES_FILE)
+
+
+def test_a_failing_training_leaves_the_gates_and_no_record(
+    recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = hashes(folder)
+
+    def killed(*_: object) -> Iterator[None]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(trainer.METHODS, "cross-entropy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        road.train_gates(recipe)
+    assert hashes(folder) == before
+    assert not (recipe.folder / "gates.json").exists()
+    monkeypatch.undo()
+    road.train_gates(recipe)
+    assert hashes(folder)[GATES_FILE] != before[GATES_FILE]
+
+
+def test_gates_before_the_merge_are_a_user_error(recipe: Recipe) -> None:
+    with pytest.raises(UserError, match="run `qwen-fusion merge`"):
+        road.train_gates(recipe)

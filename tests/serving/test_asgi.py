@@ -1,0 +1,192 @@
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from pydantic import BaseModel
+from yarl import URL
+
+from fusion.errors import UserError
+from serving.client import chat
+from serving.serve import listening_socket
+from tests.serving.conftest import Guarded
+from tests.serving.upstream import DROP, HANG, USAGE, Status, completion
+
+Start = Callable[..., Guarded]
+GOOD = completion('{"a": 1}')
+BAD = completion('{"a": "x"}')
+FORMAT = {
+    "type": "json_schema",
+    "json_schema": {"name": "s", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+}
+USER = [{"role": "user", "content": "Give me a"}]
+
+
+class Reply(BaseModel):
+    a: int
+
+
+def client(guard: Guarded) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{guard.url}/v1", api_key="none", max_retries=2)
+
+
+def ask(guard: Guarded, **fields: Any) -> Any:
+    return client(guard).chat.completions.create(**{"model": "m", "messages": USER, **fields})
+
+
+def test_requests_without_json_pass_and_get_the_defaults(guarded: Start) -> None:
+    guard = guarded(completion("hello"), max_tokens=8192, max_model_len=1000)
+    assert ask(guard).choices[0].message.content == "hello"
+    assert guard.upstream.requests[0] == {
+        "model": "m", "messages": USER, "temperature": 0.7, "top_p": 0.9, "max_tokens": 1000
+    }  # fmt: skip
+    ask(guard, temperature=0.0, top_p=1.0, max_completion_tokens=7)
+    assert guard.upstream.requests[1] == {
+        "model": "m", "messages": USER, "temperature": 0.0, "top_p": 1.0, "max_completion_tokens": 7
+    }  # fmt: skip
+
+
+def test_an_invalid_answer_is_asked_for_again(guarded: Start) -> None:
+    guard = guarded(BAD, GOOD)
+    answer = client(guard).chat.completions.with_raw_response.create(model="m", messages=USER, response_format=FORMAT)
+    assert answer.headers["x-qwen-fusion-attempts"] == "2"
+    parsed = answer.parse()
+    assert parsed.choices[0].message.content == '{"a": 1}'
+    assert parsed.usage.total_tokens == 2 * USAGE["total_tokens"]
+
+
+def test_the_clients_parse_helper_gets_an_object(guarded: Start) -> None:
+    answer = client(guarded(BAD, GOOD)).chat.completions.parse(model="m", messages=USER, response_format=Reply)
+    assert answer.choices[0].message.parsed == Reply(a=1)
+
+
+def test_exhausted_is_422_and_never_nine_generations(guarded: Start) -> None:
+    guard = guarded(BAD)
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        ask(guard, response_format=FORMAT)
+    assert len(guard.upstream.requests) == 3
+    assert caught.value.code == "json_guard_exhausted"
+    assert caught.value.type == "invalid_structured_output"
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    assert len(caught.value.response.json()["error"]["attempts"]) == 3
+    with pytest.raises(openai.UnprocessableEntityError):
+        ask(guard, response_format=FORMAT, stream=True)
+
+
+def test_a_bad_schema_is_400_before_any_generation(guarded: Start) -> None:
+    guard = guarded(GOOD)
+    for schema in ({"type": "dict"}, {"$ref": "http://127.0.0.1:9/x"}):
+        wanted = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(guard, response_format=wanted)
+        assert caught.value.code == "invalid_schema"
+    assert guard.upstream.requests == []
+
+
+def test_a_guarded_stream_is_validated_and_then_streamed(guarded: Start) -> None:
+    guard = guarded(BAD, GOOD)
+    stream = ask(guard, response_format=FORMAT, stream=True, stream_options={"include_usage": True})
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == '{"a": 1}'
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    assert chunks[-1].usage.total_tokens == 2 * USAGE["total_tokens"]
+    assert all(sent["stream"] is False for sent in guard.upstream.requests)
+    assert {headers["accept-encoding"] for headers in guard.upstream.headers} == {"identity"}
+    with client(guard).chat.completions.stream(model="m", messages=USER, response_format=Reply) as events:
+        assert events.get_final_completion().choices[0].message.parsed == Reply(a=1)
+
+
+def test_an_unguarded_stream_arrives_as_it_is_made(guarded: Start) -> None:
+    arrivals: list[float] = []
+    text = ""
+    for chunk in ask(guarded(completion("one two three four")), stream=True):
+        arrivals.append(time.monotonic())
+        text += chunk.choices[0].delta.content
+    assert text.split() == ["one", "two", "three", "four"]
+    assert arrivals[-1] - arrivals[0] > 0.2
+
+
+@pytest.mark.parametrize(("fault", "status"), [(DROP, 502), (Status(500, '{"error": {"message": "boom"}}'), 500),
+                                               (Status(200, "no json"), 502), (Status(200, "[]"), 502),
+                                               (Status(400, '{"error": {"message": "no"}}'), 400)])  # fmt: skip
+@pytest.mark.parametrize("wanted", [FORMAT, {"type": "json_object"}])
+def test_upstream_faults_become_clean_errors(guarded: Start, fault: Any, status: int, wanted: Any) -> None:
+    guard = guarded(fault)
+    with pytest.raises(UserError, match=f"answered {status}"):
+        chat(guard.url, "m", USER, response_format=wanted)
+    assert len(guard.upstream.requests) <= 2
+
+
+def test_an_engine_that_is_down_is_502_and_unhealthy(guarded: Start) -> None:
+    with listening_socket("127.0.0.1", 0) as nobody:
+        guard = guarded(upstream=f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        for fields in ({}, {"response_format": FORMAT}):
+            with pytest.raises(UserError, match="answered 502"):
+                chat(guard.url, "m", USER, **fields)
+        with pytest.raises(openai.InternalServerError):
+            client(guard).with_options(max_retries=0).models.list()
+
+
+def test_the_deadline_is_504_and_cancels_upstream(guarded: Start) -> None:
+    guard = guarded(HANG, deadline_s=0.3)
+    with pytest.raises(UserError, match="answered 504"):
+        chat(guard.url, "m", USER, response_format=FORMAT)
+    assert guard.upstream.cancelled.wait(5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"response_format": FORMAT}])
+def test_a_client_that_goes_away_cancels_the_engines_work(guarded: Start, fields: dict[str, Any]) -> None:
+    guard = guarded(HANG)
+    with pytest.raises(openai.APITimeoutError):
+        client(guard).with_options(timeout=0.4, max_retries=0).chat.completions.create(
+            model="m", messages=USER, **fields
+        )  # type: ignore[call-overload]
+    assert guard.upstream.cancelled.wait(5)
+
+
+def test_routes_headers_and_limits(guarded: Start) -> None:
+    asyncio.run(_walk_routes(guarded(GOOD, max_body_bytes=1000)))
+
+
+async def _walk_routes(guard: Guarded) -> None:
+    async with aiohttp.ClientSession(guard.url) as session:
+        async with session.get("/v1/models") as answer:
+            assert answer.headers["x-own"] == "1"
+            assert (await answer.json())["data"][0]["id"] == "m"
+        body = bytes(range(256))
+        headers = {"connection": "x-private", "x-private": "1", "x-public": "1"}
+        async with session.post("/v1/echo?a=1&b=%20", data=body, headers=headers) as answer:
+            assert await answer.read() == body
+            assert answer.headers["x-query"] == "a=1&b=%20"
+            assert "x-public" in answer.headers["x-saw"]
+            assert "x-private" not in answer.headers["x-saw"]
+        async with session.post("/v1/echo", data=b"", skip_auto_headers=("Accept-Encoding", "User-Agent")) as answer:
+            assert not {"accept-encoding", "user-agent"} & set(answer.headers["x-saw"].split(","))
+        async with session.post("/v1/echo", data=b"x" * 2000) as answer:
+            assert answer.status == 413
+        async with session.post("/v1/chat/completions", data=b"{not json") as answer:
+            assert answer.status == 500  # the upstream's own word
+        async with session.get("/pause") as answer:
+            assert answer.status == 404
+            assert (await answer.json())["error"]["code"] == "not_found"
+        for path in ("/v1/../health", "/v1/%2e%2e/health"):
+            async with session.get(URL(f"{guard.url}{path}", encoded=True)) as answer:
+                assert answer.status == 404
+        async with session.get("/health") as answer:
+            assert answer.status == 200
+        guard.upstream.healthy = False
+        async with session.get("/health") as answer:
+            assert answer.status == 503
+            assert json.loads(await answer.text())["status"] == "engine unavailable"
+
+
+def test_the_client_says_what_went_wrong(guarded: Start) -> None:
+    answer = chat(guarded(BAD, GOOD).url, "m", USER, response_format=FORMAT)
+    assert (answer.text, answer.finish_reason, answer.attempts) == ('{"a": 1}', "stop", 2)
+    assert answer.usage["total_tokens"] == 2 * USAGE["total_tokens"]
+    with listening_socket("127.0.0.1", 0) as nobody, pytest.raises(UserError, match="qwen-fusion serve"):
+        chat(f"http://127.0.0.1:{nobody.getsockname()[1]}", "m", USER)

@@ -1,0 +1,169 @@
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusion.errors import UserError
+from serving import engine
+from serving.client import chat
+from serving.engine import Engine, EngineSettings, Hardware, core_binding, engine_arguments, engine_environment
+from serving.serve import find_server, listening_socket, running_server
+from tests.serving import fake_engine
+from tests.serving.apart import serve_apart
+from tests.serving.processes import alive, all_gone
+
+CPU = Hardware(gpus=0, cores=(0, 1))
+USER = [{"role": "user", "content": "6*7="}]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder with the config of a two-expert model."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"num_experts": 2, "num_attention_heads": 28, "max_position_embeddings": 32768, "rope_theta": 1e6}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def pids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Puts the fake engine in vLLM's place; the file that names its processes."""
+    path = fake_engine.install(tmp_path / "fake")
+    monkeypatch.setenv("PYTHONPATH", f"{path}{os.pathsep}{Path.cwd()}")
+    monkeypatch.setenv("FAKE_ENGINE_PIDS", str(tmp_path / "pids"))
+    monkeypatch.setenv("QWEN_FUSION_QUIET", "1")
+    monkeypatch.setattr(engine, "GRACE_S", 2.0)
+    return tmp_path / "pids"
+
+
+def processes(pids: Path) -> list[int]:
+    return [int(pid) for pid in pids.read_text().split()]
+
+
+def test_arguments_on_a_cpu(model: Path) -> None:
+    settings = EngineSettings(str(model), "m", dtype="float32", tensor_parallel_size=2, max_model_len=2048)
+    arguments = engine_arguments(settings, CPU, 9000)
+    for argument in ("--host=127.0.0.1", "--port=9000", "--dtype=float32", "--tensor-parallel-size=2",
+                     "--max-model-len=2048", "--enforce-eager", f"--kv-cache-memory-bytes={1 << 30}",
+                     "--enable-auto-tool-choice", "--tool-call-parser=hermes", "--generation-config=vllm",
+                     '--override-generation-config={"temperature": 0.7, "top_p": 0.9}'):  # fmt: skip
+        assert argument in arguments
+    assert not any("gpu-memory" in argument for argument in arguments)
+    assert engine_environment(settings, CPU)["VLLM_CPU_OMP_THREADS_BIND"] == "0|1"
+
+
+def test_arguments_on_gpus(model: Path) -> None:
+    arguments = engine_arguments(EngineSettings(str(model), "m", tensor_parallel_size=2), Hardware(2, (0, 1)), 9000)
+    assert "--gpu-memory-utilization=0.9" in arguments
+    assert not {"--enforce-eager"} & set(arguments)
+    assert not any("kv-cache-memory-bytes" in argument for argument in arguments)
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in engine_environment(EngineSettings(str(model), "m"), Hardware(1, (0,)))
+
+
+def test_cores_are_shared_among_workers() -> None:
+    assert core_binding((0, 1), 1) == "0,1"
+    assert core_binding((0, 1), 4) == "0|1|0|1"
+    assert core_binding((2, 3, 6, 7, 8), 2) == "2,3|6,7"
+
+
+def test_yarn_stretches_the_positions(model: Path) -> None:
+    arguments = engine_arguments(EngineSettings(str(model), "m", yarn_factor=4.0), CPU, 1)
+    assert "--max-model-len=131072" in arguments
+    overrides = json.loads(next(a for a in arguments if a.startswith("--hf-overrides")).split("=", 1)[1])
+    assert overrides == {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768
+        },
+        "max_position_embeddings": 131072,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "hardware", "words"),
+    [(4, CPU, "2 experts"), (2, Hardware(1, (0,)), "GPUs"), (4, Hardware(4, (0,)), "experts")],
+)
+def test_what_vllm_would_refuse_is_one_sentence(model: Path, size: int, hardware: Hardware, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        engine_arguments(EngineSettings(str(model), "m", tensor_parallel_size=size), hardware, 1)
+
+
+def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="merge it first"):
+        engine_arguments(EngineSettings(str(tmp_path / "nothing"), "m"), CPU, 1)
+
+
+def test_a_port_in_use_is_one_sentence(model: Path) -> None:
+    with listening_socket("127.0.0.1", 0) as taken:
+        taken.listen()
+        with pytest.raises(UserError, match="in use"):
+            listening_socket("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(UserError, match="cannot"):
+        listening_socket("192.0.2.77", 80)
+
+
+def test_a_server_for_a_block(model: Path, pids: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    assert find_server(state) is None
+    settings = EngineSettings(str(model), "m")
+    with running_server(settings, log=tmp_path / "log", state=state) as server:
+        assert chat(server.url, "m", USER).text == "42"
+        found = find_server(state, "m")
+        assert found is not None
+        assert found.url == server.url
+        assert find_server(state, "another") is None
+        running = processes(pids)
+    assert not state.exists()
+    assert not any(alive(pid) for pid in running)
+
+
+@pytest.mark.parametrize("behaviour", ["", "stubborn"])
+def test_an_error_inside_the_block_ends_everything(
+    model: Path, pids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str
+) -> None:
+    monkeypatch.setenv("FAKE_ENGINE", behaviour)
+    with pytest.raises(KeyboardInterrupt), Engine(EngineSettings(str(model), "m"), tmp_path / "log"):
+        raise KeyboardInterrupt
+    assert not any(alive(pid) for pid in processes(pids))
+
+
+def test_an_engine_that_dies_on_start_says_why(
+    model: Path, pids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_ENGINE", "crash")
+    with pytest.raises(UserError, match="ValueError: the KV cache does not fit") as caught:
+        Engine(EngineSettings(str(model), "m"), tmp_path / "log").__enter__()
+    assert "exit code 1" in str(caught.value)
+    assert all_gone(processes(pids))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_ends_cleanly(model: Path, pids: Path, tmp_path: Path, number: signal.Signals) -> None:
+    process, url = serve_apart(EngineSettings(str(model), "m"), tmp_path)
+    assert chat(url, "m", USER).text == "42"
+    process.send_signal(number)
+    output: Any = process.communicate(timeout=20)[0]
+    assert process.returncode == 0, output
+    assert not any(alive(pid) for pid in processes(pids))
+    assert not (tmp_path / "state.json").exists()
+
+
+def test_a_dead_engine_ends_serve_with_an_error(model: Path, pids: Path, tmp_path: Path) -> None:
+    process, _ = serve_apart(EngineSettings(str(model), "m"), tmp_path)
+    os.kill(processes(pids)[0], signal.SIGKILL)
+    output = process.communicate(timeout=20)[0]
+    assert process.returncode == 2, output
+    assert "vLLM ended with exit code 137" in output
+    assert str(tmp_path / "vllm.log") in output
+    assert all_gone(processes(pids))
+
+
+def test_the_engine_ends_with_a_parent_that_is_killed(model: Path, pids: Path, tmp_path: Path) -> None:
+    process, _ = serve_apart(EngineSettings(str(model), "m"), tmp_path)
+    process.kill()
+    process.communicate()
+    assert all_gone(processes(pids))
+    assert find_server(tmp_path / "state.json") is None

@@ -1,0 +1,114 @@
+"""One real vLLM on the CPU with a tiny random model, the guard in front, started as the command line starts it."""
+
+import http.client
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from serving.client import chat
+from serving.engine import EngineSettings
+from tests.families import write_model
+from tests.serving.apart import serve_apart
+from tests.serving.processes import all_gone, descendants
+
+USER = [{"role": "user", "content": "hello"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z]{1,8}$"},
+        "ok": {"type": "boolean"},
+        "kind": {"enum": ["small", "large"]},
+        "unit": {"enum": ["kg", None]},
+    },
+    "required": ["name", "ok", "kind", "unit"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, "strict": True}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The serving process and its address."""
+    folder = tmp_path_factory.mktemp("served")
+    model = write_model(folder / "model", seed=3)
+    settings = EngineSettings(
+        str(model),
+        "tiny",
+        dtype="float32",
+        max_model_len=1024,
+        yarn_factor=2.0,
+        kv_cache_memory_bytes=64 << 20,
+        compact_json=True,
+    )
+    process, url = serve_apart(settings, folder, within_s=400)
+    yield process, url
+    process.terminate()
+    process.communicate(timeout=40)
+
+
+@pytest.fixture(scope="module")
+def url(server: tuple[subprocess.Popen[str], str]) -> str:
+    return server[1]
+
+
+def test_chat_passes_through(url: str) -> None:
+    answer = chat(url, "tiny", USER, max_tokens=8)
+    assert answer.attempts == 1
+    assert answer.usage["completion_tokens"] <= 8
+    again = chat(url, "tiny", USER, max_tokens=8, temperature=0)
+    assert again.text == chat(url, "tiny", USER, max_tokens=8, temperature=0).text
+
+
+def test_a_request_without_max_tokens_fits_the_window(url: str) -> None:
+    answer = chat(url, "tiny", USER, stop=["e"])
+    assert answer.finish_reason in ("stop", "length")
+
+
+def test_streams_pass_through(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    chunks = list(client.chat.completions.create(model="tiny", messages=USER, stream=True, max_tokens=8))  # type: ignore[call-overload]
+    assert len(chunks) > 2
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_json_follows_the_schema(url: str, stream: bool) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    fields = {"model": "tiny", "messages": USER, "response_format": FORMAT, "max_tokens": 300}
+    if stream:
+        chunks = client.chat.completions.create(**fields, stream=True)  # type: ignore[call-overload]
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    else:
+        text = client.chat.completions.create(**fields, n=2).choices[1].message.content  # type: ignore[call-overload]
+    value = json.loads(text)
+    assert set(value) == set(SCHEMA["properties"])
+    assert isinstance(value["ok"], bool)
+
+
+def test_tool_calls_are_switched_on(url: str) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    assert chat(url, "tiny", USER, max_tokens=4, tools=[tool], tool_choice="auto").finish_reason
+
+
+@pytest.mark.parametrize("path", ["/pause", "/metrics", "/v1/../metrics"])
+def test_control_routes_are_not_reachable(url: str, path: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    connection.request("GET", path)
+    assert connection.getresponse().status == 404
+
+
+def test_ctrl_c_leaves_nothing_behind(server: tuple[subprocess.Popen[str], str]) -> None:
+    process, _ = server
+    family = descendants(process.pid)
+    assert len(family) >= 4  # supervisor, API server, engine core, worker
+    commands = {Path(f"/proc/{pid}/comm").read_text().strip() for pid in family}
+    assert any(command.startswith("VLLM::") for command in commands)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert all_gone(family)
