@@ -6,10 +6,12 @@ rule wins. A question that no rule claims belongs to the first domain without ru
 
 import re
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+
+import py3langid
 
 from fusion.recipe import Domain, Rule
+
+LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff]"  # of a word with spaces around it; Chinese and Japanese are written without
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def match(rule: Rule, text: str) -> str | None:
             return f"pattern: {found.group(0)!r}"
     if rule.words:
         choices = "|".join(re.escape(word) for word in rule.words)
-        found = re.search(rf"(?<!\w)(?:{choices})(?!\w)", text, re.IGNORECASE)
+        found = re.search(rf"(?<!{LETTER})(?:{choices})(?!{LETTER})", text, re.IGNORECASE)
         if found:
             return f"word: {found.group(0)!r}"
     if rule.not_languages:
@@ -49,14 +51,7 @@ def match(rule: Rule, text: str) -> str | None:
     return None
 
 
-@cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
-
-
 def detect_language(text: str) -> str:
     """The ISO 639-1 code of the text's most probable language (py3langid)."""
-    language, _ = _identifier().classify(text)
+    language, _ = py3langid.classify(text)
     return str(language)

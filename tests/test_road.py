@@ -1,0 +1,137 @@
+"""The road as a user walks it, on a demo family trained for seconds: a sixth domain, work done once, kills survived."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fusion.checkpoint import Checkpoint
+from fusion.steps import STATE
+
+FINANCE = {
+    "description": "prices and interest",
+    "train": {"generated": "demo.finance"},
+    "held_out": {"generated": "demo.finance", "split": "held_out"},
+    "rules": [{"words": ["price", "interest", "tax"]}],
+}
+STEPS = ("branch finance", "merge", "train-gates", "evaluate")
+
+
+def recipe(folder: Path, expert: bool = True) -> Path:
+    """The demo's recipe with `finance` as a sixth domain and next to no training, in `folder`."""
+    data: dict[str, Any] = yaml.safe_load(Path("configs/demo.yaml").read_text(encoding="utf-8"))
+    data["output"] = str(folder / "run")
+    data["anchor"]["pretrain"] |= {"steps": 6, "rows": 200}
+    data["domains"] = {"finance": dict(FINANCE)} | data["domains"]
+    small = {"rows": 64, "steps": 2, "batch_rows": 8, "evaluate_every": 2, "held_out_rows": 4, "score_rows": 2}
+    small |= {"warmup_steps": 0, "max_new_tokens": 4, "allow_no_gain": True}
+    kept = ("general", "structured")
+    data["experts"] = [expert_ for expert_ in data["experts"] if expert_["name"] in kept]
+    for expert_ in data["experts"]:
+        expert_["branch"] |= small
+    if expert:
+        branch = data["experts"][0]["branch"] | {"data": {"generated": "demo.finance"}}
+        data["experts"].append({"name": "finance", "domain": "finance", "branch": branch})
+    else:
+        data["domains"]["finance"]["fallback"] = "general"
+    for name in ("coding", "math", "multilingual"):
+        data["domains"][name]["fallback"] = "general"
+    data["gate_training"] |= {"rows": 8, "held_out_rows": 4}
+    data["evaluation"] |= {"rows": 4, "loss_rows": 4, "max_new_tokens": 4, "cross_domains": False, "extra": {}}
+    data["serving"]["questions"] = []
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def start(path: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fusion.cli", "run", str(path), "--quiet"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(path: Path) -> str:
+    process = start(path)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return out + err
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """The fused checkpoint is whole and every artefact is there; returns the evaluation."""
+    run = folder / "run"
+    checkpoint = Checkpoint(run / "fused")
+    for name in checkpoint.weight_map:
+        checkpoint.shape(name)
+    assert not [path for path in run.rglob("*") if path.name.endswith((".partial", ".branch", ".old"))]
+    for name in ("report.md", "routing.png", "gates.png", "gates.json", "answers.json"):
+        assert (run / name).stat().st_size > 0
+    result: dict[str, Any] = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    return result
+
+
+def test_a_sixth_domain_with_an_expert_of_its_own_and_work_done_once(tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    finish(path)
+    result = check(tmp_path)
+    assert set(result["domains"]) == {"finance", "structured", "multilingual", "coding", "math", "general"}
+    assert result["domains"]["finance"]["expert"] == "finance"
+    assert result["domains"]["math"]["expert"] == "general"
+    assert set(json.loads((tmp_path / "run" / "gates.json").read_text())["layers"][0]["share_by_expert"]) == {
+        "general",
+        "structured",
+        "finance",
+    }
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "fused").iterdir()}
+    again = finish(path)
+    for step in ("anchor", "branch general", "branch structured", *STEPS, "ask"):
+        assert f"{step}: unchanged, skipped" in again
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "fused").iterdir()}
+
+    changed = path.read_text(encoding="utf-8").replace("held_out_rows: 4\nevaluation", "held_out_rows: 3\nevaluation")
+    assert changed != path.read_text(encoding="utf-8")
+    path.write_text(changed, encoding="utf-8")
+    partly = finish(path)
+    assert "merge: unchanged, skipped" in partly
+    assert "train-gates: unchanged" not in partly and "evaluate: unchanged" not in partly
+
+
+def test_a_sixth_domain_served_by_its_fallback(tmp_path: Path) -> None:
+    finish(recipe(tmp_path, expert=False))
+    assert check(tmp_path)["domains"]["finance"]["expert"] == "general"
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return recipe(tmp_path_factory.mktemp("killed"))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_in_the_middle_the_next_call_goes_on(killed: Path, step: str) -> None:
+    """One recipe, killed in one step after the other: every call resumes where the one before was shot."""
+    process = start(killed)
+    assert process.stdout is not None and process.stderr is not None
+    for line in process.stderr:
+        if line.strip() == step:
+            break
+    time.sleep(0.4)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    run = killed.parent / "run"
+    records = json.loads((run / STATE).read_text(encoding="utf-8"))
+    assert step not in records
+    assert set(STEPS[: STEPS.index(step)]) <= set(records)
+    for folder in (run / "fused", *(run / "experts").glob("[a-z]*")):
+        if folder.exists():
+            checkpoint = Checkpoint(folder)  # whole, or not there
+            assert all(checkpoint.shape(name) for name in checkpoint.weight_map)
+    if step == STEPS[-1]:
+        finish(killed)
+        check(killed.parent)
