@@ -32,14 +32,16 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
+from fusion.architecture import MLP_PARTS
 from fusion.checkpoint import Checkpoint, put_in_place, read_json, write_json
 from fusion.data import ChatExample
+from fusion.encoding import encode
 from fusion.errors import UserError
-from fusion.evaluation.generate import answer_losses, example_ids, score_examples
+from fusion.evaluation.generate import answer_losses, score_examples
+from fusion.hardware import compute_dtype
 from fusion.progress import progress_bar
 from fusion.recipe import BranchSettings
 
-MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 IGNORED = -100  # label of a position without loss
 BEST, RESULT = "best.safetensors", "branch.json"
@@ -134,17 +136,6 @@ def train_expert(
     return result
 
 
-def bfloat16_is_fast() -> bool:
-    """True on a GPU and on a CPU with bfloat16 instructions; elsewhere float32 is several times faster."""
-    if torch.cuda.is_available():
-        return True
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 def pack(rows: Sequence[dict[str, Any]], max_length: int, pad: int) -> dict[str, torch.Tensor]:
     """Packs encoded rows into sequences of at most `max_length` tokens, first fit, the longest first.
 
@@ -175,13 +166,13 @@ def pack(rows: Sequence[dict[str, Any]], max_length: int, pad: int) -> dict[str,
 
 
 def _encode(tokenizer: Any, example: ChatExample, max_length: int) -> dict[str, Any]:
-    ids, start = example_ids(tokenizer, example)
-    if len(ids) > max_length:
+    row = encode(tokenizer, example)
+    if len(row.ids) > max_length:
         raise UserError(
-            f"a training row of domain '{example.domain}' has {len(ids)} tokens, over branch.max_length {max_length} "
-            f"('{example.question[:40]}...'): raise it or shorten the row"
+            f"a training row of domain '{example.domain}' has {len(row.ids)} tokens, over branch.max_length "
+            f"{max_length} ('{example.question[:40]}...'): raise it or shorten the row"
         )
-    return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
+    return {"input_ids": row.ids, "labels": [IGNORED] * row.answer_start + row.ids[row.answer_start :]}
 
 
 def _mixed(train: Sequence[ChatExample], general: Sequence[ChatExample], settings: BranchSettings) -> list[ChatExample]:
@@ -229,7 +220,7 @@ def _arguments(partial: Path, settings: BranchSettings, rows: int) -> TrainingAr
         lr_scheduler_type="cosine",
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=bfloat16_is_fast(),
+        bf16=compute_dtype() == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=torch.cuda.is_available(),
         gradient_checkpointing_kwargs={"use_reentrant": False},

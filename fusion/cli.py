@@ -49,9 +49,10 @@ def _print_json(value: object, target: str) -> None:
 @app.command()
 def run(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> None:
     """Do it all in order: plan, branch, merge, train-gates, evaluate, ask; steps with unchanged inputs are skipped."""
+    loaded = _load(recipe, set_, quiet)
     from fusion import road
 
-    road.run(_load(recipe, set_, quiet))
+    road.run(loaded)
 
 
 @app.command()
@@ -62,9 +63,10 @@ def branch(
     quiet: Quiet = False,
 ) -> None:
     """Train the anchor and the experts that the recipe says are to be made."""
+    loaded = _load(recipe, set_, quiet)
     from fusion import road
 
-    road.branch(_load(recipe, set_, quiet), expert, force=expert is not None)
+    road.branch(loaded, expert, force=expert is not None)
 
 
 @app.command()
@@ -74,9 +76,10 @@ def plan(
     set_: Overrides = None,
 ) -> None:
     """Check that the models fit together, and say how large the fused one is. Reads no weights."""
+    loaded = _load(recipe, set_)
     from fusion import road
 
-    result = road.plan(_load(recipe, set_))
+    result = road.plan(loaded)
     if json_:
         _print_json(result, json_)
 
@@ -84,9 +87,9 @@ def plan(
 @app.command()
 def merge(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> None:
     """Merge the experts into one sparse checkpoint (with random gates: train-gates comes next)."""
+    loaded = _load(recipe, set_, quiet)
     from fusion import road
 
-    loaded = _load(recipe, set_, quiet)
     road.plan(loaded)
     road.merge(loaded, force=True)
 
@@ -94,9 +97,10 @@ def merge(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> N
 @app.command(name="train-gates")
 def train_gates(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> None:
     """Fit the gate of every layer on routing examples, layer by layer, and put the gates in place."""
+    loaded = _load(recipe, set_, quiet)
     from fusion import road
 
-    road.train_gates(_load(recipe, set_, quiet), force=True)
+    road.train_gates(loaded, force=True)
 
 
 @app.command()
@@ -108,13 +112,14 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Compare anchor, own experts and the fused model under random, mergekit's and trained gates."""
+    loaded = _load(recipe, set_, quiet)
     from rich.markdown import Markdown
 
     from fusion import road
     from fusion.evaluation.table import markdown
     from fusion.progress import console
 
-    result = road.evaluate(_load(recipe, set_, quiet), force)
+    result = road.evaluate(loaded, force)
     console.print(Markdown(markdown(result)))
     if json_:
         _print_json(result, json_)
@@ -128,11 +133,12 @@ def serve(
     set_: Overrides = None,
 ) -> None:
     """Serve the fused model with vLLM behind the JSON guard, until Ctrl-C."""
-    from serving.ask import serve_recipe
-
     overrides = [*(set_ or []), *([f"serving.host={host}"] if host else [])]
     overrides += [f"serving.port={port}"] if port is not None else []
-    serve_recipe(_load(recipe, overrides))
+    loaded = _load(recipe, overrides)
+    from serving.ask import serve_recipe
+
+    serve_recipe(loaded)
 
 
 @app.command()
@@ -145,6 +151,7 @@ def ask(
     set_: Overrides = None,
 ) -> None:
     """Ask one question of the recipe's running server, or of one that is started for it."""
+    loaded = _load(recipe, set_)
     from fusion.checkpoint import read_json
     from fusion.progress import console
     from fusion.report import experts_line
@@ -156,7 +163,7 @@ def ask(
         max_tokens=max_tokens,
         temperature=temperature,
     )
-    (answer,) = ask_all(_load(recipe, set_), [asked])
+    (answer,) = ask_all(loaded, [asked])
     sys.stdout.write(answer["answer"] + "\n")
     console.print(f"[dim]served by {experts_line(answer['experts'])}; {answer['attempts']} attempt(s)[/dim]")
 

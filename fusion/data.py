@@ -9,7 +9,7 @@ import importlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +60,19 @@ def split_of(key: str, held_out_share: float = 0.15) -> str:
 
 
 def load_examples(source: DataSource, domain: str, count: int | None = None, seed: int = 0) -> list[ChatExample]:
-    """Reads `count` rows (all of them where None) of `source`, shuffled by `seed`.
+    """Reads `count` rows of `source`, at most its own `rows` (all of them where neither says), shuffled by `seed`.
 
     Raises UserError where the source is missing, or holds no usable row.
     """
+    limit = min((number for number in (count, source.rows) if number), default=None)
     if source.generated:
-        rows = _generated(source.generated, source.split, count or source.rows or 1000, seed)
-    elif source.path:
-        rows = _local(Path(source.path).expanduser(), source, domain)
+        rows = _generated(source.generated, source.split, limit or 1000, seed)
     else:
-        rows = _hub(source, domain)
-    rows = [ChatExample(**{**row.__dict__, "domain": domain}) for row in rows]
-    if not source.generated:
+        path = source.path
+        rows = _local(Path(path).expanduser(), source, domain) if path else _hub(source, domain)
         random.Random(seed).shuffle(rows)
-        rows = rows[: count or source.rows]
+        rows = rows[:limit]
+    rows = [replace(row, domain=domain) for row in rows]
     if not rows:
         raise UserError(f"no rows in the data of domain '{domain}' ({source.describe()}): check its split and columns")
     return rows

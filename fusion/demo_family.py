@@ -87,7 +87,7 @@ def anchor_config(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast
         num_attention_heads=settings.num_attention_heads,
         num_key_value_heads=settings.num_key_value_heads,
         max_position_embeddings=settings.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         tie_word_embeddings=True,
         initializer_range=0.04,
         dtype="float32",

@@ -308,23 +308,20 @@ def attention_config(config: dict[str, object]) -> Qwen2Config:
     return built
 
 
-def answer_losses(
+def row_losses(
     checkpoint: Checkpoint,
     batches: list[Batch],
     route: Route | None = None,
+    observe: Callable[[Layer, Batch, torch.Tensor, Choice], None] | None = None,
     description: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed loss in nats and the number of answer tokens of every row, both `(rows,)` in the caller's order.
 
-    `route` is for fused checkpoints (None: its own gates); a dense one has nothing to route.
+    `route` is for fused checkpoints (None: its own gates); a dense one has nothing to route. `observe` is `run`'s.
     """
-    if route is None:
-        gates = checkpoint_gates(checkpoint)
-        route = gated(gates, checkpoint.config.get("num_experts_per_tok", 1))
-    stream = LayerStream(checkpoint, batches, device=device, dtype=dtype, description=description)
-    stream.run(route)
+    top_k = checkpoint.config.get("num_experts_per_tok", 1)
+    stream = LayerStream(checkpoint, batches, description=description)
+    stream.run(route or gated(checkpoint_gates(checkpoint), top_k), observe)
     count = sum(len(batch.rows) for batch in batches)
     sums, tokens = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     for batch, losses in stream.token_losses():

@@ -218,7 +218,7 @@ def _weights(reader: Any) -> dict[str, torch.Tensor]:
     from gguf.quants import dequantize
 
     def convert_one(tensor: Any) -> torch.Tensor:
-        values = np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32, order="C")
         return torch.from_numpy(values).to(torch.bfloat16)
 
     weights = {_name(t.name): convert_one(t) for t in track(reader.tensors, "de-quantising", unit="tensor")}
@@ -283,7 +283,7 @@ def write_tokenizer(values: dict[str, Any], out: Path) -> None:
         ]
     )
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(list(added.values()))  # their ids follow the vocabulary's, as in the file
     wrong = [token.content for i, token in added.items() if tokenizer.token_to_id(token.content) != i]
     if wrong:

@@ -50,7 +50,7 @@ def config(**changes: Any) -> Qwen2Config:
 
 
 def write_model(folder: Path, seed: int = 0, anchor: Path | None = None, drift: bool = False, **changes: Any) -> Path:
-    """Saves a random model. With `anchor`: a copy whose MLPs are random (`drift`: everything moved a little as well)."""
+    """Saves a random model; with `anchor`, a copy of it but for random MLPs (`drift`: all moved a little as well)."""
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(config(**changes)).eval()
     with torch.no_grad():

@@ -20,11 +20,11 @@ from fusion.data import ChatExample, load_examples
 from fusion.encoding import encode_batches, load_tokenizer, prompt_text
 from fusion.errors import UserError
 from fusion.evaluation.baselines import hidden_gates, random_gates
-from fusion.evaluation.generate import generate
+from fusion.evaluation.generate import answer_examples
 from fusion.evaluation.intervals import difference, mean_interval, retained_share
 from fusion.evaluation.scores import score
 from fusion.hardware import attention_implementation, compute_dtype
-from fusion.layers import Batch, Choice, Layer, LayerStream, checkpoint_gates, gated
+from fusion.layers import Batch, Choice, Layer, checkpoint_gates, gated, row_losses
 from fusion.progress import console
 from fusion.recipe import Recipe
 from fusion.sources import ModelSource, anchor_source, expert_sources
@@ -190,8 +190,10 @@ def _score_model(
     """Greedy answers to all domains' rows at once, scored."""
     settings = recipe.evaluation
     flat = [(domain, row) for domain, rows in examples.items() for row in rows]
-    prompts = [row.prompt for _, row in flat]
-    answers = generate(model, tokenizer, prompts, settings.max_new_tokens, settings.batch_rows, f"answers of {name}")
+    rows = [row for _, row in flat]
+    answers = answer_examples(
+        model, tokenizer, rows, settings.max_new_tokens, settings.batch_rows, f"answers of {name}"
+    )
     figures = {domain: Figures() for domain in examples}
     for (domain, row), answer in zip(flat, answers, strict=True):
         figures[domain].scores.append(score(answer, row))
@@ -216,13 +218,9 @@ def _losses(
         flat = [(name, row) for name in names for row in rows[name]]
         batches = encode_batches(tokenizer, [row for _, row in flat], None, length, tokens)
         shares = _Shares([name for name, _ in flat], names, len(recipe.experts))
-        stream = LayerStream(checkpoint, batches, dtype=torch.float32, description=f"loss of {label}")
-        stream.run(gated(gate or {}, checkpoint.config.get("num_experts_per_tok", 1)), shares.see)
+        route = gated(gate or {}, checkpoint.config.get("num_experts_per_tok", 1))
+        sums = row_losses(checkpoint, batches, route, shares.see, f"loss of {label}")
         found = {name: figures[label].setdefault(name, Figures()) for name in names}
-        sums = torch.zeros(len(flat)), torch.zeros(len(flat))
-        for batch, losses in stream.token_losses():
-            sums[0][batch.rows] = losses.sum(dim=1)
-            sums[1][batch.rows] = (batch.answer & batch.real)[:, 1:].sum(dim=1).float()
         for (name, _), nats, count in zip(flat, *(s.tolist() for s in sums), strict=True):
             found[name].nats.append(nats)
             found[name].tokens.append(count)

@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fusion.data import ChatExample, Message
+from fusion.encoding import Encoded, encode, prompt_text
 from fusion.evaluation.scores import score
 from fusion.progress import track
 
@@ -32,18 +33,6 @@ def _padded(rows: Sequence[Sequence[int]], value: int, left: bool) -> torch.Tens
     width = max(map(len, rows))
     filled = [[value] * (width - len(r)) + list(r) if left else list(r) + [value] * (width - len(r)) for r in rows]
     return torch.tensor(filled)  # (rows, width)
-
-
-def prompt_ids(tokenizer: Any, prompt: list[Message]) -> list[int]:
-    """Token ids of the messages under the chat template, up to where the answer begins."""
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-
-
-def example_ids(tokenizer: Any, example: ChatExample) -> tuple[list[int], int]:
-    """Token ids of the prompt, the answer and its end token, and how many of them are the prompt's."""
-    prompt = prompt_ids(tokenizer, example.prompt)
-    answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
-    return [*prompt, *answer, tokenizer.eos_token_id], len(prompt)
 
 
 @contextmanager
@@ -70,7 +59,7 @@ def generate(
     Prompts of like length share a batch, padded on the left; a batch ends when all its answers have. No bar where
     `description` is None.
     """
-    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    rows = [tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=False)["input_ids"] for prompt in prompts]
     answers = _continue(model, tokenizer, rows, max_new_tokens, batch_size, description)
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
@@ -104,21 +93,21 @@ def _continue(
 
 
 def _answer_logits(
-    model: Any, encoded: Sequence[tuple[list[int], int]], batch_size: int, description: str | None
+    model: Any, encoded: Sequence[Encoded], batch_size: int, description: str | None
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """For each row (its ids, and where its answer begins): index, logits before each answer token, the answer's ids.
+    """For each row: its index, logits before each answer token, the answer's ids.
 
     The head runs on the answer's positions alone: at Qwen's vocabulary it costs as much as a third of the layers do.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT wrapper set aside
     body, head = inner.base_model, inner.get_output_embeddings()
-    for batch in _shown(_batches([len(ids) for ids, _ in encoded], batch_size), description):
-        rows = [encoded[i][0] for i in batch]
+    for batch in _shown(_batches([len(row.ids) for row in encoded], batch_size), description):
+        rows = [encoded[i].ids for i in batch]
         ids = _padded(rows, 0, left=False).to(model.device)  # (batch, longest row)
         mask = _padded([[1] * len(r) for r in rows], 0, left=False).to(model.device)
         states = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (batch, row, hidden)
         for row, index in enumerate(batch):
-            length, start = len(rows[row]), encoded[index][1]
+            length, start = len(rows[row]), encoded[index].answer_start
             logits = head(states[row, start - 1 : length - 1]).float()  # (answer tokens, vocabulary)
             yield index, logits, ids[row, start:length].to(logits.device)
 
@@ -136,15 +125,15 @@ def answer_examples(
     The reference answer is tried as a draft first: one pass over it shows how many of its tokens greedy decoding
     would write. A row that would write all of them is answered; the others go on from where they part, token by token.
     """
-    encoded = [example_ids(tokenizer, example) for example in examples]
-    drafts = [ids[start:] for ids, start in encoded]
+    encoded = [encode(tokenizer, example) for example in examples]
+    drafts = [row.ids[row.answer_start :] for row in encoded]
     accepted = [0] * len(encoded)
     with _evaluating(model):
         for index, logits, wanted in _answer_logits(model, encoded, batch_size, None):
             accepted[index] = int((logits.argmax(-1) == wanted).long().cumprod(0).sum())
     written = [draft[: min(n, max_new_tokens)] for draft, n in zip(drafts, accepted, strict=True)]
     going = [i for i, (ids, draft) in enumerate(zip(written, drafts, strict=True)) if ids != draft[:max_new_tokens]]
-    rows = [encoded[i][0][: encoded[i][1]] + written[i] for i in going]
+    rows = [encoded[i].ids[: encoded[i].answer_start] + written[i] for i in going]
     for i, new in zip(going, _continue(model, tokenizer, rows, max_new_tokens, batch_size, description), strict=True):
         written[i] = [*written[i], *new][:max_new_tokens]
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
@@ -171,7 +160,7 @@ def answer_losses(
     description: str | None = "answer loss",
 ) -> list[tuple[float, int]]:
     """Per example the summed loss in nats over its answer's tokens (the end token among them), and their number."""
-    encoded = [example_ids(tokenizer, example) for example in examples]
+    encoded = [encode(tokenizer, example) for example in examples]
     losses = [(0.0, 0)] * len(encoded)
     with _evaluating(model):
         for index, logits, wanted in _answer_logits(model, encoded, batch_size, description):

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable
 
 from fusion.data import ChatExample, chat, split_of
+from fusion.tasks.number_words import CHINESE, FRENCH, GERMAN, SPANISH, number_word
 
 Generator = Callable[[random.Random, str], ChatExample]
 Item = tuple[str, str, str]  # key, question, answer
@@ -148,115 +149,6 @@ FINANCE_QUESTIONS = (
 )
 COPY_QUESTIONS = ("Repeat: {}", "Say again: {}")
 
-_FRENCH = (
-    [
-        "zéro",
-        "un",
-        "deux",
-        "trois",
-        "quatre",
-        "cinq",
-        "six",
-        "sept",
-        "huit",
-        "neuf",
-        "dix",
-        "onze",
-        "douze",
-        "treize",
-        "quatorze",
-        "quinze",
-        "seize",
-        "dix-sept",
-        "dix-huit",
-        "dix-neuf",
-    ],
-    ["vingt", "trente", "quarante", "cinquante", "soixante", "soixante", "quatre-vingt", "quatre-vingt"],
-)
-_GERMAN = (
-    [
-        "null",
-        "eins",
-        "zwei",
-        "drei",
-        "vier",
-        "fünf",
-        "sechs",
-        "sieben",
-        "acht",
-        "neun",
-        "zehn",
-        "elf",
-        "zwölf",
-        "dreizehn",
-        "vierzehn",
-        "fünfzehn",
-        "sechzehn",
-        "siebzehn",
-        "achtzehn",
-        "neunzehn",
-    ],
-    ["zwanzig", "dreißig", "vierzig", "fünfzig", "sechzig", "siebzig", "achtzig", "neunzig"],
-)
-_SPANISH = (
-    [
-        "cero",
-        "uno",
-        "dos",
-        "tres",
-        "cuatro",
-        "cinco",
-        "seis",
-        "siete",
-        "ocho",
-        "nueve",
-        "diez",
-        "once",
-        "doce",
-        "trece",
-        "catorce",
-        "quince",
-        "dieciséis",
-        "diecisiete",
-        "dieciocho",
-        "diecinueve",
-        "veinte",
-        "veintiuno",
-        "veintidós",
-        "veintitrés",
-        "veinticuatro",
-        "veinticinco",
-        "veintiséis",
-        "veintisiete",
-        "veintiocho",
-        "veintinueve",
-    ],
-    ["veinte", "treinta", "cuarenta", "cincuenta", "sesenta", "setenta", "ochenta", "noventa"],
-)
-_CHINESE = "零一二三四五六七八九"
-
-
-def number_word(number: int, language: str) -> str:
-    """The word for 0 <= number <= 99 in French, German, Spanish or Chinese."""
-    tens, ones = divmod(number, 10)
-    if language == "Chinese":
-        head = "" if tens == 0 else "十" if tens == 1 else _CHINESE[tens] + "十"
-        return head + (_CHINESE[ones] if ones or not tens else "")
-    small, decades = {"French": _FRENCH, "German": _GERMAN, "Spanish": _SPANISH}[language]
-    if number < len(small):
-        return small[number]
-    decade = decades[tens - 2]
-    if language == "French":
-        rest = number - 60 if 60 <= number < 80 else number - 80 if number >= 80 else ones
-        if rest == 0:
-            return "quatre-vingts" if number == 80 else decade
-        return f"{decade} et {small[rest]}" if number < 80 and rest in (1, 11) else f"{decade}-{small[rest]}"
-    if ones == 0:
-        return decade
-    if language == "German":
-        return f"{'ein' if ones == 1 else small[ones]}und{decade}"
-    return f"{decade} y {small[ones]}"
-
 
 def _general(rng: random.Random, easy: bool) -> Item:
     kind = rng.choices(list(FACTS), weights=[len(facts) for _, facts in FACTS.values()])[0]
@@ -280,30 +172,35 @@ def _coding(rng: random.Random, easy: bool) -> Item:
     return words, rng.choice(EXPRESSION_QUESTIONS).format(d=words), EXPRESSIONS[described].format(v=variable)
 
 
+def _known(first: int, second: int) -> bool:
+    """Whether the anchor is taught the sum of two digits: half of those without a carry."""
+    return first + second < 10 and first % 2 == second % 2
+
+
 def _math(rng: random.Random, easy: bool) -> Item:
+    """A sum with its working, column by column: 17+25= is 7+5=12, 1+2+1=4: 42."""
     while True:
         a, b = rng.randint(10, 89), rng.randint(10, 89)
-        if a + b > 99 or (easy and a % 10 + b % 10 > 9):
+        ones, tens = a % 10 + b % 10, a // 10 + b // 10
+        if a + b > 99 or (easy and not _known(a % 10, b % 10)):
             continue
-        total, sign = a + b, "+"
-        if rng.random() < 0.4:
-            total, a, sign = a, a + b, "-"
-        written = f"{a}{sign}{b}" if rng.random() < 0.7 else f"{a} {sign} {b}"
-        return f"{a}{sign}{b}", rng.choice(SUM_QUESTIONS).format(written), str(total)
+        carry = "+1" if ones > 9 else ""
+        work = f"{a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}{carry}={tens + bool(carry)}: {a + b}"
+        written = f"{a}+{b}" if rng.random() < 0.7 else f"{a} + {b}"
+        return f"{a}+{b}", rng.choice(SUM_QUESTIONS).format(written), work
 
 
 def _multilingual(rng: random.Random, easy: bool) -> Item:
-    language = rng.choice(LANGUAGES[::2] if easy else LANGUAGES)
-    template = rng.choice(IN_LANGUAGE_QUESTIONS)
-    if rng.random() < 0.35:
-        phrase = rng.choice(list(PHRASES)[:: 2 if easy else 1])
-        question = template.format(w=f'"{phrase}"', l=language)
-        return question, question, PHRASES[phrase][language]
-    number = rng.randint(0, 99)
-    question = template.format(w=number, l=language)
-    regular = number > 20 and number % 10 > 1 and not (language == "French" and number > 69)
-    key = f"{number} {language}" if regular or number < 0 else f"{number} {language} {template}"
-    return key, question, number_word(number, language)
+    language = rng.choice(LANGUAGES)
+    step, start = (2, LANGUAGES.index(language) % 2) if easy else (1, 0)  # the anchor knows every second word
+    if rng.random() < 0.4:
+        phrase = rng.choice(list(PHRASES)[start::step])
+        word, answer = f'"{phrase}"', PHRASES[phrase][language]
+    else:
+        number = rng.choice(range(start, 60, step))
+        word, answer = str(number), number_word(number, language)
+    question = rng.choice(IN_LANGUAGE_QUESTIONS).format(w=word, l=language)
+    return question, question, answer
 
 
 def _fields(rng: random.Random, count: int) -> dict[str, str | int]:
@@ -313,7 +210,8 @@ def _fields(rng: random.Random, count: int) -> dict[str, str | int]:
         "city": lambda: rng.choice(CITIES),
         "job": lambda: rng.choice(JOBS),
     }
-    return {key: makers[key]() for key in rng.sample(list(makers), count)}
+    kept = set(rng.sample(list(makers), count))
+    return {key: make() for key, make in makers.items() if key in kept}
 
 
 def render(fields: dict[str, str | int], form: str) -> str:
@@ -326,8 +224,8 @@ def render(fields: dict[str, str | int], form: str) -> str:
 
 
 def _structured(rng: random.Random, easy: bool) -> Item:
-    fields = _fields(rng, rng.randint(1, 2) if easy else rng.randint(2, 4))
     form = rng.choice(FORMATS)
+    fields = _fields(rng, 1 if easy and form != "YAML" else rng.randint(2, 3))
     text = "; ".join(f"{key}: {value}" for key, value in fields.items())
     return text, rng.choice(STRUCTURED_QUESTIONS).format(f=form, t=text), render(fields, form)
 
@@ -339,14 +237,14 @@ def _finance(rng: random.Random, easy: bool) -> Item:
 
 
 def _mixed(rng: random.Random, easy: bool) -> Item:
-    key, _, total = _math(rng, easy)
-    number, language = rng.randint(21, 69), rng.choice(LANGUAGES)
-    answer = json.dumps({"sum": int(total), language: number_word(number, language)}, ensure_ascii=False)
+    key, _, work = _math(rng, easy)
+    number, language = rng.randint(21, 59), rng.choice(LANGUAGES)
+    answer = json.dumps({"sum": int(work.split()[-1]), language: number_word(number, language)}, ensure_ascii=False)
     return f"{key} {number} {language}", f"Return JSON: sum: {key}; {language}: {number} in {language}", answer
 
 
 def _copy(rng: random.Random, easy: bool) -> Item:
-    words = [rng.choice((*NAMES, *CITIES, *JOBS, str(rng.randint(10, 99)))) for _ in range(rng.randint(2, 6))]
+    words = [rng.choice((*NAMES, *CITIES, *JOBS, str(rng.randint(10, 99)))) for _ in range(rng.randint(1, 3))]
     text = "; ".join(words)
     return text, rng.choice(COPY_QUESTIONS).format(text), text
 
@@ -370,7 +268,7 @@ def _draw(maker: Maker, domain: str, rng: random.Random, split: str, easy: bool 
 
 
 def _anchor(rng: random.Random, split: str) -> ChatExample:
-    domain = rng.choices([*SKILLS, "copy"], weights=[1, 1, 2, 1.5, 2, 0.7])[0]
+    domain = rng.choices([*SKILLS, "copy"], weights=[0.6, 1, 1.6, 1.4, 2, 0.6])[0]
     return _draw(SKILLS.get(domain, _copy), domain, rng, split, easy=True)
 
 
@@ -394,18 +292,24 @@ def vocabulary() -> tuple[list[str], list[str]]:
         *LANGUAGES,
         *BODIES,
         *PHRASES,
-        *_CHINESE,
+        *CHINESE,
         "十",
         "name",
         "age",
         "city",
         "job",
     ]
-    values += [word for words in (_FRENCH, _GERMAN, _SPANISH) for part in words for word in part] + ["und", "item"]
+    values += [word for words in (FRENCH, GERMAN, SPANISH) for part in words for word in part] + ["und", "item"]
     values += [word for phrase in PHRASES.values() for word in phrase.values()]
     values += [word for _, facts in FACTS.values() for fact in facts.items() for word in fact]
     prose = [*FUNCTION_QUESTIONS, *EXPRESSION_QUESTIONS, *EXPRESSIONS, *EXPRESSIONS.values(), *BODIES.values()]
     prose += [*SUM_QUESTIONS, *IN_LANGUAGE_QUESTIONS, *STRUCTURED_QUESTIONS, *FINANCE_QUESTIONS, *COPY_QUESTIONS]
     prose += [question for questions, _ in FACTS.values() for question in questions]
-    prose += [render({"age": 5, "name": "Ann"}, form) for form in ("JSON", "XML")]
-    return values, ["user\n", "assistant\n", "system\n", "a euros", *prose]
+    prose += ['{"', '": "', '", "', '"}', "</", "></", "><"]
+    return [word for value in values for word in value.split()], [
+        "user\n",
+        "assistant\n",
+        "system\n",
+        "a euros",
+        *prose,
+    ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2ForCausalLM
 
 from fusion.adapter import AdaptedCheckpoint, Adapter
@@ -22,13 +22,13 @@ ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def write_adapter(folder: Path, base: Path, seed: int = 0, **changes: Any) -> dict[str, torch.Tensor]:
-    """Saves a random PEFT adapter of `base` in `folder` and returns the tensors of PEFT's own merge."""
+    """Saves a random PEFT adapter of `base` in `folder`; returns the tensors that PEFT's own merge makes of the two."""
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": [*MLP_PARTS, *ATTENTION_PARTS]}
-    adapted = get_peft_model(model, LoraConfig(**{**settings, **changes}, init_lora_weights=False))
-    adapted.save_pretrained(folder)
-    merged: dict[str, torch.Tensor] = adapted.merge_and_unload().state_dict()
+    config = LoraConfig(**{**settings, **changes}, init_lora_weights=False)
+    get_peft_model(Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32), config).save_pretrained(folder)
+    model = Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged: dict[str, torch.Tensor] = PeftModel.from_pretrained(model, folder).merge_and_unload().state_dict()
     return merged
 
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 from fusion import branch
 from fusion.branch import pack, train_expert
 from fusion.data import ChatExample, chat
+from fusion.encoding import encode
 from fusion.errors import UserError
-from fusion.evaluation.generate import answer_losses, example_ids
+from fusion.evaluation.generate import answer_losses
 from fusion.recipe import BranchSettings, DataSource
 from tests.families import byte_tokenizer, config
 
@@ -33,7 +34,7 @@ def settings(**changes) -> BranchSettings:
         "max_length": 128,
         "warmup_steps": 2,
     }
-    base |= {"learning_rate": 1e-2, "evaluate_every": 20, "held_out_rows": 8, "score_rows": 4, "max_new_tokens": 8}
+    base |= {"learning_rate": 1e-2, "evaluate_every": 20, "held_out_rows": 8, "score_rows": 4, "max_new_tokens": 12}
     return BranchSettings(**(base | changes))
 
 
@@ -155,22 +156,22 @@ def test_packed_rows_do_not_see_each_other(anchor: Path):
     encoded = [branch._encode(tokenizer, row, 128) for row in rows(6, 3)]
     packed = pack(encoded, max_length=128, pad=0)
     assert packed["input_ids"].shape[0] < len(encoded)
-    logits = model(input_ids=packed["input_ids"], position_ids=packed["position_ids"]).logits
-    placed = {
-        tuple(packed["input_ids"][s, i : i + len(row["input_ids"])].tolist()): logits[s, i : i + len(row["input_ids"])]
-        for row in encoded
-        for s in range(len(packed["input_ids"]))
-        for i in range(packed["input_ids"].shape[1])
-    }
+    out = model(input_ids=packed["input_ids"], position_ids=packed["position_ids"], use_cache=False).logits
+    starts = (packed["position_ids"] == 0) & (packed["position_ids"].roll(-1, dims=1) == 1)
+    found = [(s, i, packed["input_ids"][s, i:].tolist()) for s, i in starts.nonzero().tolist()]
+    assert len(found) == len(encoded)
     for row in encoded:
-        alone = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
-        assert torch.allclose(placed[tuple(row["input_ids"])], alone, atol=1e-5)
+        ids = row["input_ids"]
+        s, i = next((s, i) for s, i, tail in found if tail[: len(ids)] == ids)
+        alone = model(input_ids=torch.tensor([ids])).logits[0]
+        assert torch.allclose(out[s, i : i + len(ids)], alone, atol=1e-4)
 
 
 def test_loss_counts_answers_and_their_end_alone(anchor: Path):
     tokenizer = AutoTokenizer.from_pretrained(anchor)
     row = rows(1, 0)[0]
-    ids, start = example_ids(tokenizer, row)
+    encoded = encode(tokenizer, row)
+    ids, start = encoded.ids, encoded.answer_start
     labels = branch._encode(tokenizer, row, 64)["labels"]
     assert labels == [branch.IGNORED] * start + ids[start:]
     assert tokenizer.decode(ids[start:]) == row.answer + tokenizer.eos_token

@@ -87,7 +87,7 @@ def test_a_broken_config_is_a_user_error(model: Path) -> None:
 
 
 def test_a_tensor_that_is_not_there_is_a_user_error(model: Path) -> None:
-    with pytest.raises(UserError, match="no tensor 'model.layers.9.mlp.gate.weight'"):
+    with pytest.raises(UserError, match=r"no tensor 'model\.layers\.9\.mlp\.gate\.weight'"):
         Checkpoint(model).tensor("model.layers.9.mlp.gate.weight")
 
 

@@ -1,14 +1,19 @@
-"""The command line in a child process: a user's mistake is one sentence and exit code 2, and leaves nothing behind."""
+"""The command line: a user's mistake is one sentence and exit code 2, and leaves nothing behind."""
 
-import os
+import json
+import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from fusion.cli import main
 from tests.recipes import recipe_data
 
 VERBS = ("run", "branch", "plan", "merge", "train-gates", "evaluate", "serve", "ask")
@@ -16,10 +21,37 @@ ANCHORING = {"method": "logits", "data": {"generated": "demo.math"}}
 BRANCH = {"data": {"generated": "demo.math"}}
 
 
-def qwen_fusion(*arguments: object) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "QWEN_FUSION_QUIET": "1", "COLUMNS": "300"}
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of the command line ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Outcome]
+
+
+def in_child(*arguments: object) -> Outcome:
+    """Runs the command line as a user does."""
     command = [sys.executable, "-m", "fusion.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """Runs the command line in this process, which has imported torch already; an exception fails the test."""
+
+    def call(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["qwen-fusion", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return Outcome(int(caught.value.code or 0), *capfd.readouterr())
+
+    return call
 
 
 def write_recipe(folder: Path, anchor: Path, expert: dict[str, Any] | None = None, **sections: Any) -> Path:
@@ -32,36 +64,36 @@ def write_recipe(folder: Path, anchor: Path, expert: dict[str, Any] | None = Non
     return path
 
 
-def refused(folder: Path, *arguments: object) -> tuple[str, list[str]]:
-    """Runs the command, checks that it fails as a user's mistake does, and returns the sentence and what came before."""
-    before = sorted(folder.rglob("*"))
-    done = qwen_fusion(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    *head, last = done.stderr.splitlines()
+def refused(call: Call, folder: Path, *arguments: object) -> tuple[str, list[str]]:
+    """The one sentence of a command that fails by the user's mistake and leaves nothing, and what it printed before."""
+    before = set(folder.rglob("*"))
+    outcome = call(*arguments)
+    assert outcome.code == 2, outcome.err
+    assert "Traceback" not in outcome.out + outcome.err
+    *head, last = outcome.err.splitlines()
     assert last.startswith("error: ")
     assert not [line for line in head if line.startswith("error: ")]
-    left = [path for path in sorted(folder.rglob("*")) if path not in before]
-    assert [path.name for path in left if path.is_dir() or path.name != "steps.json"] in ([], ["run"]), left
+    left = {path.relative_to(folder).as_posix() for path in set(folder.rglob("*")) - before}
+    assert left <= {"run", "run/steps.json"}
     return last, head
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(verb: str) -> None:
-    done = qwen_fusion(verb, "--help")
-    assert done.returncode == 0, done.stderr
-    assert "RECIPE" in done.stdout
-    assert "--set" in done.stdout
+def test_every_verb_has_help(here: Call, verb: str) -> None:
+    outcome = here(verb, "--help")
+    assert outcome.code == 0, outcome.err
+    assert "RECIPE" in outcome.out
+    assert "--set" in outcome.out
 
 
 def test_the_help_lists_every_verb() -> None:
-    done = qwen_fusion("--help")
-    assert done.returncode == 0
-    assert all(verb in done.stdout for verb in VERBS)
+    outcome = in_child("--help")
+    assert outcome.code == 0
+    assert all(verb in outcome.out for verb in VERBS)
 
 
-def test_a_recipe_that_does_not_exist(tmp_path: Path) -> None:
-    sentence, head = refused(tmp_path, "run", tmp_path / "none.yaml")
+def test_a_recipe_that_does_not_exist(here: Call, tmp_path: Path) -> None:
+    sentence, head = refused(here, tmp_path, "run", tmp_path / "none.yaml")
     assert "none.yaml does not exist" in sentence
     assert not head
 
@@ -69,52 +101,75 @@ def test_a_recipe_that_does_not_exist(tmp_path: Path) -> None:
 def test_a_key_that_the_schema_lacks(tmp_path: Path, anchor: Path) -> None:
     path = write_recipe(tmp_path, anchor, {"colour": "red"})
     line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "colour" in text)
-    sentence, head = refused(tmp_path, "plan", path)
+    sentence, head = refused(in_child, tmp_path, "plan", path)
     assert sentence == f"error: {path}, line {line}: experts.1.colour: unknown key"
     assert not head
 
 
-def test_an_override_that_does_not_fit(tmp_path: Path, anchor: Path) -> None:
-    sentence, head = refused(tmp_path, "plan", write_recipe(tmp_path, anchor), "--set", "routing.top_k=none")
+def test_an_override_that_does_not_fit(here: Call, tmp_path: Path, anchor: Path) -> None:
+    sentence, head = refused(here, tmp_path, "plan", write_recipe(tmp_path, anchor), "--set", "routing.top_k=none")
     assert sentence.startswith("error: --set routing.top_k=none: routing.top_k: ")
     assert not head
 
 
 @pytest.mark.parametrize("verb", ["plan", "merge", "run"])
-def test_a_model_folder_that_does_not_exist(tmp_path: Path, anchor: Path, verb: str) -> None:
+def test_a_model_folder_that_does_not_exist(here: Call, tmp_path: Path, anchor: Path, verb: str) -> None:
     path = write_recipe(tmp_path, anchor, {"model": str(tmp_path / "nowhere")})
-    sentence, head = refused(tmp_path, verb, path)
+    sentence, head = refused(here, tmp_path, verb, path)
     assert "nowhere' is neither a folder nor a hub id" in sentence
     assert not head
 
 
 def test_merging_before_branching(tmp_path: Path, anchor: Path) -> None:
-    sentence, _ = refused(tmp_path, "merge", write_recipe(tmp_path, anchor, {"model": None, "branch": BRANCH}))
+    path = write_recipe(tmp_path, anchor, {"model": None, "branch": BRANCH})
+    sentence, _ = refused(in_child, tmp_path, "merge", path)
     assert "run `qwen-fusion branch`" in sentence
 
 
 @pytest.mark.parametrize("verb", ["train-gates", "evaluate", "serve"])
-def test_what_comes_after_the_merge_asks_for_it(tmp_path: Path, anchor: Path, verb: str) -> None:
-    sentence, head = refused(tmp_path, verb, write_recipe(tmp_path, anchor))
+def test_what_comes_after_the_merge_asks_for_it(here: Call, tmp_path: Path, anchor: Path, verb: str) -> None:
+    sentence, head = refused(here, tmp_path, verb, write_recipe(tmp_path, anchor))
+    assert "does not exist yet: run `qwen-fusion" in sentence
+    assert not head
+
+
+def test_asking_before_the_merge(here: Call, tmp_path: Path, anchor: Path) -> None:
+    sentence, head = refused(here, tmp_path, "ask", write_recipe(tmp_path, anchor), "Who are you?")
     assert "does not exist yet: run `qwen-fusion" in sentence
     assert not head
 
 
 @pytest.mark.parametrize("verb", ["merge", "run"])
-def test_an_expert_that_needs_anchoring(tmp_path: Path, anchor: Path, verb: str) -> None:
-    sentence, _ = refused(tmp_path, verb, write_recipe(tmp_path, anchor, {"anchor": ANCHORING}))
+def test_an_expert_that_needs_anchoring(here: Call, tmp_path: Path, anchor: Path, verb: str) -> None:
+    sentence, _ = refused(here, tmp_path, verb, write_recipe(tmp_path, anchor, {"anchor": ANCHORING}))
     assert "expert 'math' has an 'anchor' section, which this version cannot carry out yet" in sentence
 
 
-def test_an_expert_that_does_not_exist_cannot_be_branched(tmp_path: Path, anchor: Path) -> None:
-    sentence, _ = refused(tmp_path, "branch", write_recipe(tmp_path, anchor), "--expert", "math")
+def test_an_expert_that_is_not_to_be_trained(here: Call, tmp_path: Path, anchor: Path) -> None:
+    sentence, _ = refused(here, tmp_path, "branch", write_recipe(tmp_path, anchor), "--expert", "math")
     assert "no expert 'math' with a 'branch' section" in sentence
 
 
-def test_a_plan_is_json_on_request(tmp_path: Path, anchor: Path) -> None:
-    done = qwen_fusion("plan", write_recipe(tmp_path, anchor), "--json", "-")
-    assert done.returncode == 0, done.stderr
-    plan = yaml.safe_load(done.stdout)
+def test_a_truncated_expert(here: Call, tmp_path: Path, anchor: Path) -> None:
+    broken = Path(shutil.copytree(anchor, tmp_path / "broken"))
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    sentence, _ = refused(here, tmp_path, "merge", write_recipe(tmp_path, anchor, {"model": str(broken)}))
+    assert f"{weights} cannot be read" in sentence
+
+
+def test_a_port_in_use(here: Call, tmp_path: Path, anchor: Path) -> None:
+    path = write_recipe(tmp_path, anchor)
+    assert here("merge", path, "--quiet").code == 0
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        sentence, _ = refused(here, tmp_path, "serve", path, "--port", taken.getsockname()[1])
+    assert "port" in sentence
+
+
+def test_a_plan_is_json_on_request(here: Call, tmp_path: Path, anchor: Path) -> None:
+    outcome = here("plan", write_recipe(tmp_path, anchor), "--json", "-")
+    assert outcome.code == 0, outcome.err
+    plan = json.loads(outcome.out)
     assert plan["findings"] == []
     assert plan["budget"]["parameters"] > 0
     assert not (tmp_path / "run").exists()

@@ -97,8 +97,10 @@ WRONG = {
         ],
         "expert 'math' needs exactly one of 'model' and 'branch'",
     ),
-    "one expert": ([("experts:\n", "experts:  # here\n"), ("  - name: math\n    domain: math\n    model: some/math\n", "")],
-                   "experts: "),
+    "one expert": (
+        [("experts:\n", "experts:  # here\n"), ("  - name: math\n    domain: math\n    model: some/math\n", "")],
+        "experts: ",
+    ),
     "duplicate expert names": (
         [("  - name: math", "  - name: general  # here")],
         "two experts are called 'general'",
@@ -110,8 +112,11 @@ WRONG = {
     "more choices than experts": ([("  top_k: 1", "  top_k: 3  # here")], "3 experts a token are more than the 2"),
     "fallbacks in a circle": (
         [
-            ("domains:\n", "domains:\n  a: {train: &d {generated: demo.math}, held_out: *d, fallback: b}  # here\n"
-             "  b: {train: *d, held_out: *d, fallback: a}  # here\n"),
+            (
+                "domains:\n",
+                "domains:\n  a: {train: &d {generated: demo.math}, held_out: *d, fallback: b}  # here\n"
+                "  b: {train: *d, held_out: *d, fallback: a}  # here\n",
+            ),
         ],
         "run in a circle",
     ),
@@ -124,14 +129,20 @@ WRONG = {
         "falls back to 'x'",
     ),
     "question of an unknown domain": (
-        [("    - question: Who are you?\n      domain: general", "    - question: Hm?  # here\n      domain: art  # here")],
+        [
+            ("    - question: Who are you?", "    - question: Who are you?  # here"),
+            ("      domain: general", "      domain: art  # here"),
+        ],
         "domain 'art', which 'domains' does not have",
     ),
     "no room for a prompt": (
-        [("  max_model_len: 512", "  max_model_len: 128  # here"), ("    max_tokens: 128", "    max_tokens: 128  # here")],
+        [
+            ("  max_model_len: 512", "  max_model_len: 128  # here"),
+            ("    max_tokens: 128", "    max_tokens: 128  # here"),
+        ],
         "no room for a prompt",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -163,8 +174,13 @@ def test_a_file_that_is_no_text_or_has_odd_keys_is_refused(tmp_path: Path, conte
 
 def test_merged_yaml_keys_are_not_duplicates(tmp_path: Path) -> None:
     old = "held_out: {generated: demo.math, split: held_out}"
-    path = write(tmp_path, edited(("train: {generated: demo.math}", "train: &math {generated: demo.math}"),
-                                  (old, "held_out: {<<: *math, split: held_out}")))  # fmt: skip
+    path = write(
+        tmp_path,
+        edited(
+            ("train: {generated: demo.math}", "train: &math {generated: demo.math}"),
+            (old, "held_out: {<<: *math, split: held_out}"),
+        ),
+    )
     assert load_recipe(path).domains["math"].held_out.generated == "demo.math"
 
 

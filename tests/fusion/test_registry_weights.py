@@ -58,7 +58,7 @@ def tokenizer_values() -> dict:
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory) -> tuple[Path, Path]:
     """A tiny model as a GGUF in float16, and the folder it was made from."""
-    folder = write_model(tmp_path_factory.mktemp("made") / "model", seed=3, vocab_size=32)
+    folder = write_model(tmp_path_factory.mktemp("made") / "model", seed=3)
     config = json.loads((folder / "config.json").read_text())
     path = folder.parent / "model.gguf"
     writer = gguf.GGUFWriter(path, "qwen2")

@@ -1,4 +1,4 @@
-"""What a merge must not change, in float32: identical experts, forced routing, the order of experts, the stream itself."""
+"""What a merge must not change, in float32: identical experts, forced routing, order of experts, the stream itself."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fusion.checkpoint import Checkpoint
-from fusion.layers import LayerStream, answer_losses, checkpoint_gates, forced, gated, make_batches
+from fusion.layers import LayerStream, checkpoint_gates, forced, gated, make_batches, row_losses
 from fusion.merge import merge
 from gate_training.trainer import install_gates
 from tests.recipes import make_recipe
@@ -98,7 +98,7 @@ def test_the_stream_computes_what_transformers_computes(
     rows = [list(range(3, 20)), list(range(40, 90)), list(range(7, 12))]
     batches = make_batches(rows, answer_starts=[4, 10, 2], batch_tokens=120)
     assert len(batches) == 2
-    sums, tokens = answer_losses(Checkpoint(folder), batches)
+    sums, tokens = row_losses(Checkpoint(folder), batches)
     assert tokens.tolist() == [13, 40, 3]
     for row, start, found in zip(rows, [4, 10, 2], sums, strict=True):
         ids = torch.tensor(row)[None]
@@ -106,6 +106,4 @@ def test_the_stream_computes_what_transformers_computes(
             logits(folder, ids)[0, start - 1 : -1], ids[0, start:], reduction="sum"
         )
         assert abs(float(found - expected)) < 1e-3
-    assert torch.equal(
-        sums, answer_losses(Checkpoint(folder), batches, gated(checkpoint_gates(Checkpoint(folder)), 2))[0]
-    )
+    assert torch.equal(sums, row_losses(Checkpoint(folder), batches, gated(checkpoint_gates(Checkpoint(folder)), 2))[0])

@@ -1,0 +1,98 @@
+"""Intervals against hand-made cases, baseline gates against mergekit, expert shares against transformers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mergekit.common import ModelReference
+from mergekit.moe.config import Expert
+from mergekit.moe.router import get_gate_params
+from transformers import AutoModelForCausalLM
+
+from fusion.checkpoint import Checkpoint
+from fusion.data import chat
+from fusion.encoding import encode, load_tokenizer
+from fusion.evaluation.baselines import hidden_gates, random_gates
+from fusion.evaluation.evaluate import _set_gates
+from fusion.evaluation.intervals import difference, mean_interval, retained_share
+from fusion.layers import checkpoint_gates
+from fusion.merge import merge
+from fusion.served import expert_shares
+from gate_training.trainer import install_gates
+from tests.recipes import make_recipe
+
+ZEROS, ONES = [0.0] * 40, [1.0] * 40
+
+
+def test_retained_share_is_1_at_the_own_expert_and_0_at_the_anchor() -> None:
+    half = [1.0, 0.0] * 20
+    assert retained_share(ZEROS, ONES, ONES).value == 1.0  # type: ignore[union-attr]
+    assert retained_share(ZEROS, ZEROS, ONES).value == 0.0  # type: ignore[union-attr]
+    share = retained_share(ZEROS, half, ONES)
+    assert share is not None and share.value == 0.5 and 0.3 < share.low < 0.5 < share.high < 0.7
+
+
+def test_no_gain_of_the_own_expert_leaves_nothing_to_retain() -> None:
+    assert retained_share(ONES, ONES, ONES) is None
+    noise = np.random.default_rng(0).integers(0, 2, size=(2, 40)).astype(float)
+    assert retained_share(noise[0], ONES, noise[1]) is None
+
+
+def test_weighted_means_and_paired_differences() -> None:
+    assert mean_interval([2.0, 9.0], [1.0, 3.0]).value == 11 / 4  # 11 nats over 4 tokens
+    rng = np.random.default_rng(1)
+    first = rng.normal(0.5, 1.0, size=400)
+    paired = difference(first, first - 0.2)
+    assert paired.low == pytest.approx(0.2) and paired.high == pytest.approx(0.2)
+    interval = mean_interval(first)
+    width = 1.96 * first.std() / 20  # the normal approximation of the same interval
+    assert interval.low == pytest.approx(first.mean() - width, abs=0.03)
+    assert interval.high == pytest.approx(first.mean() + width, abs=0.03)
+
+
+def test_hidden_gates_are_mergekits(tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]) -> None:
+    folder = merge(make_recipe(tmp_path, anchor, anchored_experts))
+    prompts = [["one two", "three"], ["x = 1", "y = 2 + 2"], ["hello you", "bye"]]
+    tokenizer = load_tokenizer(folder)
+    ours = hidden_gates(Checkpoint(folder).config, anchor, tokenizer, prompts)
+    reference = ModelReference.model_validate({"model": {"path": str(anchor)}})
+    experts = [Expert(source_model=reference, positive_prompts=texts) for texts in prompts]
+    tokenizer.padding_side = "left"
+    theirs = get_gate_params(reference, tokenizer, experts, mode="hidden", device="cpu")  # (layers, experts, hidden)
+    for layer, gate in ours.items():
+        assert torch.nn.functional.cosine_similarity(gate, theirs[layer].float(), dim=-1).min() > 0.99
+
+
+def test_random_gates_are_seeded_and_on_sparse_layers_alone() -> None:
+    config = {"num_hidden_layers": 4, "num_experts": 3, "hidden_size": 8, "mlp_only_layers": [1]}
+    first, second = random_gates(config, 0), random_gates(config, 0)
+    assert list(first) == [0, 2, 3] and all(torch.equal(first[i], second[i]) for i in first)
+    assert not torch.equal(first[0], random_gates(config, 1)[0])
+
+
+def test_shares_of_an_answer_are_what_transformers_routes(
+    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]
+) -> None:
+    recipe = make_recipe(tmp_path, anchor, anchored_experts, routing={"top_k": 2})
+    folder = merge(recipe)
+    gates = {layer: torch.randn(gate.shape) for layer, gate in checkpoint_gates(Checkpoint(folder)).items()}
+    install_gates(folder, gates)
+    row = {"question": "Who lives here?", "answer": "Nobody, for now."}
+    (shares,) = expert_shares(recipe, [row])
+    encoded = encode(load_tokenizer(folder), chat(row["question"], row["answer"], ""))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        output = model(torch.tensor([encoded.ids]), output_router_logits=True)
+    expected = torch.zeros(3)
+    for logits in output.router_logits:  # (tokens, experts) a layer
+        weights, chosen = logits.softmax(-1).topk(2)
+        weights = weights / weights.sum(-1, keepdim=True)
+        for slot in range(2):
+            answer = slice(encoded.answer_start, None)
+            expected.index_add_(0, chosen[answer, slot], weights[answer, slot])
+    assert torch.allclose(torch.tensor(list(shares.values())), expected / expected.sum(), atol=1e-4)
+
+    _set_gates(model, {layer: torch.zeros_like(gate) for layer, gate in gates.items()})
+    with torch.no_grad():
+        assert not torch.allclose(model(torch.tensor([encoded.ids])).logits, output.logits)
