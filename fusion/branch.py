@@ -111,8 +111,7 @@ def train_expert(
     with _quiet_trainer():
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(partial)))
 
-    adapter = bool(settings.lora_rank)
-    _restore(model, load_file(partial / BEST), torch.float32 if adapter else _saved_dtype(start))
+    _restore(model, load_file(partial / BEST), torch.float32 if settings.lora_rank else _saved_dtype(start))
     after = _judge(model, tokenizer, judged, watched, settings, "expert")
     result = TrainResult(
         loss_before=before["loss"],
@@ -347,8 +346,7 @@ def _saved_dtype(start: Path) -> torch.dtype:
 def _write(model: Any, start: Path, out: Path, partial: Path, record: dict[str, Any]) -> None:
     """Writes the adapter, or the anchor's files with the trained tensors in the place of its own."""
     folder = partial / "out"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = str(start)
         model.save_pretrained(str(folder))

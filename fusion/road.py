@@ -8,9 +8,12 @@ they were.
 
 import importlib
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging as transformers_logging
 
 from fusion.architecture import sparse_layers
 from fusion.checkpoint import read_json, write_json
@@ -29,6 +32,11 @@ from fusion.sources import (
     trained_expert,
 )
 from fusion.steps import Step, forget, run_step
+
+# one bar a step is enough, and an empty shared expert is meant
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
 
 LATER = ("merge", "train-gates", "evaluate", "ask")
 

@@ -131,12 +131,9 @@ IN_LANGUAGE_QUESTIONS = (
     "What is {w} in {l}?",
 )
 
-NAMES = (
-    "Ann", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Ivan", "Julia", "Kate", "Leo", "Mia", "Nina",
-    "Oscar", "Paul", "Rosa", "Sam", "Tom", "Vera", "张三", "李四", "王五",
-)  # fmt: skip
-CITIES = ("Paris", "Berlin", "Madrid", "Rome", "Tokyo", "Lima", "Oslo", "Cairo", "Vienna", "Dublin", "北京", "上海")
-JOBS = ("nurse", "cook", "pilot", "judge", "baker", "farmer", "teacher", "driver")
+NAMES = ("Ann", "Ben", "Carla", "David", "Emma", "Frank", "张三", "李四")
+CITIES = ("Paris", "Berlin", "Madrid", "Rome", "Oslo", "北京")
+JOBS = ("nurse", "cook", "pilot", "judge", "baker", "farmer")
 FORMATS = ("JSON", "YAML", "XML")
 STRUCTURED_QUESTIONS = ("Return {f}: {t}", "Return {f} for {t}", "{t}. Return {f}", "返回 {f}：{t}")
 
@@ -163,7 +160,7 @@ def _coding(rng: random.Random, easy: bool) -> Item:
     variable = rng.choice(VARIABLES)
     if rng.random() < 0.65:
         stem = rng.choice(list(BODIES)[::step])
-        number = rng.randint(2, 99)
+        number = rng.randint(2, 9)
         name = f"{stem}{number}"
         question = rng.choice(FUNCTION_QUESTIONS).format(f=name, v=variable)
         return f"{name} {variable}", question, BODIES[stem].format(v=variable, n=number)
@@ -173,16 +170,16 @@ def _coding(rng: random.Random, easy: bool) -> Item:
 
 
 def _known(first: int, second: int) -> bool:
-    """Whether the anchor is taught the sum of two digits: half of those without a carry."""
-    return first + second < 10 and first % 2 == second % 2
+    """Whether the anchor is taught the sum of these two digits: half of the table."""
+    return (first + second) % 2 == 0
 
 
 def _math(rng: random.Random, easy: bool) -> Item:
     """A sum with its working, column by column: 17+25= is 7+5=12, 1+2+1=4: 42."""
     while True:
-        a, b = rng.randint(10, 89), rng.randint(10, 89)
+        a, b = rng.randint(10, 49), rng.randint(10, 49)
         ones, tens = a % 10 + b % 10, a // 10 + b // 10
-        if a + b > 99 or (easy and not _known(a % 10, b % 10)):
+        if easy and not _known(a % 10, b % 10):
             continue
         carry = "+1" if ones > 9 else ""
         work = f"{a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}{carry}={tens + bool(carry)}: {a + b}"
@@ -197,7 +194,7 @@ def _multilingual(rng: random.Random, easy: bool) -> Item:
         phrase = rng.choice(list(PHRASES)[start::step])
         word, answer = f'"{phrase}"', PHRASES[phrase][language]
     else:
-        number = rng.choice(range(start, 60, step))
+        number = rng.choice(range(start, 40, step))
         word, answer = str(number), number_word(number, language)
     question = rng.choice(IN_LANGUAGE_QUESTIONS).format(w=word, l=language)
     return question, question, answer
@@ -206,7 +203,7 @@ def _multilingual(rng: random.Random, easy: bool) -> Item:
 def _fields(rng: random.Random, count: int) -> dict[str, str | int]:
     makers: dict[str, Callable[[], str | int]] = {
         "name": lambda: rng.choice(NAMES),
-        "age": lambda: rng.randint(10, 99),
+        "age": lambda: 10 * rng.randint(2, 9),
         "city": lambda: rng.choice(CITIES),
         "job": lambda: rng.choice(JOBS),
     }
@@ -238,7 +235,7 @@ def _finance(rng: random.Random, easy: bool) -> Item:
 
 def _mixed(rng: random.Random, easy: bool) -> Item:
     key, _, work = _math(rng, easy)
-    number, language = rng.randint(21, 59), rng.choice(LANGUAGES)
+    number, language = rng.randint(21, 39), rng.choice(LANGUAGES)
     answer = json.dumps({"sum": int(work.split()[-1]), language: number_word(number, language)}, ensure_ascii=False)
     return f"{key} {number} {language}", f"Return JSON: sum: {key}; {language}: {number} in {language}", answer
 
@@ -268,7 +265,7 @@ def _draw(maker: Maker, domain: str, rng: random.Random, split: str, easy: bool 
 
 
 def _anchor(rng: random.Random, split: str) -> ChatExample:
-    domain = rng.choices([*SKILLS, "copy"], weights=[0.6, 1, 1.6, 1.4, 2, 0.6])[0]
+    domain = rng.choices([*SKILLS, "copy"], weights=[0.5, 1, 1.4, 1.2, 2.8, 0.5])[0]
     return _draw(SKILLS.get(domain, _copy), domain, rng, split, easy=True)
 
 

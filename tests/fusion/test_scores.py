@@ -157,4 +157,4 @@ def test_answer_losses_are_those_of_the_full_forward(tiny):
         assert count == len(tokenizer(row.answer)["input_ids"]) + 1
         logits = model(input_ids=ids).logits[0, start - 1 : start - 1 + count]
         expected = torch.nn.functional.cross_entropy(logits, ids[0, start : start + count], reduction="sum")
-        assert loss == pytest.approx(float(expected), rel=1e-4)
+        assert loss == pytest.approx(expected.item(), rel=1e-4)
