@@ -8,7 +8,7 @@ PYTHON  ?= python3
 UV      := $(shell command -v uv 2>/dev/null || echo $(BIN)/uv)
 GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 # a CPU build of torch: from a folder of wheels where PIP_FIND_LINKS names one, otherwise from PyTorch's own index
-WHEELS  := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",--torch-backend cpu)
+WHEELS  := $(if $(PIP_FIND_LINKS),$(foreach place,$(PIP_FIND_LINKS),--find-links "$(place)"),--torch-backend cpu)
 ifeq ($(GPU),yes)
 INSTALL := $(UV) pip install -q --python $(BIN)/python -c constraints.txt --torch-backend auto -e ".[gpu,registry-weights,dev]"
 else
@@ -16,7 +16,7 @@ INSTALL := $(UV) pip install -q --python $(BIN)/python -c constraints.txt --over
            -e ".[cpu,registry-weights,dev]"
 endif
 
-.PHONY: help setup demo demo-real test check format constraints clean
+.PHONY: help setup demo demo-real test check format bench constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,7 +25,7 @@ setup: $(VENV)/.installed  ## install everything into .venv (vLLM's CUDA build w
 
 $(VENV)/.installed: pyproject.toml constraints.txt constraints.cpu-overrides.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	command -v $(UV) >/dev/null || $(BIN)/python -m pip install -q uv
+	command -v $(UV) >/dev/null || $(BIN)/python -m pip install -q uv==0.13.9
 	$(INSTALL)
 	touch $@
 
@@ -46,6 +46,9 @@ check: setup  ## lint, format and types
 format: setup  ## mend what lint and format can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: setup  ## gate training against a plain forward pass, on the demo's model (after make demo)
+	QWEN_FUSION_QUIET=1 $(BIN)/python -m gate_training.bench configs/demo.yaml
 
 constraints: setup  ## resolve constraints.txt anew, one set of versions for CPU and GPU
 	sh .ci/constraints.sh $(UV)

@@ -93,13 +93,14 @@ def fused_config(
     """The Qwen2MoeForCausalLM config of `experts` copies of the anchor's MLP, rope in both spellings."""
     layers = anchor["num_hidden_layers"]
     sparse = sparse_layers(layers, moe_layers)
-    theta = rope_theta(anchor)
+    theta, scaling = rope_theta(anchor), rope_scaling(anchor)
     config = {key: anchor[key] for key in _KEPT if key in anchor}
     config.update(
         architectures=["Qwen2MoeForCausalLM"],
         model_type="qwen2_moe",
         rope_theta=theta,
-        rope_parameters=rope_scaling(anchor) or {"rope_type": "default", "rope_theta": theta},
+        rope_parameters={"rope_type": "default", **(scaling or {}), "rope_theta": theta},
+        **({"rope_scaling": scaling} if scaling else {}),
         use_sliding_window=False,
         sliding_window=None,
         num_experts=experts,

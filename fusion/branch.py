@@ -29,7 +29,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from fusion.architecture import MLP_PARTS
@@ -39,7 +38,7 @@ from fusion.encoding import encode
 from fusion.errors import UserError
 from fusion.evaluation.generate import answer_losses, score_examples
 from fusion.hardware import compute_dtype
-from fusion.progress import progress_bar
+from fusion.progress import console, progress_bar
 from fusion.recipe import BranchSettings
 
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -85,9 +84,7 @@ def train_expert(
     decisive = settings.model_copy(update={"allow_no_gain": False})
     _claim(partial, _fingerprint(start, train, held_out, general, decisive, layers))
     tokenizer = AutoTokenizer.from_pretrained(start)
-    rows = [_encode(tokenizer, example, settings.max_length) for example in _mixed(train, general, settings)]
-    if not rows:
-        raise UserError(f"expert {out.name} has no rows to train on: check branch.data and branch.rows")
+    rows = _fitting(tokenizer, _mixed(train, general, settings), settings.max_length)
     model = _trainable_model(start, settings, layers)
     judged, watched = held_out[: settings.score_rows], held_out[: settings.held_out_rows]
 
@@ -109,7 +106,7 @@ def train_expert(
     progress.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     with _quiet_trainer():
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(partial)))
+        trainer.train(resume_from_checkpoint=_last_checkpoint(partial))
 
     _restore(model, load_file(partial / BEST), torch.float32 if settings.lora_rank else _saved_dtype(start))
     after = _judge(model, tokenizer, judged, watched, settings, "expert")
@@ -164,14 +161,33 @@ def pack(rows: Sequence[dict[str, Any]], max_length: int, pad: int) -> dict[str,
     }
 
 
-def _encode(tokenizer: Any, example: ChatExample, max_length: int) -> dict[str, Any]:
+def _last_checkpoint(partial: Path) -> str | None:
+    """The newest complete checkpoint (its trainer_state.json is written last); half-written ones are removed."""
+    found = sorted(partial.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    complete = [path for path in found if (path / "trainer_state.json").is_file()]
+    for path in found:
+        if path not in complete:
+            shutil.rmtree(path)
+    return str(complete[-1]) if complete else None
+
+
+def _encode(tokenizer: Any, example: ChatExample) -> dict[str, Any]:
     row = encode(tokenizer, example)
-    if len(row.ids) > max_length:
-        raise UserError(
-            f"a training row of domain '{example.domain}' has {len(row.ids)} tokens, over branch.max_length "
-            f"{max_length} ('{example.question[:40]}...'): raise it or shorten the row"
-        )
     return {"input_ids": row.ids, "labels": [IGNORED] * row.answer_start + row.ids[row.answer_start :]}
+
+
+def _fitting(tokenizer: Any, examples: Sequence[ChatExample], max_length: int) -> list[dict[str, Any]]:
+    """The rows of at most `max_length` tokens; says how many were left out. UserError where that is most of them."""
+    rows = [_encode(tokenizer, example) for example in examples]
+    kept = [row for row in rows if len(row["input_ids"]) <= max_length]
+    if 2 * len(kept) < len(rows) or not kept:
+        raise UserError(
+            f"{len(kept)} of {len(rows)} training rows have at most branch.max_length {max_length} tokens: "
+            "raise it, or give other data"
+        )
+    if len(kept) < len(rows):
+        console.print(f"  {len(rows) - len(kept)} rows over branch.max_length {max_length} left out", highlight=False)
+    return kept
 
 
 def _mixed(train: Sequence[ChatExample], general: Sequence[ChatExample], settings: BranchSettings) -> list[ChatExample]:

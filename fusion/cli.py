@@ -37,7 +37,7 @@ def _load(path: Path, overrides: list[str] | None, quiet: bool = False) -> Recip
 
 
 def _print_json(value: object, target: str) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     if target == "-":
         sys.stdout.write(text + "\n")
     else:

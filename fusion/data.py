@@ -78,13 +78,37 @@ def load_examples(source: DataSource, domain: str, count: int | None = None, see
     return rows
 
 
-def _generated(name: str, split: str, count: int, seed: int) -> list[ChatExample]:
+def generator_of(name: str) -> Generator:
+    """The generator of a task written MODULE.TASK. Raises UserError where there is none."""
     module_name, _, task = name.partition(".")
     try:
         generators: dict[str, Generator] = importlib.import_module(f"fusion.tasks.{module_name}").GENERATORS
-        generator = generators[task]
+        return generators[task]
     except (ImportError, AttributeError, KeyError) as error:
         raise UserError(f"no generated task '{name}': use one of fusion/tasks, written MODULE.TASK") from error
+
+
+def source_files(source: DataSource) -> list[Path]:
+    """The files that decide what `source` gives: local rows, or the code of the generated tasks.
+
+    Raises UserError where the task or the file does not exist.
+    """
+    if source.generated:
+        generator_of(source.generated)
+        return sorted((Path(__file__).parent / "tasks").glob("*.py"))
+    if source.path:
+        return [_existing(Path(source.path).expanduser())]
+    return []
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"data file {path} does not exist: correct its path in the recipe or create the file")
+    return path
+
+
+def _generated(name: str, split: str, count: int, seed: int) -> list[ChatExample]:
+    generator = generator_of(name)
     rng = random.Random(f"{name}/{split}/{seed}")
     rows: list[ChatExample] = []
     seen: set[tuple[str, ...]] = set()
@@ -100,10 +124,8 @@ def _generated(name: str, split: str, count: int, seed: int) -> list[ChatExample
 
 
 def _local(path: Path, source: DataSource, domain: str) -> list[ChatExample]:
-    if not path.is_file():
-        raise UserError(f"data file {path} of domain '{domain}' does not exist: correct data.path or create the file")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_existing(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -122,7 +144,12 @@ def _hub(source: DataSource, domain: str) -> list[ChatExample]:
         table = datasets.load_dataset(source.hub, source.config, split=source.split, trust_remote_code=False)
     except Exception as error:  # every hub failure is a user's to mend: name, network, licence gate
         raise UserError(f"data set '{source.hub}' of domain '{domain}' cannot be loaded: {error}") from error
-    return [_row(dict(row), source, domain) for row in table]
+    try:
+        return [_row(dict(row), source, domain) for row in table]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"data set '{source.hub}' of domain '{domain}' has other columns than the recipe says: {error}"
+        ) from error
 
 
 def _row(row: dict[str, Any], source: DataSource, domain: str) -> ChatExample:

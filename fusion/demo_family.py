@@ -23,7 +23,7 @@ from fusion.checkpoint import put_in_place
 from fusion.data import load_examples
 from fusion.encoding import encode
 from fusion.progress import progress_bar
-from fusion.recipe import PretrainSettings
+from fusion.recipe import DEMO_ROPE_THETA, PretrainSettings
 from fusion.tasks.demo import vocabulary
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -87,7 +87,7 @@ def anchor_config(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast
         num_attention_heads=settings.num_attention_heads,
         num_key_value_heads=settings.num_key_value_heads,
         max_position_embeddings=settings.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        rope_parameters={"rope_type": "default", "rope_theta": DEMO_ROPE_THETA},
         tie_word_embeddings=True,
         initializer_range=0.04,
         dtype="float32",

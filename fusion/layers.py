@@ -5,7 +5,7 @@
         layer.attend()                                   # attention half; the states are now the MLP's residual
         for batch in batches:
             x = layer.gate_input(batch)                  # (tokens, hidden): what the gate of this layer sees
-        layer.mix(routes.checkpoint_gates)               # MLP half, each token through the experts its route picks
+        layer.mix(gated(gates, top_k))                   # MLP half, each token through the experts its route picks
     losses = stream.token_losses()
 
 Everything that looks inside a model passes through here: gate training, label-forced evaluation, drift, explanations.
@@ -263,27 +263,36 @@ class LayerStream:
             layer.attend()
             layer.mix(watched(layer))
 
-    @torch.no_grad()
-    def token_losses(self) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """After the last layer: each batch with the loss of predicting each token, `(rows, length)` nats.
-
-        The first token's is 0, as nothing predicts it, and so is padding's. Logits exist for one row at a time.
-        """
-        norm = self.checkpoint.tensor("model.norm.weight").to(self.device, self.dtype)
+    def _final(self) -> tuple[Qwen2RMSNorm, torch.Tensor]:
+        """The norm after the last layer, and the head `(vocabulary, hidden)`, tied or not."""
+        norm = Qwen2RMSNorm(self.hidden, eps=self.eps).to(self.device)
+        weight = self.checkpoint.tensor("model.norm.weight").to(self.device, self.dtype)
+        norm.load_state_dict({"weight": weight}, assign=True)
         tied = "lm_head.weight" not in self.checkpoint
         head = self.checkpoint.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
-        head = head.to(self.device, self.dtype)
-        final = Qwen2RMSNorm(self.hidden, eps=self.eps).to(self.device)
-        final.load_state_dict({"weight": norm}, assign=True)
+        return norm, head.to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def logits(self) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """After the last layer: each batch with its logits `(rows, length, vocabulary)`; for short texts."""
+        norm, head = self._final()
+        for batch in self.batches:
+            yield batch, F.linear(norm(self.load(batch)), head)
+
+    @torch.no_grad()
+    def token_losses(self) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """After the last layer: each batch with the loss of predicting each answer token, `(rows, length)` nats.
+
+        What is no answer has 0, and so has a first token, as nothing predicts it. Logits exist for one row at a time.
+        """
+        norm, head = self._final()
         for batch in self.progress("head"):
-            states = final(self.load(batch))
+            states = norm(self.load(batch))
             losses = torch.zeros(batch.ids.shape)
             for row in range(batch.ids.shape[0]):
                 count = int(batch.real[row].sum())
                 wanted = batch.answer[row, 1:count]  # (length - 1,) which next tokens count
-                logits = F.linear(
-                    states[row, : count - 1][wanted.to(states.device)], head
-                )  # (answer tokens, vocabulary)
+                logits = F.linear(states[row, : count - 1][wanted.to(states.device)], head)  # (answers, vocabulary)
                 target = batch.ids[row, 1:count][wanted].to(logits.device)
                 losses[row, 1:count][wanted] = F.cross_entropy(logits.float(), target, reduction="none").cpu()
             yield batch, losses

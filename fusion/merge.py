@@ -225,6 +225,8 @@ def merge(recipe: Recipe, out: Path | None = None, shard_bytes: int = 2 * 2**30)
         manifest = _manifest(recipe, experts, architecture.differing, aside)
         write_json(aside / MANIFEST, manifest)
         (aside / "README.md").write_text(model_card(recipe, manifest), encoding="utf-8")
+        plain = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        (aside / "recipe.yaml").write_text(plain, encoding="utf-8")
         dump = yaml.safe_dump(_with_folders(config, references), sort_keys=False, allow_unicode=True)
         (aside / "mergekit_moe_config.yml").write_text(dump, encoding="utf-8")
     return out

@@ -17,7 +17,7 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
         f"# {recipe.name}",
         "",
         f"One `Qwen2MoeForCausalLM` with {len(recipe.experts)} routed experts, {recipe.routing.top_k} per token, on "
-        f" the shared parts (attention, norms, embeddings, head) of {manifest['anchor']}.",
+        f"the shared parts (attention, norms, embeddings, head) of {manifest['anchor']}.",
         "",
         "| expert | domain | made from | adapter | licence | shared parts | sha256 of its first shard |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fusion.errors import UserError
 
+DEMO_ROPE_THETA = 1e4  # of a pretrained anchor: its sequences are short
 NAME = r"^[a-z0-9][a-z0-9_-]*$"
 
 
@@ -33,7 +34,7 @@ class Section(BaseModel):
 
 
 class DataSource(Section):
-    """Where chat rows come from: exactly one of `generated`, `path` and `hub`."""
+    """Where chat rows come from: a generated task, or a hub data set, or a file (which stands in for `hub` if both)."""
 
     generated: str | None = None  # MODULE.TASK of fusion/tasks
     path: str | None = None  # JSON lines: {"messages": [...]} or the two columns below
@@ -50,8 +51,8 @@ class DataSource(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSource":
-        if sum(bool(value) for value in (self.generated, self.path, self.hub)) != 1:
-            raise ValueError("name exactly one of 'generated', 'path' and 'hub'")
+        if bool(self.generated) == bool(self.path or self.hub):
+            raise ValueError("name a 'generated' task, or a 'hub' data set or a file's 'path'")
         return self
 
     def describe(self) -> str:

@@ -6,7 +6,6 @@ Each function carries out one step and records it; `run` calls them all, and eac
 they were.
 """
 
-import importlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from fusion.architecture import sparse_layers
 from fusion.checkpoint import read_json, write_json
-from fusion.data import ChatExample, load_examples
+from fusion.data import ChatExample, load_examples, source_files
 from fusion.errors import UserError
 from fusion.plan.budget import budget
 from fusion.plan.preflight import check, describe_anchor, raise_on_error
@@ -58,6 +57,8 @@ def branch(recipe: Recipe, only: str | None = None, force: bool = False) -> None
     experts = [expert for expert in recipe.experts if expert.branch and only in (None, expert.name)]
     if only is not None and not experts:
         raise UserError(f"the recipe has no expert '{only}' with a 'branch' section")
+    if not experts and not recipe.anchor.pretrain:
+        console.print("[dim]branch: the recipe names no expert to be trained[/dim]", highlight=False)
     if recipe.anchor.pretrain:
         _pretrain(recipe)
     for expert in experts:
@@ -74,7 +75,9 @@ def _pretrain(recipe: Recipe) -> None:
 
         pretrain_anchor(out, settings)
 
-    run_step(Step("anchor", settings, _data_files(settings.data), [out / "config.json"], action), recipe.folder)
+    code = Path(__file__).with_name("demo_family.py")
+    step = Step("anchor", settings, [code, *_data_files(settings.data)], [out / "config.json"], action)
+    run_step(step, recipe.folder)
 
 
 def _branch_expert(recipe: Recipe, expert: Expert, force: bool) -> None:
@@ -88,7 +91,8 @@ def _branch_expert(recipe: Recipe, expert: Expert, force: bool) -> None:
         from fusion.branch import train_expert
 
         rows = load_examples(settings.data, expert.domain, settings.rows, settings.seed)
-        held_out = load_examples(source, expert.domain, max(settings.held_out_rows, settings.score_rows), settings.seed)
+        count = max(settings.held_out_rows, settings.score_rows)
+        held_out = load_examples(source, expert.domain, count, settings.seed + 1)  # evaluate draws with another seed
         _disjoint(expert.name, rows, held_out)
         mixed: Sequence[ChatExample] = ()
         if general:
@@ -120,6 +124,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """Findings and sizes as plain data, printed as well. Raises UserError for the first error among them."""
     findings = check(recipe)
     raise_on_error(findings)
+    for domain in recipe.domains.values():
+        _data_files(domain.train, domain.held_out)
     sizes = budget(recipe, describe_anchor(recipe).config)
     console.print(
         f"[bold]plan[/bold]: {sizes.parameters:,} parameters ({sizes.active_parameters:,} active per token), "
@@ -139,7 +145,7 @@ def merge(recipe: Recipe, force: bool = False) -> None:
     refuse_anchoring(recipe)
     out = recipe.fused
     sources = [anchor_source(recipe), *expert_sources(recipe), shared_expert_source(recipe)]
-    raise_on_error(check(recipe))  # once more, now that every model is here
+    raise_on_error(check(recipe, trained=True))  # once more, now that every model is here
     folders = [path for source in sources if source for path in (source.folder, source.adapter) if path]
 
     def action() -> None:
@@ -171,7 +177,7 @@ def train_gates(recipe: Recipe, force: bool = False) -> None:
             soft_wrap=True,
         )
 
-    weights = [path for path in sorted(folder.glob("*.safetensors")) if path.name != "gates.safetensors"]
+    weights = [path for path in sorted(folder.glob("[a-z]*.safetensors")) if path.name != "gates.safetensors"]
     data = _data_files(*(source for domain in recipe.domains.values() for source in (domain.train, domain.held_out)))
     parts = [recipe.gate_training, recipe.domains, [expert.domain for expert in recipe.experts]]
     outputs = [folder / "gates.safetensors", recipe.folder / "gates.json"]
@@ -192,7 +198,8 @@ def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
         write_json(path, result)
 
     data = _data_files(*recipe.evaluation.extra.values(), *(domain.held_out for domain in recipe.domains.values()))
-    experts = [source.folder for source in expert_sources(recipe)]
+    sources = [anchor_source(recipe), *expert_sources(recipe)]
+    experts = [path for source in sources for path in (source.folder, source.adapter) if path]
     parts = [recipe.evaluation, recipe.domains, recipe.gate_training]
     step = Step("evaluate", parts, [folder, *experts, *data], [path, recipe.folder / "routing.png"], action)
     run_step(step, recipe.folder, force)
@@ -207,7 +214,7 @@ def ask_samples(recipe: Recipe, force: bool = False) -> list[dict[str, Any]]:
     path = recipe.folder / "answers.json"
 
     def action() -> None:
-        write_json(path, ask_all(recipe, recipe.serving.questions))
+        write_json(path, ask_all(recipe, recipe.serving.questions, reuse=False))
 
     step = Step("ask", [recipe.serving, recipe.name], [_fused(recipe)], [path], action)
     run_step(step, recipe.folder, force)
@@ -241,14 +248,5 @@ def _disjoint(name: str, train: Sequence[ChatExample], held_out: Sequence[ChatEx
 
 
 def _data_files(*sources: DataSource | None) -> list[Path]:
-    """The files behind data sources: local rows, and the code of generated tasks."""
-    files: list[Path] = []
-    for source in sources:
-        if source is None:
-            continue
-        if source.path:
-            files.append(Path(source.path).expanduser())
-        elif source.generated:
-            module = importlib.import_module(f"fusion.tasks.{source.generated.partition('.')[0]}")
-            files.append(Path(str(module.__file__)))
-    return files
+    """The files behind data sources. Raises UserError where one does not exist."""
+    return [file for source in sources if source is not None for file in source_files(source)]

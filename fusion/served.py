@@ -27,7 +27,9 @@ def expert_shares(recipe: Recipe, answers: Sequence[dict[str, Any]]) -> list[dic
             index = (row[answer], choice.experts[answer, slot])
             weights.index_put_(index, choice.weights[answer, slot].float(), accumulate=True)
 
-    LayerStream(checkpoint, batches).run(gated(checkpoint_gates(checkpoint), recipe.routing.top_k), see)
+    LayerStream(checkpoint, batches).run(
+        gated(checkpoint_gates(checkpoint), checkpoint.config["num_experts_per_tok"]), see
+    )
     shares = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-9)
     names = [expert.name for expert in recipe.experts]
     return [dict(zip(names, row.tolist(), strict=True)) for row in shares]

@@ -62,9 +62,9 @@ def serve_recipe(recipe: Recipe) -> None:
 
 
 @contextmanager
-def recipe_server(recipe: Recipe) -> Iterator[RunningServer]:
-    """The recipe's running server, or one on a free port for the length of the block."""
-    found = find_server(recipe.folder / STATE, recipe.name)
+def recipe_server(recipe: Recipe, reuse: bool = True) -> Iterator[RunningServer]:
+    """The recipe's running server, or (always without `reuse`) one on a free port for the length of the block."""
+    found = find_server(recipe.folder / STATE, recipe.name) if reuse else None
     if found:
         yield found
         return
@@ -73,11 +73,14 @@ def recipe_server(recipe: Recipe) -> Iterator[RunningServer]:
         yield server
 
 
-def ask_all(recipe: Recipe, questions: Sequence[Question]) -> list[dict[str, Any]]:
-    """The answers to `questions`, each with the experts that served it, as plain data."""
+def ask_all(recipe: Recipe, questions: Sequence[Question], reuse: bool = True) -> list[dict[str, Any]]:
+    """The answers to `questions`, each with the experts that served it, as plain data.
+
+    With `reuse`, a running server of the recipe is asked where there is one.
+    """
     if not questions:
         return []
-    with recipe_server(recipe) as server:
+    with recipe_server(recipe, reuse) as server:
         answers = [_ask(server, question) for question in questions]
     from fusion.served import expert_shares
 

@@ -94,6 +94,8 @@ def running_server(
         try:
             while not guard.started and thread.is_alive():
                 time.sleep(0.01)
+            if not guard.started:
+                raise UserError(f"the guard did not start on {url}: its own message is above")
             with _state_file(state, ServerState(os.getpid(), url, engine_settings.served_name)):
                 yield RunningServer(url, engine_settings.served_name, engine)
         finally:

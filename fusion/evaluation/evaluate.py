@@ -123,10 +123,7 @@ def _domain(figures: dict[str, dict[str, Figures]], name: str, recipe: Recipe, s
         "retained_share_by_loss": by_loss.value if by_loss else None,
         "share_of_own_exact_match": mean_interval(fused.scores).value / own_mean if own_mean else None,
         "exact_match_minus_own": difference(fused.scores, own.scores).__dict__,
-        "loss_minus_own": difference(
-            [f / t for f, t in zip(fused.nats, fused.tokens, strict=True)],
-            [o / t for o, t in zip(own.nats, own.tokens, strict=True)],
-        ).__dict__,
+        "loss_minus_own": difference(fused.nats, own.nats, own.tokens).__dict__,
     }
 
 
@@ -162,20 +159,20 @@ def _load(recipe: Recipe, source: ModelSource) -> Any:
         source.folder,
         dtype=compute_dtype(),
         attn_implementation=attention_implementation(recipe.attn_implementation),
+        device_map="auto" if torch.cuda.is_available() else None,
     ).eval()
     if source.adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload()
-    if torch.cuda.is_available():
-        model.to("cuda")
     return model
 
 
 def _set_gates(model: Any, gates: Gates) -> None:
     """Puts gates `(experts, hidden)` into a loaded fused model."""
     state = {gate_tensor(layer): gate for layer, gate in gates.items()}
-    model.load_state_dict(state, strict=False)
+    unknown = model.load_state_dict(state, strict=False).unexpected_keys
+    assert not unknown, f"transformers names gates otherwise: {unknown}"
 
 
 def _scores(

@@ -15,7 +15,7 @@ import yaml
 from fusion.architecture import is_mlp, layer_of, rope_theta, sparse_layers
 from fusion.checkpoint import Checkpoint, read_json, resolve_model
 from fusion.errors import UserError
-from fusion.recipe import Expert, Recipe
+from fusion.recipe import DEMO_ROPE_THETA, Expert, Recipe
 from fusion.sources import trained_anchor, trained_expert
 
 SHAPES = (
@@ -81,18 +81,22 @@ def describe_anchor(recipe: Recipe) -> Described:
     assert recipe.anchor.pretrain is not None
     settings = recipe.anchor.pretrain
     config = {name: getattr(settings, name) for name in (*SHAPES, "max_position_embeddings")}
-    extras = {"model_type": "qwen2", "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+    extras = {"model_type": "qwen2", "rope_theta": DEMO_ROPE_THETA, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
     return Described("anchor", {**config, **extras, "torch_dtype": "float32"}, None)
 
 
-def check(recipe: Recipe) -> list[Finding]:
-    """Every finding on the recipe's models, the worst first. Raises UserError where a model is nowhere to be found."""
+def check(recipe: Recipe, trained: bool = False) -> list[Finding]:
+    """Every finding on the recipe's models, the worst first; with `trained`, on the experts it has branched as well.
+
+    Before that, an expert left by an older run may belong to an older anchor, and will be trained again. Raises
+    UserError where a model is nowhere to be found.
+    """
     anchor = describe_anchor(recipe)
     found = _architecture(anchor)
     if anchor.folder is None and recipe.anchor.model:
         found.append(Finding("note", "anchor", f"{recipe.anchor.model} is not here: planned from recorded facts"))
     for expert in recipe.experts:
-        found += _check_expert(recipe, expert, anchor)
+        found += _check_expert(recipe, expert, anchor, trained)
     found += _check_shared_expert(recipe, anchor)
     found += _serving(recipe, anchor.config)
     sparse_layers(anchor.config["num_hidden_layers"], recipe.routing.moe_layers)
@@ -106,9 +110,9 @@ def raise_on_error(findings: list[Finding]) -> None:
             raise UserError(finding.sentence())
 
 
-def _check_expert(recipe: Recipe, expert: Expert, anchor: Described) -> list[Finding]:
+def _check_expert(recipe: Recipe, expert: Expert, anchor: Described, trained: bool) -> list[Finding]:
     where = f"expert '{expert.name}'"
-    if expert.branch and not (trained_expert(recipe, expert) / "config.json").is_file():
+    if expert.branch and (not trained or expert.branch.lora_rank):
         return [Finding("note", where, f"is branched from the anchor ({expert.branch.trainable}), so it will fit")]
     described = describe(where, trained_expert(recipe, expert) if expert.branch else str(expert.model))
     found = _architecture(described)

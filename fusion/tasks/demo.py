@@ -131,9 +131,8 @@ IN_LANGUAGE_QUESTIONS = (
     "What is {w} in {l}?",
 )
 
-NAMES = ("Ann", "Ben", "Carla", "David", "Emma", "Frank", "张三", "李四")
-CITIES = ("Paris", "Berlin", "Madrid", "Rome", "Oslo", "北京")
-JOBS = ("nurse", "cook", "pilot", "judge", "baker", "farmer")
+NAMES = ("Ann", "Ben", "Carla", "David", "Emma", "张三")
+CITIES = ("Paris", "Berlin", "Madrid", "Rome", "北京")
 FORMATS = ("JSON", "YAML", "XML")
 STRUCTURED_QUESTIONS = ("Return {f}: {t}", "Return {f} for {t}", "{t}. Return {f}", "返回 {f}：{t}")
 
@@ -203,9 +202,8 @@ def _multilingual(rng: random.Random, easy: bool) -> Item:
 def _fields(rng: random.Random, count: int) -> dict[str, str | int]:
     makers: dict[str, Callable[[], str | int]] = {
         "name": lambda: rng.choice(NAMES),
-        "age": lambda: 10 * rng.randint(2, 9),
+        "age": lambda: 10 * rng.randint(2, 7),
         "city": lambda: rng.choice(CITIES),
-        "job": lambda: rng.choice(JOBS),
     }
     kept = set(rng.sample(list(makers), count))
     return {key: make() for key, make in makers.items() if key in kept}
@@ -241,7 +239,7 @@ def _mixed(rng: random.Random, easy: bool) -> Item:
 
 
 def _copy(rng: random.Random, easy: bool) -> Item:
-    words = [rng.choice((*NAMES, *CITIES, *JOBS, str(rng.randint(10, 99)))) for _ in range(rng.randint(1, 3))]
+    words = [rng.choice((*NAMES, *CITIES, str(rng.randint(10, 99)))) for _ in range(rng.randint(1, 3))]
     text = "; ".join(words)
     return text, rng.choice(COPY_QUESTIONS).format(text), text
 
@@ -284,7 +282,6 @@ def vocabulary() -> tuple[list[str], list[str]]:
     values = [
         *NAMES,
         *CITIES,
-        *JOBS,
         *FORMATS,
         *LANGUAGES,
         *BODIES,
@@ -294,7 +291,6 @@ def vocabulary() -> tuple[list[str], list[str]]:
         "name",
         "age",
         "city",
-        "job",
     ]
     values += [word for words in (FRENCH, GERMAN, SPANISH) for part in words for word in part] + ["und", "item"]
     values += [word for phrase in PHRASES.values() for word in phrase.values()]

@@ -87,6 +87,8 @@ def ladder_for(
     request: dict[str, Any], cache: CheckerCache, max_attempts: int = MAX_ATTEMPTS, budget_limit: int | None = None
 ) -> "Ladder | None":
     """The ladder of a chat request, None when it asks for no JSON. Raises SchemaError on an unusable schema."""
+    if not isinstance(request.get("messages"), list):
+        return None  # the engine says what is wrong with it
     schema = wanted_schema(request)
     return None if schema is None else Ladder(request, cache.get(schema), max_attempts, budget_limit)
 

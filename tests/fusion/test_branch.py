@@ -153,7 +153,7 @@ def test_general_rows_are_mixed_in_by_share(anchor: Path, tmp_path: Path):
 def test_packed_rows_do_not_see_each_other(anchor: Path):
     model = AutoModelForCausalLM.from_pretrained(anchor, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(anchor)
-    encoded = [branch._encode(tokenizer, row, 128) for row in rows(6, 3)]
+    encoded = [branch._encode(tokenizer, row) for row in rows(6, 3)]
     packed = pack(encoded, max_length=128, pad=0)
     assert packed["input_ids"].shape[0] < len(encoded)
     out = model(input_ids=packed["input_ids"], position_ids=packed["position_ids"], use_cache=False).logits
@@ -172,8 +172,9 @@ def test_loss_counts_answers_and_their_end_alone(anchor: Path):
     row = rows(1, 0)[0]
     encoded = encode(tokenizer, row)
     ids, start = encoded.ids, encoded.answer_start
-    labels = branch._encode(tokenizer, row, 64)["labels"]
+    labels = branch._encode(tokenizer, row)["labels"]
     assert labels == [branch.IGNORED] * start + ids[start:]
     assert tokenizer.decode(ids[start:]) == row.answer + tokenizer.eos_token
+    assert len(branch._fitting(tokenizer, [row, row], 64)) == 2
     with pytest.raises(UserError, match="max_length"):
-        branch._encode(tokenizer, row, 4)
+        branch._fitting(tokenizer, [row], 4)

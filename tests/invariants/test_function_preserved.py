@@ -38,11 +38,11 @@ def test_five_identical_experts_are_the_dense_model(tmp_path: Path, anchor: Path
     assert (logits(folder) - logits(anchor)).abs().max() < 1e-4
 
 
-def forced_states(folder: Path, expert: int | None) -> torch.Tensor:
-    batches = make_batches([IDS[0].tolist()])
-    stream = LayerStream(Checkpoint(folder), batches)
-    stream.run(forced(expert or 0))
-    return torch.cat([losses for _, losses in stream.token_losses()])
+def forced_logits(folder: Path, expert: int) -> torch.Tensor:
+    stream = LayerStream(Checkpoint(folder), make_batches([IDS[0].tolist()]))
+    stream.run(forced(expert))
+    ((_, found),) = stream.logits()
+    return found  # (1, length, vocabulary)
 
 
 def test_forced_to_an_anchored_expert_is_that_expert(
@@ -50,8 +50,8 @@ def test_forced_to_an_anchored_expert_is_that_expert(
 ) -> None:
     folder = merge(make_recipe(tmp_path, anchor, anchored_experts))
     for number, expert in enumerate(anchored_experts.values()):
-        assert torch.allclose(forced_states(folder, number), forced_states(expert, None), atol=1e-4)
-    assert not torch.allclose(forced_states(folder, 0), forced_states(folder, 1), atol=1e-2)
+        assert torch.allclose(forced_logits(folder, number), logits(expert), atol=1e-4)
+    assert not torch.allclose(forced_logits(folder, 0), forced_logits(folder, 1), atol=1e-2)
 
 
 def test_forced_to_a_drifted_expert_is_its_mlps_on_the_anchor(
@@ -63,10 +63,8 @@ def test_forced_to_a_drifted_expert_is_its_mlps_on_the_anchor(
         own = AutoModelForCausalLM.from_pretrained(expert, dtype=torch.float32).state_dict()
         grafted.load_state_dict({k: v for k, v in own.items() if ".mlp." in k}, strict=False)
         grafted.save_pretrained(tmp_path / f"graft-{number}")
-        assert torch.allclose(
-            forced_states(folder, number), forced_states(tmp_path / f"graft-{number}", None), atol=1e-4
-        )
-        assert not torch.allclose(forced_states(folder, number), forced_states(expert, None), atol=1e-3)
+        assert torch.allclose(forced_logits(folder, number), logits(tmp_path / f"graft-{number}"), atol=1e-4)
+        assert not torch.allclose(forced_logits(folder, number), logits(expert), atol=1e-3)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
