@@ -104,7 +104,7 @@ EXPRESSION_QUESTIONS = (
     "Write Python code: {d}",
     "Give me a Python expression for {d}.",
 )
-VARIABLES = ("a", "b", "c", "d", "k", "m", "n", "p", "q", "s", "t", "u", "v", "w", "x", "y", "z")
+VARIABLES = ("a", "b", "k", "n", "s", "t", "x", "y")
 
 SUM_QUESTIONS = ("{}=", "{} = ?", "What is {}?", "Compute {}.", "How much is {}?", "计算 {}")
 
@@ -263,7 +263,7 @@ def _draw(maker: Maker, domain: str, rng: random.Random, split: str, easy: bool 
 
 
 def _anchor(rng: random.Random, split: str) -> ChatExample:
-    domain = rng.choices([*SKILLS, "copy"], weights=[0.5, 1, 1.4, 1.2, 2.8, 0.5])[0]
+    domain = rng.choices([*SKILLS, "copy"], weights=[0.5, 1.2, 1.3, 1.2, 2.2, 0.6])[0]
     return _draw(SKILLS.get(domain, _copy), domain, rng, split, easy=True)
 
 

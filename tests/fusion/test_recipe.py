@@ -88,7 +88,7 @@ WRONG = {
     "empty rule": ([("words: [sum]", "words: []  # here")], "a rule needs"),
     "two sources of data": (
         [("train: {generated: demo.math}", "train: {generated: demo.math, path: a.jsonl}  # here")],
-        "exactly one of 'generated', 'path' and 'hub'",
+        "name a 'generated' task, or",
     ),
     "model and branch": (
         [
