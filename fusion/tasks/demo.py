@@ -104,7 +104,7 @@ EXPRESSION_QUESTIONS = (
     "Write Python code: {d}",
     "Give me a Python expression for {d}.",
 )
-VARIABLES = ("a", "b", "k", "n", "s", "t", "x", "y")
+VARIABLES = ("a", "b", "c", "d", "k", "m", "n", "p", "q", "s", "t", "u", "v", "w", "x", "y", "z")
 
 SUM_QUESTIONS = ("{}=", "{} = ?", "What is {}?", "Compute {}.", "How much is {}?", "计算 {}")
 
@@ -131,8 +131,9 @@ IN_LANGUAGE_QUESTIONS = (
     "What is {w} in {l}?",
 )
 
-NAMES = ("Ann", "Ben", "Carla", "David", "Emma", "张三")
-CITIES = ("Paris", "Berlin", "Madrid", "Rome", "北京")
+NAMES = ("Ann", "Ben", "Carla", "David", "Emma", "Frank", "张三", "李四")
+CITIES = ("Paris", "Berlin", "Madrid", "Rome", "Oslo", "北京")
+JOBS = ("nurse", "cook", "pilot", "judge", "baker", "farmer")
 FORMATS = ("JSON", "YAML", "XML")
 STRUCTURED_QUESTIONS = ("Return {f}: {t}", "Return {f} for {t}", "{t}. Return {f}", "返回 {f}：{t}")
 
@@ -159,7 +160,7 @@ def _coding(rng: random.Random, easy: bool) -> Item:
     variable = rng.choice(VARIABLES)
     if rng.random() < 0.65:
         stem = rng.choice(list(BODIES)[::step])
-        number = rng.randint(2, 9)
+        number = rng.randint(2, 99)
         name = f"{stem}{number}"
         question = rng.choice(FUNCTION_QUESTIONS).format(f=name, v=variable)
         return f"{name} {variable}", question, BODIES[stem].format(v=variable, n=number)
@@ -202,8 +203,9 @@ def _multilingual(rng: random.Random, easy: bool) -> Item:
 def _fields(rng: random.Random, count: int) -> dict[str, str | int]:
     makers: dict[str, Callable[[], str | int]] = {
         "name": lambda: rng.choice(NAMES),
-        "age": lambda: 10 * rng.randint(2, 7),
+        "age": lambda: 10 * rng.randint(2, 9),
         "city": lambda: rng.choice(CITIES),
+        "job": lambda: rng.choice(JOBS),
     }
     kept = set(rng.sample(list(makers), count))
     return {key: make() for key, make in makers.items() if key in kept}
@@ -239,7 +241,7 @@ def _mixed(rng: random.Random, easy: bool) -> Item:
 
 
 def _copy(rng: random.Random, easy: bool) -> Item:
-    words = [rng.choice((*NAMES, *CITIES, str(rng.randint(10, 99)))) for _ in range(rng.randint(1, 3))]
+    words = [rng.choice((*NAMES, *CITIES, *JOBS, str(rng.randint(10, 99)))) for _ in range(rng.randint(1, 3))]
     text = "; ".join(words)
     return text, rng.choice(COPY_QUESTIONS).format(text), text
 
@@ -263,7 +265,7 @@ def _draw(maker: Maker, domain: str, rng: random.Random, split: str, easy: bool 
 
 
 def _anchor(rng: random.Random, split: str) -> ChatExample:
-    domain = rng.choices([*SKILLS, "copy"], weights=[0.5, 1.2, 1.3, 1.2, 2.2, 0.6])[0]
+    domain = rng.choices([*SKILLS, "copy"], weights=[0.5, 1, 1.4, 1.2, 2.8, 0.5])[0]
     return _draw(SKILLS.get(domain, _copy), domain, rng, split, easy=True)
 
 
@@ -282,6 +284,7 @@ def vocabulary() -> tuple[list[str], list[str]]:
     values = [
         *NAMES,
         *CITIES,
+        *JOBS,
         *FORMATS,
         *LANGUAGES,
         *BODIES,
@@ -291,6 +294,7 @@ def vocabulary() -> tuple[list[str], list[str]]:
         "name",
         "age",
         "city",
+        "job",
     ]
     values += [word for words in (FRENCH, GERMAN, SPANISH) for part in words for word in part] + ["und", "item"]
     values += [word for phrase in PHRASES.values() for word in phrase.values()]
