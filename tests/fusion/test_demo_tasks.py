@@ -43,8 +43,12 @@ def test_enough_distinct_held_out_rows(task: str) -> None:
 
 def test_arithmetic_is_right() -> None:
     for question, answer in draw("math", "train", 300):
-        a, sign, b = re.search(r"(\d+) ?([+-]) ?(\d+)", question).groups()  # type: ignore[union-attr]
-        assert int(answer) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+        a, b = map(int, re.search(r"(\d+) ?\+ ?(\d+)", question).groups())  # type: ignore[union-attr]
+        *steps, total = re.split(r", |: ", answer)
+        assert int(total) == a + b
+        for step in steps:
+            terms, result = step.split("=")
+            assert sum(map(int, terms.split("+"))) == int(result)
 
 
 def test_code_answers_compute_what_is_asked() -> None:
