@@ -1,4 +1,4 @@
-"""What this machine computes with: devices, the dtype that is fast on them, the attention implementation."""
+"""What this machine computes with: the dtype that is fast on it, the attention implementation."""
 
 import logging
 from importlib.util import find_spec
@@ -19,11 +19,6 @@ def cpu_has_bfloat16() -> bool:
 def compute_dtype() -> torch.dtype:
     """bfloat16 on a GPU or a CPU that has it, float32 otherwise."""
     return torch.bfloat16 if torch.cuda.is_available() or cpu_has_bfloat16() else torch.float32
-
-
-def device() -> torch.device:
-    """The first GPU, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def attention_implementation(wanted: str) -> str:

@@ -312,6 +312,11 @@ class Recipe(Section):
         raise Misfit((*here, "fallback"), f"the fallbacks of domain '{asked}' run in a circle")
 
 
+def general_domain(domains: dict[str, Domain]) -> str:
+    """The domain that takes what no rule claims: the first without rules, otherwise the first."""
+    return next((name for name, domain in domains.items() if not domain.rules), next(iter(domains)))
+
+
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Reads and checks a recipe; each override is `section.key=value`, the value in YAML.
 

@@ -21,7 +21,7 @@ from fusion.errors import UserError
 from fusion.plan.budget import budget
 from fusion.plan.preflight import check, describe_anchor, raise_on_error
 from fusion.progress import console
-from fusion.recipe import DataSource, Expert, Recipe
+from fusion.recipe import DataSource, Expert, Recipe, general_domain
 from fusion.sources import (
     anchor_source,
     expert_sources,
@@ -85,7 +85,7 @@ def _branch_expert(recipe: Recipe, expert: Expert, force: bool) -> None:
     assert settings is not None
     source = settings.held_out or recipe.domains[expert.domain].held_out
     anchor, out = anchor_source(recipe), trained_expert(recipe, expert)
-    general = recipe.domains[general_domain(recipe)].train if settings.general_share else None
+    general = recipe.domains[general_domain(recipe.domains)].train if settings.general_share else None
 
     def action() -> None:
         from fusion.branch import train_expert
@@ -96,7 +96,7 @@ def _branch_expert(recipe: Recipe, expert: Expert, force: bool) -> None:
         _disjoint(expert.name, rows, held_out)
         mixed: Sequence[ChatExample] = ()
         if general:
-            mixed = load_examples(general, general_domain(recipe), settings.rows, settings.seed)
+            mixed = load_examples(general, general_domain(recipe.domains), settings.rows, settings.seed)
         layers = None
         if recipe.routing.moe_layers is not None:
             count = read_json(anchor.folder / "config.json")["num_hidden_layers"]
@@ -113,11 +113,6 @@ def _branch_expert(recipe: Recipe, expert: Expert, force: bool) -> None:
     inputs = [anchor.folder, *_data_files(settings.data, source, general)]
     parts = [settings, source, general, recipe.routing.moe_layers]
     run_step(Step(f"branch {expert.name}", parts, inputs, [out], action), recipe.folder, force)
-
-
-def general_domain(recipe: Recipe) -> str:
-    """The domain that takes what no rule claims: the first without rules."""
-    return next((name for name, domain in recipe.domains.items() if not domain.rules), next(iter(recipe.domains)))
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:

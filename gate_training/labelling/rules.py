@@ -10,7 +10,7 @@ from functools import cache
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from fusion.recipe import Domain, Rule
+from fusion.recipe import Domain, Rule, general_domain
 
 SURE = 0.5  # probability from which a detected language counts; greetings and sums stay below
 LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff]"  # of a word with spaces around it; Chinese and Japanese are written without
@@ -31,8 +31,7 @@ def label_by_rules(question: str, domains: dict[str, Domain]) -> RuleLabel:
             evidence = match(rule, question)
             if evidence is not None:
                 return RuleLabel(name, evidence)
-    fallback = next((name for name, domain in domains.items() if not domain.rules), next(iter(domains)))
-    return RuleLabel(fallback, "no rule matched")
+    return RuleLabel(general_domain(domains), "no rule matched")
 
 
 def match(rule: Rule, text: str) -> str | None:
