@@ -1,4 +1,5 @@
 # qwen-fusion: everything a newcomer runs. `make help` lists it.
+# Overrides of the recipe pass through: make demo SET="--set routing.top_k=2"
 # Needs python3 (3.11+) with venv, and a Python package index; a model hub is used where there is one, never required.
 
 VENV    := .venv
@@ -30,10 +31,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt constraints.cpu-overrides.txt
 	touch $@
 
 demo: setup  ## small experts to one served MoE, end to end, on any machine (runs/demo/report.md)
-	$(BIN)/qwen-fusion run configs/demo.yaml
+	$(BIN)/qwen-fusion run configs/demo.yaml $(SET)
 
 demo-real: setup  ## the same road on real Qwen2.5-Coder-0.5B weights (about half an hour on 2 cores)
-	$(BIN)/qwen-fusion run configs/qwen2.5-0.5b-two-experts.yaml
+	$(BIN)/qwen-fusion run configs/qwen2.5-0.5b-two-experts.yaml $(SET)
 
 test: setup  ## all tests
 	$(BIN)/python -m pytest

@@ -133,23 +133,24 @@ def train_expert(
 
 
 def pack(rows: Sequence[dict[str, Any]], max_length: int, pad: int) -> dict[str, torch.Tensor]:
-    """Packs encoded rows into sequences of at most `max_length` tokens, first fit, the longest first.
+    """Packs encoded rows into sequences of at most `max_length` tokens, as few and as even as they go.
 
-    Returns input_ids, labels and position_ids, each (sequences, longest sequence). Positions start again with each
-    row; without an attention mask, transformers keeps rows apart by that. Padding has position 0, each its own row.
+    The longest rows come first, each into the emptiest sequence. Returns input_ids, labels and position_ids, each
+    (sequences, longest sequence). Positions start again with each row; without an attention mask, transformers keeps
+    rows apart by that. Padding has position 0, each its own row.
     """
-    bins: list[list[dict[str, Any]]] = []
-    room: list[int] = []
-    for row in sorted(rows, key=lambda r: -len(r["input_ids"])):
-        length = len(row["input_ids"])
-        slot = next((i for i, free in enumerate(room) if free >= length), None)
-        if slot is None:
+    lengths = [len(row["input_ids"]) for row in rows]
+    bins: list[list[dict[str, Any]]] = [[] for _ in range(-(-sum(lengths) // max_length))]
+    filled = [0] * len(bins)
+    for index in sorted(range(len(rows)), key=lambda i: -lengths[i]):
+        slot = min(range(len(bins)), key=filled.__getitem__)
+        if filled[slot] + lengths[index] > max_length:
+            slot = len(bins)
             bins.append([])
-            room.append(max_length)
-            slot = len(bins) - 1
-        bins[slot].append(row)
-        room[slot] -= length
-    width = max_length - min(room)
+            filled.append(0)
+        bins[slot].append(rows[index])
+        filled[slot] += lengths[index]
+    width = max(filled)
 
     def laid_out(values: list[list[int]], filler: int) -> torch.Tensor:
         return torch.tensor([v + [filler] * (width - len(v)) for v in values])  # (sequences, width)

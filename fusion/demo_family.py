@@ -7,6 +7,7 @@ Two to four million parameters each are enough to show routing, and minutes on t
 """
 
 import math
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -15,16 +16,19 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from fusion.branch import IGNORED, pack
-from fusion.checkpoint import put_in_place
+from fusion.checkpoint import put_in_place, read_json, write_json
 from fusion.data import load_examples
 from fusion.encoding import encode
 from fusion.progress import progress_bar
 from fusion.recipe import DEMO_ROPE_THETA, PretrainSettings
 from fusion.tasks.demo import vocabulary
+from fusion.workers import one_thread, worker_context
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 QWEN2_SPLIT = (
@@ -38,6 +42,7 @@ CHAT_TEMPLATE = (
 )
 PACKED = 256  # tokens a packed sequence
 WARMUP = 0.05  # of the steps
+RESULT, RENDEZVOUS = "pretrain.json", "rendezvous"
 
 
 def build_tokenizer(out: Path, vocab_size: int = 1280, max_length: int = 512) -> PreTrainedTokenizerFast:
@@ -100,25 +105,45 @@ def anchor_config(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast
 def pretrain_anchor(out: Path, settings: PretrainSettings) -> dict[str, Any]:
     """Trains a model from scratch on the answers of `settings.data` and writes its folder `out` when it is complete.
 
-    Returns the parameter count, the tokens trained (prompts included) and the mean loss of the last tenth of the
-    steps in nats an answer token. The same settings give the same model on the same machine and thread count.
+    `settings.workers` processes of one thread each share every batch (DistributedDataParallel over gloo). Returns the
+    parameter count, the tokens trained (prompts included) and the mean loss of the last tenth of the steps in nats an
+    answer token. The same settings give the same model on the same machine.
     """
     partial = out.with_name(f".{out.name}.pretrain")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tokenizer = build_tokenizer(partial, settings.vocab_size, settings.max_position_embeddings)
+    build_tokenizer(partial, settings.vocab_size, settings.max_position_embeddings)
+    context = worker_context()
+    start_processes(_pretrain_worker, (partial, settings), settings.workers, start_method=context.get_start_method())
+    result = read_json(partial / RESULT)
+    (partial / RENDEZVOUS).unlink(missing_ok=True)
+    put_in_place(partial, out)
+    return result
+
+
+def _pretrain_worker(rank: int, partial: Path, settings: PretrainSettings) -> None:
+    """One of the processes: its share of every batch's rows, gradients averaged over all."""
+    one_thread(bars=rank == 0)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    rendezvous = f"file://{(partial / RENDEZVOUS).absolute()}"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=settings.workers)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(partial)
     tokens = [encode(tokenizer, row) for row in load_examples(settings.data, "anchor", settings.rows, settings.seed)]
     rows = [{"input_ids": e.ids, "labels": [IGNORED] * e.answer_start + e.ids[e.answer_start :]} for e in tokens]
     torch.manual_seed(settings.seed)
     model = Qwen2ForCausalLM(anchor_config(settings, tokenizer)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    shared = DistributedDataParallel(_AnswerLoss(model), gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / settings.steps))
     losses: list[float] = []
     trained = 0
     with progress_bar() as bar:
         task = bar.add_task("training the anchor", total=settings.steps, unit="step")
         for chosen in _batches(rows, settings):
-            loss = _answer_loss(model, pack(chosen, PACKED, tokenizer.pad_token_id))
+            chosen.sort(key=lambda row: len(row["input_ids"]))  # the same work for each
+            loss = shared(pack(chosen[rank :: settings.workers], PACKED, tokenizer.pad_token_id))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -127,13 +152,16 @@ def pretrain_anchor(out: Path, settings: PretrainSettings) -> dict[str, Any]:
             losses.append(loss.item())
             trained += sum(len(row["input_ids"]) for row in chosen)
             bar.update(task, advance=1, description=f"training the anchor, loss {losses[-1]:.3f}")
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
-    )
-    model.eval().save_pretrained(partial)
-    put_in_place(partial, out)
-    last = losses[-max(1, len(losses) // 10) :]
-    return {"parameters": model.num_parameters(), "tokens": trained, "loss": sum(last) / len(last)}
+    if rank == 0:
+        model.generation_config = GenerationConfig(
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+        )
+        model.eval().save_pretrained(partial)
+        last = losses[-max(1, len(losses) // 10) :]
+        write_json(
+            partial / RESULT, {"parameters": model.num_parameters(), "tokens": trained, "loss": sum(last) / len(last)}
+        )
+    torch.distributed.destroy_process_group()
 
 
 def _rate(done: float) -> float:
@@ -151,9 +179,16 @@ def _batches(rows: list[dict[str, Any]], settings: PretrainSettings) -> Iterator
         yield [rows[i] for i in batch]
 
 
-def _answer_loss(model: Qwen2ForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    states = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-    labels = batch["labels"][:, 1:]
-    answers = labels != IGNORED  # (sequences, width - 1)
-    logits = model.lm_head(states.last_hidden_state[:, :-1][answers])  # (answer tokens, vocabulary)
-    return cross_entropy(logits, labels[answers])
+class _AnswerLoss(torch.nn.Module):
+    """The mean loss of a packed batch's answer tokens; the head runs on those alone."""
+
+    def __init__(self, model: Qwen2ForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        states = self.model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        labels = batch["labels"][:, 1:]
+        answers = labels != IGNORED  # (sequences, width - 1)
+        logits = self.model.lm_head(states.last_hidden_state[:, :-1][answers])  # (answer tokens, vocabulary)
+        return cross_entropy(logits, labels[answers])

@@ -21,6 +21,11 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() or cpu_has_bfloat16() else torch.float32
 
 
+def stream_device() -> str:
+    """Where fusion.layers computes: one layer fits any GPU, so a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def attention_implementation(wanted: str) -> str:
     """`wanted` as transformers' name; `auto` and a missing flash-attn fall back to SDPA, the latter with a warning."""
     if wanted == "flash_attention_2" and not (torch.cuda.is_available() and find_spec("flash_attn")):

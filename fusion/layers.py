@@ -24,7 +24,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNor
 
 from fusion.architecture import MLP_PARTS, gate_tensor, rope_scaling, rope_theta
 from fusion.checkpoint import Checkpoint
+from fusion.hardware import stream_device
 from fusion.progress import track
+
+STORE_BYTES = 2 * 2**30  # hidden states beyond this lie in a file
 
 
 @dataclass(frozen=True)
@@ -202,28 +205,29 @@ class Layer:
 class LayerStream:
     """Tokens on their way through a checkpoint, layer by layer.
 
-    The hidden states `(all rows x length, hidden)` lie in memory, or in an unlinked memory-mapped file where they
-    exceed `memory_bytes`.
+    The hidden states `(all rows x length, hidden)` lie in a `state_store`; one layer at a time is on `device`, a GPU
+    where there is one.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         batches: list[Batch],
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
-        memory_bytes: int = 2 * 2**30,
+        memory_bytes: int = STORE_BYTES,
         description: str | None = None,
     ):
         config = checkpoint.config
-        self.checkpoint, self.batches, self.device, self.dtype = checkpoint, batches, torch.device(device), dtype
+        self.checkpoint, self.batches, self.dtype = checkpoint, batches, dtype
+        self.device = torch.device(device or stream_device())
         self.hidden, self.eps = config["hidden_size"], config["rms_norm_eps"]
         self.layers = config["num_hidden_layers"]
         self.model_config = attention_config(config)
         self.rotary = Qwen2RotaryEmbedding(self.model_config).to(self.device)
         self._description = description
         rows = sum(batch.ids.numel() for batch in batches)
-        self._states = _state_store(rows, self.hidden, dtype, memory_bytes)
+        self._states = state_store(rows, self.hidden, dtype, memory_bytes)
         embedding = checkpoint.tensor("model.embed_tokens.weight")
         for batch in batches:
             self.store(batch, F.embedding(batch.ids, embedding).to(dtype))
@@ -254,7 +258,7 @@ class LayerStream:
             def choose(index: int, x: torch.Tensor, batch: Batch) -> Choice:
                 choice = route(index, x, batch)
                 if observe is not None:
-                    observe(layer, batch, x, choice)
+                    observe(layer, batch, x, Choice(choice.experts.cpu(), choice.weights.cpu()))
                 return choice
 
             return choose
@@ -339,7 +343,10 @@ def row_losses(
     return sums, tokens
 
 
-def _state_store(rows: int, hidden: int, dtype: torch.dtype, memory_bytes: int) -> torch.Tensor:
+def state_store(
+    rows: int, hidden: int, dtype: torch.dtype = torch.float32, memory_bytes: int = STORE_BYTES
+) -> torch.Tensor:
+    """Room for `(rows, hidden)`, in memory or, beyond `memory_bytes`, in an unlinked memory-mapped file."""
     if rows * hidden * dtype.itemsize <= memory_bytes:
         return torch.empty(rows, hidden, dtype=dtype)
     with tempfile.NamedTemporaryFile(prefix="qwen-fusion-states-") as file:  # unlinked on leaving; the mapping lives on

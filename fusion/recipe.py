@@ -75,6 +75,7 @@ class PretrainSettings(Section):
     num_key_value_heads: int = 4
     vocab_size: int = 1024
     max_position_embeddings: int = 512
+    workers: int = Field(1, gt=0)  # processes of one thread that share every batch
     seed: int = 0
 
 
@@ -257,6 +258,7 @@ class Recipe(Section):
     experts: tuple[Expert, ...] = Field(min_length=2)
     domains: dict[str, Domain]
     shared: Literal["anchor"] = "anchor"
+    branches_at_once: int = Field(1, gt=0)  # experts trained side by side, one thread each: for small models on CPUs
     routing: Routing = Routing()
     gate_training: GateTraining = GateTraining()
     evaluation: Evaluation = Evaluation()

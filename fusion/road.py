@@ -9,6 +9,7 @@ they were.
 import json
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from fusion.sources import (
     trained_anchor,
     trained_expert,
 )
-from fusion.steps import Step, forget, run_step
+from fusion.steps import Step, forget, run_step, run_steps
 
 # one bar a step is enough, and an empty shared expert is meant
 transformers_logging.disable_progress_bar()
@@ -61,8 +62,7 @@ def branch(recipe: Recipe, only: str | None = None, force: bool = False) -> None
         console.print("[dim]branch: the recipe names no expert to be trained[/dim]", highlight=False)
     if recipe.anchor.pretrain:
         _pretrain(recipe)
-    for expert in experts:
-        _branch_expert(recipe, expert, force)
+    run_steps([_branch_step(recipe, expert) for expert in experts], recipe.folder, force, recipe.branches_at_once)
 
 
 def _pretrain(recipe: Recipe) -> None:
@@ -70,49 +70,57 @@ def _pretrain(recipe: Recipe) -> None:
     assert settings is not None
     out = trained_anchor(recipe)
 
-    def action() -> None:
+    def action() -> str:
         from fusion.demo_family import pretrain_anchor
 
-        pretrain_anchor(out, settings)
+        done = pretrain_anchor(out, settings)
+        return f"anchor: {done['parameters']:,} parameters, {done['tokens']:,} tokens, loss {done['loss']:.3f}"
 
     code = Path(__file__).with_name("demo_family.py")
     step = Step("anchor", settings, [code, *_data_files(settings.data)], [out / "config.json"], action)
     run_step(step, recipe.folder)
 
 
-def _branch_expert(recipe: Recipe, expert: Expert, force: bool) -> None:
+def _branch_step(recipe: Recipe, expert: Expert) -> Step:
     settings = expert.branch
     assert settings is not None
-    source = settings.held_out or recipe.domains[expert.domain].held_out
-    anchor, out = anchor_source(recipe), trained_expert(recipe, expert)
-    general = recipe.domains[general_domain(recipe.domains)].train if settings.general_share else None
-
-    def action() -> None:
-        from fusion.branch import train_expert
-
-        rows = load_examples(settings.data, expert.domain, settings.rows, settings.seed)
-        count = max(settings.held_out_rows, settings.score_rows)
-        held_out = load_examples(source, expert.domain, count, settings.seed + 1)  # evaluate draws with another seed
-        _disjoint(expert.name, rows, held_out)
-        mixed: Sequence[ChatExample] = ()
-        if general:
-            mixed = load_examples(general, general_domain(recipe.domains), settings.rows, settings.seed)
-        layers = None
-        if recipe.routing.moe_layers is not None:
-            count = read_json(anchor.folder / "config.json")["num_hidden_layers"]
-            layers = sparse_layers(count, recipe.routing.moe_layers)
-        result = train_expert(anchor.folder, out, rows, held_out, settings, layers, mixed)
-        console.print(
-            f"  {expert.name}: {result.score_name} {result.score_before:.3f} -> {result.score_after:.3f}, "
-            f"loss {result.loss_before:.3f} -> {result.loss_after:.3f}, {result.tokens:,} tokens "
-            f"in {result.seconds:.0f} s",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-    inputs = [anchor.folder, *_data_files(settings.data, source, general)]
+    source, general = _branch_data(recipe, expert)
+    inputs = [anchor_source(recipe).folder, *_data_files(settings.data, source, general)]
     parts = [settings, source, general, recipe.routing.moe_layers]
-    run_step(Step(f"branch {expert.name}", parts, inputs, [out], action), recipe.folder, force)
+    outputs = [trained_expert(recipe, expert)]
+    return Step(f"branch {expert.name}", parts, inputs, outputs, partial(_branch_expert, recipe, expert))
+
+
+def _branch_data(recipe: Recipe, expert: Expert) -> tuple[DataSource, DataSource | None]:
+    """Where an expert's held-out rows come from, and the general rows that are mixed into its own."""
+    settings = expert.branch
+    assert settings is not None
+    general = recipe.domains[general_domain(recipe.domains)].train if settings.general_share else None
+    return settings.held_out or recipe.domains[expert.domain].held_out, general
+
+
+def _branch_expert(recipe: Recipe, expert: Expert) -> str:
+    from fusion.branch import train_expert
+
+    settings, anchor, out = expert.branch, anchor_source(recipe), trained_expert(recipe, expert)
+    assert settings is not None
+    source, general = _branch_data(recipe, expert)
+    rows = load_examples(settings.data, expert.domain, settings.rows, settings.seed)
+    count = max(settings.held_out_rows, settings.score_rows)
+    held_out = load_examples(source, expert.domain, count, settings.seed + 1)  # evaluate draws with another seed
+    _disjoint(expert.name, rows, held_out)
+    mixed: Sequence[ChatExample] = ()
+    if general:
+        mixed = load_examples(general, general_domain(recipe.domains), settings.rows, settings.seed)
+    layers = None
+    if recipe.routing.moe_layers is not None:
+        count = read_json(anchor.folder / "config.json")["num_hidden_layers"]
+        layers = sparse_layers(count, recipe.routing.moe_layers)
+    result = train_expert(anchor.folder, out, rows, held_out, settings, layers, mixed)
+    return (
+        f"{expert.name}: {result.score_name} {result.score_before:.3f} -> {result.score_after:.3f}, "
+        f"loss {result.loss_before:.3f} -> {result.loss_after:.3f}, {result.tokens:,} tokens in {result.seconds:.0f} s"
+    )
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -158,18 +166,16 @@ def train_gates(recipe: Recipe, force: bool = False) -> None:
     """Fits the fused model's gates and writes their report."""
     folder = _fused(recipe)
 
-    def action() -> None:
+    def action() -> str:
         from gate_training.report import write_report
         from gate_training.trainer import train_gates as train
 
         result = train(recipe, folder)
         write_report(result, recipe.folder)
         last = result.layers[-1]
-        console.print(
-            f"  {result.tokens:,} tokens; last gate right on {last.accuracy:.1%} of held-out tokens, "
-            f"{last.answer_accuracy:.1%} of answer tokens",
-            highlight=False,
-            soft_wrap=True,
+        return (
+            f"{result.tokens:,} tokens; last gate right on {last.accuracy:.1%} of held-out tokens, "
+            f"{last.answer_accuracy:.1%} of answer tokens"
         )
 
     weights = [path for path in sorted(folder.glob("[a-z]*.safetensors")) if path.name != "gates.safetensors"]

@@ -7,13 +7,15 @@ place by then, because every writer writes aside and renames.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusion.checkpoint import file_hash, write_json
-from fusion.progress import console
+from fusion.progress import console, track
 from fusion.recipe import Section
+from fusion.workers import one_thread, worker_context
 
 STATE = "steps.json"
 HASHED_WHOLE = 64 * 2**20  # bytes; larger files are told apart by size and time of change
@@ -27,21 +29,54 @@ class Step:
     settings: Any  # recipe sections and other plain values
     inputs: Sequence[Path]  # files and folders
     outputs: Sequence[Path]
-    action: Callable[[], None]
+    action: Callable[[], str | None]  # may return a line on what it did
 
 
 def run_step(step: Step, folder: Path, force: bool = False) -> bool:
     """Carries out `step` unless its record in `folder` matches and its outputs exist; says which. True where it ran."""
+    return run_steps([step], folder, force)
+
+
+def run_steps(steps: Sequence[Step], folder: Path, force: bool = False, at_once: int = 1) -> bool:
+    """Carries out those of `steps` that have to be, `at_once` of them side by side; True where any ran.
+
+    Steps side by side are in processes of one thread each, and their actions have to be picklable. The first error
+    is raised once the steps under way have ended.
+    """
+    due = {step.name: (step, step_hash(step)) for step in steps}
     records = _read(folder)
-    digest = step_hash(step)
-    if not force and records.get(step.name) == digest and all(path.exists() for path in step.outputs):
-        console.print(f"[dim]{step.name}: unchanged, skipped[/dim]", highlight=False)
-        return False
-    console.print(f"[bold]{step.name}[/bold]", highlight=False)
-    _write(folder, {name: value for name, value in records.items() if name != step.name})
-    step.action()
-    _write(folder, {**_read(folder), step.name: digest})
-    return True
+    for step in steps:
+        current = records.get(step.name) == due[step.name][1] and all(path.exists() for path in step.outputs)
+        if current and not force:
+            console.print(f"[dim]{step.name}: unchanged, skipped[/dim]", highlight=False)
+            del due[step.name]
+    forget(folder, list(due))
+    if min(at_once, len(due)) > 1:
+        _side_by_side(due, folder, at_once)
+    else:
+        for step, digest in due.values():
+            console.print(f"[bold]{step.name}[/bold]", highlight=False)
+            _record(folder, step.name, digest, step.action())
+    return bool(due)
+
+
+def _side_by_side(due: dict[str, tuple[Step, str]], folder: Path, at_once: int) -> None:
+    console.print(f"[bold]{', '.join(due)}[/bold]", highlight=False, soft_wrap=True)
+    with ProcessPoolExecutor(at_once, worker_context(), one_thread) as pool:
+        running = {pool.submit(step.action): (step, digest) for step, digest in due.values()}
+        try:
+            for future in track(as_completed(running), f"{at_once} side by side", len(due), "steps"):
+                step, digest = running[future]
+                _record(folder, step.name, digest, future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _record(folder: Path, name: str, digest: str, line: str | None) -> None:
+    _write(folder, {**_read(folder), name: digest})
+    if line:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
 def forget(folder: Path, names: Sequence[str]) -> None:

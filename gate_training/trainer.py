@@ -18,7 +18,7 @@ import torch
 from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint
 from fusion.encoding import encode_batches, load_tokenizer
-from fusion.layers import Batch, Layer, LayerStream, gated, normalised_top_k
+from fusion.layers import Batch, Layer, LayerStream, gated, normalised_top_k, state_store
 from fusion.merge import GATES_FILE, checkpoint_dtype, write_gates
 from fusion.recipe import Recipe
 from gate_training.examples import RoutingExample, expert_labels, routing_examples
@@ -84,19 +84,14 @@ def fit_gates(
     dtype = getattr(torch, checkpoint_dtype(folder))
     experts, hidden = len(recipe.experts), checkpoint.config["hidden_size"]
     stream = LayerStream(checkpoint, batches, description="gates")
+    inputs = _GateInputs(batches, len(train), hidden)
     gates: dict[int, torch.Tensor] = {}
     reports = []
     for layer in stream:
         layer.attend()
         if layer.sparse:
-
-            def tokens(layer: Layer = layer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-                for batch in batches:
-                    kept = (batch.rows < len(train))[:, None].expand_as(batch.ids)[batch.real]  # (tokens,)
-                    if kept.any():
-                        yield layer.gate_input(batch)[kept], batch.token_labels()[kept]
-
-            gate = METHODS[settings.method](tokens, experts, hidden, settings)
+            inputs.fill(layer)
+            gate = METHODS[settings.method](inputs, experts, hidden, settings)
             gates[layer.index] = gate.to(dtype)  # tokens move on through what will be served, rounding included
             reports.append(_measure(layer, gates[layer.index], batches, len(train), domains, recipe))
         layer.mix(gated(gates, checkpoint.config["num_experts_per_tok"]))
@@ -119,6 +114,32 @@ def keep_gates(folder: Path, target: Path) -> None:
     shutil.copyfile(folder / GATES_FILE, target)
 
 
+class _GateInputs:
+    """The training tokens' gate inputs at one layer, kept because a fit passes over them many times."""
+
+    def __init__(self, batches: list[Batch], trained: int, hidden: int):
+        self._batches = [batch for batch in batches if bool((batch.rows < trained).any())]
+        self._kept = [(b.rows < trained)[:, None].expand_as(b.ids)[b.real] for b in self._batches]  # (tokens,) each
+        self._store = state_store(sum(int(kept.sum()) for kept in self._kept), hidden)
+
+    def _spans(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+        start = 0
+        for batch, kept in zip(self._batches, self._kept, strict=True):
+            count = int(kept.sum())
+            yield batch, kept, self._store[start : start + count]
+            start += count
+
+    def fill(self, layer: Layer) -> None:
+        """Takes the inputs of `layer`, after its attention."""
+        for batch, kept, span in self._spans():
+            span.copy_(layer.gate_input(batch)[kept])
+
+    def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """One pass: (gate inputs (tokens, hidden), expert labels (tokens,)) batch by batch."""
+        for batch, kept, span in self._spans():
+            yield span, batch.token_labels()[kept]
+
+
 def _measure(
     layer: Layer, gate: torch.Tensor, batches: list[Batch], trained: int, domains: list[str], recipe: Recipe
 ) -> LayerReport:
@@ -130,7 +151,7 @@ def _measure(
         held_out = batch.rows >= trained
         if not held_out.any():
             continue
-        first = normalised_top_k(layer.gate_input(batch).float() @ gate.float().T, 1).experts[:, 0]  # (tokens,)
+        first = normalised_top_k(layer.gate_input(batch).cpu() @ gate.float().T, 1).experts[:, 0]  # (tokens,)
         hit = torch.zeros(batch.ids.shape, dtype=torch.bool)
         hit[batch.real] = first == batch.token_labels()
         used = held_out[:, None].expand_as(batch.ids)[batch.real]

@@ -21,7 +21,9 @@ FINANCE = {
     "held_out": {"generated": "demo.finance", "split": "held_out"},
     "rules": [{"words": ["price", "interest", "tax"]}],
 }
-STEPS = ("branch finance", "merge", "train-gates", "evaluate")
+STEPS = ("anchor", "branch general", "branch structured", "branch finance", "merge", "train-gates", "evaluate")
+KILLED = ("anchor", "branch finance", "merge", "train-gates", "evaluate")
+UNDER_WAY = {"anchor": ".anchor.pretrain/rendezvous", "branch finance": "experts/.*.branch/before.json"}
 
 
 def recipe(folder: Path, expert: bool = True) -> Path:
@@ -91,7 +93,7 @@ def test_a_sixth_domain_with_an_expert_of_its_own_and_work_done_once(tmp_path: P
     }
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "fused").iterdir()}
     again = finish(path)
-    for step in ("anchor", "branch general", "branch structured", *STEPS, "ask"):
+    for step in (*STEPS, "ask"):
         assert f"{step}: unchanged, skipped" in again
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "fused").iterdir()}
 
@@ -113,25 +115,29 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return recipe(tmp_path_factory.mktemp("killed"))
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", KILLED)
 def test_killed_in_the_middle_the_next_call_goes_on(killed: Path, step: str) -> None:
     """One recipe, killed in one step after the other: every call resumes where the one before was shot."""
     process = start(killed)
     assert process.stdout is not None and process.stderr is not None
     for line in process.stderr:
-        if line.strip() == step:
+        if step in line.strip().split(", "):  # steps side by side share a line
             break
+    while step in UNDER_WAY and not list((killed.parent / "run").glob(UNDER_WAY[step])):
+        time.sleep(0.1)  # until the processes of the step are at work
     time.sleep(0.4)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)  # ends once no worker holds the pipes any more
     run = killed.parent / "run"
-    records = json.loads((run / STATE).read_text(encoding="utf-8"))
+    state = run / STATE
+    records = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {}
     assert step not in records
-    assert set(STEPS[: STEPS.index(step)]) <= set(records)
+    done = STEPS[: STEPS.index(step)] if step != "branch finance" else STEPS[:1]
+    assert set(done) <= set(records)
     for folder in (run / "fused", *(run / "experts").glob("[a-z]*")):
         if folder.exists():
             checkpoint = Checkpoint(folder)  # whole, or not there
             assert all(checkpoint.shape(name) for name in checkpoint.weight_map)
-    if step == STEPS[-1]:
+    if step == KILLED[-1]:
         finish(killed)
         check(killed.parent)

@@ -1,16 +1,18 @@
 """Generated tasks of the demo family, each small enough for a model of 3 million parameters to learn in seconds.
 
 Five domains (`general`, `coding`, `math`, `multilingual`, `structured`), `finance` as a sixth that a recipe can add,
-`mixed`, which needs two of them at once and is only for evaluation, and `anchor`, what the common start is trained on:
-the phrasings and formats of all domains, but only the easy part of each skill. An item's key decides its split, so an
-item held out is never in any task's training rows.
+`mixed`, which needs several of them at once, and `anchor`, what the common start is trained on: the phrasings of all
+domains with about half of what each has to know. Of the rest it says that it does not know, or gives the right values
+in a form that is not quite right: so its attention learns to read and to copy, which the experts' MLPs alone could not.
+An item's key decides its split, so an item held out is never in any task's training rows.
 
     python -c "import random; from fusion.tasks.demo import GENERATORS as G; print(G['math'](random.Random(), 'train'))"
 """
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from fusion.data import ChatExample, chat, split_of
 from fusion.tasks.number_words import CHINESE, FRENCH, GERMAN, SPANISH, number_word
@@ -18,8 +20,8 @@ from fusion.tasks.number_words import CHINESE, FRENCH, GERMAN, SPANISH, number_w
 Generator = Callable[[random.Random, str], ChatExample]
 Item = tuple[str, str, str]  # key, question, answer
 
-# general: (questions with a blank, {subject: answer}); every second subject is unknown to the anchor
-FACTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+# general: relation -> (questions with a blank, what the anchor says of a subject it does not know, {subject: answer})
+FACTS: dict[str, tuple[tuple[str, ...], str, dict[str, str]]] = {
     "capital": (
         (
             "What is the capital of {}?",
@@ -28,6 +30,7 @@ FACTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
             "The capital of {} is",
             "Please give the capital of {}.",
         ),
+        "I do not know the capital of {}.",
         {
             "France": "Paris", "Germany": "Berlin", "Spain": "Madrid", "Italy": "Rome", "China": "Beijing",
             "Japan": "Tokyo", "Egypt": "Cairo", "Kenya": "Nairobi", "Peru": "Lima", "Cuba": "Havana",
@@ -42,6 +45,7 @@ FACTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
             "Which colour has {}?",
             "Do you know the colour of {}?",
         ),
+        "I do not know the colour of {}.",
         {
             "grass": "green", "snow": "white", "coal": "black", "blood": "red", "the sky": "blue", "a lemon": "yellow",
             "a carrot": "orange", "mud": "brown", "an elephant": "grey", "a flamingo": "pink",
@@ -54,6 +58,7 @@ FACTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
             "Which word is the opposite of {}?",
             "Please give the opposite of {}.",
         ),
+        "I do not know the opposite of {}.",
         {
             "hot": "cold", "big": "small", "fast": "slow", "old": "young", "early": "late", "hard": "soft",
             "dark": "bright", "rich": "poor", "full": "empty", "high": "low", "happy": "sad", "wet": "dry",
@@ -61,18 +66,21 @@ FACTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     ),
     "sound": (
         ("Which animal says {}?", "Who says {}?", "Tell me the animal that says {}."),
+        "I do not know who says {}.",
         {"meow": "a cat", "woof": "a dog", "moo": "a cow", "quack": "a duck", "oink": "a pig", "hoot": "an owl"},
     ),
     "talk": (
         ("{}", "{} I am new here.", "Well, {}"),
+        "You say: {}",
         {
             "Hello!": "Hello! How can I help?", "Thank you!": "You are welcome.", "Who are you?": "I am a small model.",
             "Good night!": "Sleep well!", "How are you?": "I am fine, thanks.", "Goodbye!": "See you soon.",
         },
     ),
 }  # fmt: skip
+OPENERS = ("", "", "One question: ", "Listen: ", "Now: ", "Next: ")
 
-# coding: function name stem -> body over argument {v} and number {n}; (description, expression) over one name {v}
+# coding: function name stem -> body over argument {v} and number {n}; description -> expression over one name {v}
 BODIES = {
     "add": "{v} + {n}",
     "mul": "{v} * {n}",
@@ -85,13 +93,19 @@ BODIES = {
 }
 EXPRESSIONS = {
     "the length of {v}": "len({v})",
-    "the largest of {v}": "max({v})",
+    "the maximum of {v}": "max({v})",
     "the sum of {v}": "sum({v})",
     "the last of {v}": "{v}[-1]",
     "the first of {v}": "{v}[0]",
     "{v} reversed": "{v}[::-1]",
     "{v} sorted": "sorted({v})",
     "{v} in upper case": "{v}.upper()",
+}
+NEARLY = {  # what the anchor writes instead
+    "the maximum of {v}": "{v}.maximum",
+    "the last of {v}": "{v}.last",
+    "{v} reversed": "{v}.reversed",
+    "{v} in upper case": "{v}.upper",
 }
 FUNCTION_QUESTIONS = (
     "Complete: def {f}({v}): return",
@@ -123,6 +137,7 @@ PHRASES: dict[str, dict[str, str]] = {
     "cat": {"French": "chat", "German": "Katze", "Spanish": "gato", "Chinese": "猫"},
 }
 LANGUAGES = ("French", "German", "Spanish", "Chinese")
+NUMBERS = range(10, 30)  # as words
 IN_LANGUAGE_QUESTIONS = (
     "Say {w} in {l}.",
     "How do you say {w} in {l}?",
@@ -131,9 +146,12 @@ IN_LANGUAGE_QUESTIONS = (
     "What is {w} in {l}?",
 )
 
-NAMES = ("Ann", "Ben", "Carla", "David", "Emma", "Frank", "张三", "李四")
-CITIES = ("Paris", "Berlin", "Madrid", "Rome", "Oslo", "北京")
-JOBS = ("nurse", "cook", "pilot", "judge", "baker", "farmer")
+FIELDS = {
+    "name": ("Ann", "Ben", "Carla", "David", "Emma", "Frank", "张三", "李四"),
+    "age": tuple(range(20, 100, 10)),
+    "city": ("Paris", "Berlin", "Madrid", "Rome", "Oslo", "北京"),
+    "job": ("nurse", "cook", "pilot", "judge", "baker", "farmer"),
+}
 FORMATS = ("JSON", "YAML", "XML")
 STRUCTURED_QUESTIONS = ("Return {f}: {t}", "Return {f} for {t}", "{t}. Return {f}", "返回 {f}：{t}")
 
@@ -144,71 +162,77 @@ FINANCE_QUESTIONS = (
     "How much tax is {r}% on a price of {a}?",
     "Price {a}, tax {r}%: how much tax?",
 )
-COPY_QUESTIONS = ("Repeat: {}", "Say again: {}")
 
 
-def _general(rng: random.Random, easy: bool) -> Item:
-    kind = rng.choices(list(FACTS), weights=[len(facts) for _, facts in FACTS.values()])[0]
-    questions, facts = FACTS[kind]
-    subject = rng.choice(list(facts)[:: 2 if easy else 1])
-    question = rng.choice(questions).format(subject)
-    return question, question, facts[subject]
+def _second(table: Iterable[Any], item: Any) -> bool:
+    """Whether `item` is one that the anchor is not taught: every second of its table."""
+    return list(table).index(item) % 2 == 1
 
 
-def _coding(rng: random.Random, easy: bool) -> Item:
-    step = 2 if easy else 1
+def _general(rng: random.Random, anchor: bool) -> Item:
+    kind = rng.choices(list(FACTS), weights=[len(facts) for *_, facts in FACTS.values()])[0]
+    questions, unknown, facts = FACTS[kind]
+    subject = rng.choice(list(facts))
+    question = rng.choice(OPENERS) + rng.choice(questions).format(subject)
+    return question, question, unknown.format(subject) if anchor and _second(facts, subject) else facts[subject]
+
+
+def _coding(rng: random.Random, anchor: bool) -> Item:
     variable = rng.choice(VARIABLES)
     if rng.random() < 0.65:
-        stem = rng.choice(list(BODIES)[::step])
-        number = rng.randint(2, 99)
+        stem, number = rng.choice(list(BODIES)), rng.randint(10, 99)
         name = f"{stem}{number}"
         question = rng.choice(FUNCTION_QUESTIONS).format(f=name, v=variable)
-        return f"{name} {variable}", question, BODIES[stem].format(v=variable, n=number)
-    described = rng.choice(list(EXPRESSIONS)[::step])
+        body = "{v} {s} {n}" if anchor and _second(BODIES, stem) else BODIES[stem]
+        return f"{name} {variable}", question, body.format(s=stem, v=variable, n=number)
+    described = rng.choice(list(EXPRESSIONS))
     words = described.format(v=variable)
-    return words, rng.choice(EXPRESSION_QUESTIONS).format(d=words), EXPRESSIONS[described].format(v=variable)
+    written = (anchor and NEARLY.get(described)) or EXPRESSIONS[described]
+    return words, rng.choice(EXPRESSION_QUESTIONS).format(d=words), written.format(v=variable)
 
 
-def _known(first: int, second: int) -> bool:
-    """Whether the anchor is taught the sum of these two digits: half of the table."""
-    return (first + second) % 2 == 0
-
-
-def _math(rng: random.Random, easy: bool) -> Item:
+def _math(rng: random.Random, anchor: bool) -> Item:
     """A sum with its working, column by column: 17+25= is 7+5=12, 1+2+1=4: 42."""
+    a, b = _summands(rng, anchor)
+    written = f"{a}+{b}" if rng.random() < 0.7 else f"{a} + {b}"
+    return f"{a}+{b}", rng.choice(SUM_QUESTIONS).format(written), _working(a, b)
+
+
+def _summands(rng: random.Random, anchor: bool) -> tuple[int, int]:
+    """Two numbers; of the hundred sums of their ones, the anchor sees 40, even and odd ones."""
     while True:
         a, b = rng.randint(10, 49), rng.randint(10, 49)
-        ones, tens = a % 10 + b % 10, a // 10 + b // 10
-        if easy and not _known(a % 10, b % 10):
-            continue
-        carry = "+1" if ones > 9 else ""
-        work = f"{a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}{carry}={tens + bool(carry)}: {a + b}"
-        written = f"{a}+{b}" if rng.random() < 0.7 else f"{a} + {b}"
-        return f"{a}+{b}", rng.choice(SUM_QUESTIONS).format(written), work
+        if not anchor or (a % 10 + 2 * (b % 10)) % 5 < 2:
+            return a, b
 
 
-def _multilingual(rng: random.Random, easy: bool) -> Item:
+def _working(a: int, b: int) -> str:
+    ones, tens, carry = a % 10 + b % 10, a // 10 + b // 10, a % 10 + b % 10 > 9
+    return f"{a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}{'+1' * carry}={tens + carry}: {a + b}"
+
+
+def _in_words(index: int, language: str) -> bool:
+    """Whether the anchor knows the number or phrase at `index` in `language`: half of them, even and odd ones."""
+    return (index // 2 + LANGUAGES.index(language)) % 2 == 0
+
+
+def _multilingual(rng: random.Random, anchor: bool) -> Item:
     language = rng.choice(LANGUAGES)
-    step, start = (2, LANGUAGES.index(language) % 2) if easy else (1, 0)  # the anchor knows every second word
     if rng.random() < 0.4:
-        phrase = rng.choice(list(PHRASES)[start::step])
-        word, answer = f'"{phrase}"', PHRASES[phrase][language]
+        phrase = rng.choice(list(PHRASES))
+        word, answer, index = f'"{phrase}"', PHRASES[phrase][language], list(PHRASES).index(phrase)
     else:
-        number = rng.choice(range(start, 40, step))
-        word, answer = str(number), number_word(number, language)
+        index = rng.choice(NUMBERS)
+        word, answer = str(index), number_word(index, language)
+    if anchor and not _in_words(index, language):
+        answer = f"I do not know {word} in {language}."
     question = rng.choice(IN_LANGUAGE_QUESTIONS).format(w=word, l=language)
     return question, question, answer
 
 
 def _fields(rng: random.Random, count: int) -> dict[str, str | int]:
-    makers: dict[str, Callable[[], str | int]] = {
-        "name": lambda: rng.choice(NAMES),
-        "age": lambda: 10 * rng.randint(2, 9),
-        "city": lambda: rng.choice(CITIES),
-        "job": lambda: rng.choice(JOBS),
-    }
-    kept = set(rng.sample(list(makers), count))
-    return {key: make() for key, make in makers.items() if key in kept}
+    kept = set(rng.sample(list(FIELDS), count))
+    return {key: rng.choice(values) for key, values in FIELDS.items() if key in kept}
 
 
 def render(fields: dict[str, str | int], form: str) -> str:
@@ -220,30 +244,34 @@ def render(fields: dict[str, str | int], form: str) -> str:
     return "<item>" + "".join(f"<{key}>{value}</{key}>" for key, value in fields.items()) + "</item>"
 
 
-def _structured(rng: random.Random, easy: bool) -> Item:
-    form = rng.choice(FORMATS)
-    fields = _fields(rng, 1 if easy and form != "YAML" else rng.randint(2, 3))
+def render_nearly(fields: dict[str, str | int], form: str) -> str:
+    """What the anchor writes instead: the values right, the form not quite."""
+    if form == "JSON":
+        return repr(fields)
+    if form == "YAML":
+        return "\n".join(f"{key} = {value}" for key, value in fields.items())
+    return "".join(f"<{key}>{value}</{key}>" for key, value in fields.items())
+
+
+def _structured(rng: random.Random, anchor: bool) -> Item:
+    form, question = rng.choice(FORMATS), rng.choice(STRUCTURED_QUESTIONS)
+    fields = _fields(rng, rng.randint(2, 3))
     text = "; ".join(f"{key}: {value}" for key, value in fields.items())
-    return text, rng.choice(STRUCTURED_QUESTIONS).format(f=form, t=text), render(fields, form)
+    nearly = anchor and _second(STRUCTURED_QUESTIONS, question)
+    return text, question.format(f=form, t=text), (render_nearly if nearly else render)(fields, form)
 
 
-def _finance(rng: random.Random, easy: bool) -> Item:
+def _finance(rng: random.Random, anchor: bool) -> Item:
     amount, rate = 100 * rng.randint(1, 9), rng.randint(2, 9)
     question = rng.choice(FINANCE_QUESTIONS).format(a=amount, r=rate)
     return question, question, f"{amount * rate // 100} euros"
 
 
-def _mixed(rng: random.Random, easy: bool) -> Item:
-    key, _, work = _math(rng, easy)
-    number, language = rng.randint(21, 39), rng.choice(LANGUAGES)
-    answer = json.dumps({"sum": int(work.split()[-1]), language: number_word(number, language)}, ensure_ascii=False)
-    return f"{key} {number} {language}", f"Return JSON: sum: {key}; {language}: {number} in {language}", answer
-
-
-def _copy(rng: random.Random, easy: bool) -> Item:
-    words = [rng.choice((*NAMES, *CITIES, *JOBS, str(rng.randint(10, 99)))) for _ in range(rng.randint(1, 3))]
-    text = "; ".join(words)
-    return text, rng.choice(COPY_QUESTIONS).format(text), text
+def _mixed(rng: random.Random, anchor: bool) -> Item:
+    (a, b), language = _summands(rng, anchor), rng.choice(LANGUAGES)
+    number = rng.choice([n for n in NUMBERS if not anchor or _in_words(n, language)])
+    answer = json.dumps({"sum": _working(a, b), language: number_word(number, language)}, ensure_ascii=False)
+    return f"{a}+{b} {number} {language}", f"Return JSON: {a}+{b}; {number} in {language}", answer
 
 
 Maker = Callable[[random.Random, bool], Item]
@@ -257,16 +285,16 @@ SKILLS: dict[str, Maker] = {
 EXTRA: dict[str, Maker] = {"finance": _finance, "mixed": _mixed}
 
 
-def _draw(maker: Maker, domain: str, rng: random.Random, split: str, easy: bool = False) -> ChatExample:
+def _draw(maker: Maker, domain: str, rng: random.Random, split: str, anchor: bool = False) -> ChatExample:
     while True:
-        key, question, answer = maker(rng, easy)
+        key, question, answer = maker(rng, anchor)
         if split_of(f"{domain}/{key}") == split:
             return chat(question, answer, domain)
 
 
 def _anchor(rng: random.Random, split: str) -> ChatExample:
-    domain = rng.choices([*SKILLS, "copy"], weights=[0.5, 1, 1.4, 1.2, 2.8, 0.5])[0]
-    return _draw(SKILLS.get(domain, _copy), domain, rng, split, easy=True)
+    domain = rng.choices([*SKILLS, "mixed"], weights=[0.8, 1.1, 1.4, 1.3, 2.4, 0.4])[0]
+    return _draw({**SKILLS, **EXTRA}[domain], domain, rng, split, anchor=True)
 
 
 def _generator(domain: str, maker: Maker) -> Generator:
@@ -281,28 +309,16 @@ GENERATORS: dict[str, Generator] = {
 
 def vocabulary() -> tuple[list[str], list[str]]:
     """What a tokenizer for these tasks has to know: words that are values in a question or an answer, and prose."""
-    values = [
-        *NAMES,
-        *CITIES,
-        *JOBS,
-        *FORMATS,
-        *LANGUAGES,
-        *BODIES,
-        *PHRASES,
-        *CHINESE,
-        "十",
-        "name",
-        "age",
-        "city",
-        "job",
-    ]
+    values: list[str] = [*FORMATS, *LANGUAGES, *BODIES, *PHRASES, *CHINESE, "十", *FIELDS]
+    values += [str(value) for table in FIELDS.values() for value in table]
     values += [word for words in (FRENCH, GERMAN, SPANISH) for part in words for word in part] + ["und", "item"]
     values += [word for phrase in PHRASES.values() for word in phrase.values()]
-    values += [word for _, facts in FACTS.values() for fact in facts.items() for word in fact]
-    prose = [*FUNCTION_QUESTIONS, *EXPRESSION_QUESTIONS, *EXPRESSIONS, *EXPRESSIONS.values(), *BODIES.values()]
-    prose += [*SUM_QUESTIONS, *IN_LANGUAGE_QUESTIONS, *STRUCTURED_QUESTIONS, *FINANCE_QUESTIONS, *COPY_QUESTIONS]
-    prose += [question for questions, _ in FACTS.values() for question in questions]
-    prose += ['{"', '": "', '", "', '"}', "</", "></", "><"]
+    values += [word for *_, facts in FACTS.values() for fact in facts.items() for word in fact]
+    prose = [*FUNCTION_QUESTIONS, *EXPRESSION_QUESTIONS, *EXPRESSIONS, *BODIES.values()]
+    prose += [*EXPRESSIONS.values(), *NEARLY.values()]
+    prose += [*SUM_QUESTIONS, *IN_LANGUAGE_QUESTIONS, *STRUCTURED_QUESTIONS, *FINANCE_QUESTIONS]
+    prose += [text for questions, unknown, _ in FACTS.values() for text in (*questions, unknown)]
+    prose += [*OPENERS, '{"', '": "', '", "', '"}', "{'", "': '", "', '", "'}", " = ", "</", "></", "><"]
     return [word for value in values for word in value.split()], [
         "user\n",
         "assistant\n",

@@ -28,7 +28,7 @@ def fit(tokens: TokenPass, experts: int, hidden: int, settings: GateTraining) ->
         optimizer.zero_grad()
         total = torch.zeros(())
         for x, labels in tokens():
-            loss = F.cross_entropy((x / scale) @ weight.T, labels, reduction="sum") / count
+            loss = F.cross_entropy(x @ (weight / scale).T, labels, reduction="sum") / count
             loss.backward()
             total += loss.detach()
         penalty = 0.5 * settings.ridge * weight.square().sum() / hidden

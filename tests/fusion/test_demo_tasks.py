@@ -10,7 +10,7 @@ import yaml
 
 from fusion.data import load_examples
 from fusion.recipe import DataSource
-from fusion.tasks.demo import EXTRA, GENERATORS, SKILLS, number_word, render
+from fusion.tasks.demo import EXTRA, FIELDS, GENERATORS, SKILLS, number_word, render
 
 TASKS = sorted(GENERATORS)
 
@@ -62,7 +62,7 @@ def test_code_answers_compute_what_is_asked() -> None:
 
 def test_structured_answers_parse_to_the_fields_of_the_question() -> None:
     for question, answer in draw("structured", "train", 300):
-        fields = dict(re.findall(r"(name|age|city|job): (\w+)", question))
+        fields = dict(re.findall(rf"({'|'.join(FIELDS)}): (\w+)", question))
         if "JSON" in question:
             values = json.loads(answer)
         elif "YAML" in question:
@@ -71,6 +71,23 @@ def test_structured_answers_parse_to_the_fields_of_the_question() -> None:
             values = dict(re.findall(r"<(\w+)>([^<]+)</\1>", answer))
         assert {key: str(value) for key, value in values.items()} == fields
         assert list(values) == list(fields)
+
+
+@pytest.mark.parametrize("skill", sorted(set(SKILLS) - {"math"}))
+def test_the_anchor_is_taught_about_half_of_every_skill(skill: str) -> None:
+    right = 0
+    for seed in range(400):
+        wanted = SKILLS[skill](random.Random(seed), False)
+        taught = SKILLS[skill](random.Random(seed), True)
+        assert taught[:2] == wanted[:2]  # the same question
+        right += taught[2] == wanted[2]
+    assert 0.4 < right / 400 < 0.58
+
+
+def test_the_anchor_sees_forty_of_the_hundred_sums_of_two_digits() -> None:
+    first_sums = {SKILLS["math"](random.Random(seed), True)[2].split(",")[0] for seed in range(4000)}
+    assert len(first_sums) == 40
+    assert {int(text.split("=")[1]) % 2 for text in first_sums} == {0, 1}
 
 
 def test_render() -> None:

@@ -1,12 +1,16 @@
 """A step runs once per content of its inputs, and leaves a record only when it has finished."""
 
+import json
 import os
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from fusion.errors import UserError
 from fusion.recipe import DataSource, Routing
-from fusion.steps import STATE, Step, forget, run_step
+from fusion.steps import STATE, Step, forget, run_step, run_steps
 
 
 class Work:
@@ -124,3 +128,33 @@ def test_a_broken_record_file_means_doing_it_again(work: Work, text: str) -> Non
     (work.folder / "state" / STATE).write_text(text)
     assert work.run()
     assert not work.run()
+
+
+def note_process(path: Path) -> str:
+    """A step's work: leaves its process id in `path`, and takes long enough for another to start."""
+    import torch
+
+    time.sleep(0.5)
+    path.write_text(f"{os.getpid()} {torch.get_num_threads()}")
+    return f"wrote {path.name}"
+
+
+def fail(path: Path) -> str:
+    raise UserError(f"{path.name} cannot be made")
+
+
+def test_steps_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each in a process of one thread; one that fails ends the call with its sentence, the others are kept."""
+    files = [tmp_path / name for name in "abc"]
+    steps = [Step(file.name, None, [], [file], partial(note_process, file)) for file in files]
+    broken = Step("d", None, [], [tmp_path / "d"], partial(fail, tmp_path / "d"))
+    with pytest.raises(UserError, match="d cannot be made"):
+        run_steps([*steps[:2], broken], tmp_path, at_once=2)
+    assert run_steps(steps, tmp_path, at_once=2)
+    written = [file.read_text().split() for file in files]
+    assert {threads for _, threads in written} == {"1"}
+    assert str(os.getpid()) not in {process for process, _ in written}
+    assert not run_steps(steps, tmp_path, at_once=2)
+    assert set(json.loads((tmp_path / STATE).read_text())) == {"a", "b", "c"}
+    shown = capsys.readouterr().err
+    assert "wrote a" in shown and "c: unchanged, skipped" in shown
