@@ -25,7 +25,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNor
 from fusion.architecture import MLP_PARTS, gate_tensor, rope_scaling, rope_theta
 from fusion.checkpoint import Checkpoint
 from fusion.hardware import stream_device
-from fusion.progress import track
+from fusion.progress import progress_bar
 
 STORE_BYTES = 2 * 2**30  # hidden states beyond this lie in a file
 
@@ -161,7 +161,7 @@ class Layer:
     @torch.no_grad()
     def attend(self) -> None:
         """Adds the attention's output to the states of every batch, in place."""
-        for batch in self._stream.progress(f"layer {self.index} attention"):
+        for batch in self._stream.passing():
             states = self._stream.load(batch)  # (rows, length, hidden)
             positions = torch.arange(states.shape[1], device=states.device)[None]
             rotary = self._stream.rotary(states, positions)
@@ -178,7 +178,7 @@ class Layer:
     @torch.no_grad()
     def mix(self, route: Route) -> None:
         """Sends every batch through the MLPs that `route` picks and adds the result to the states, in place."""
-        for batch in self._stream.progress(f"layer {self.index} experts"):
+        for batch in self._stream.passing():
             x = self.gate_input(batch)
             output = self.experts(x, route(self.index, x, batch)) if self.sparse else self._mlp("mlp.", x)
             states = self._stream.load(batch)
@@ -226,6 +226,7 @@ class LayerStream:
         self.model_config = attention_config(config)
         self.rotary = Qwen2RotaryEmbedding(self.model_config).to(self.device)
         self._description = description
+        self._passed: Callable[[], None] | None = None
         rows = sum(batch.ids.numel() for batch in batches)
         self._states = state_store(rows, self.hidden, dtype, memory_bytes)
         embedding = checkpoint.tensor("model.embed_tokens.weight")
@@ -233,14 +234,23 @@ class LayerStream:
             self.store(batch, F.embedding(batch.ids, embedding).to(dtype))
 
     def __iter__(self) -> Iterator[Layer]:
-        for index in range(self.layers):
-            yield Layer(self, index)
-
-    def progress(self, step: str) -> Iterator[Batch]:
-        """The batches, with a bar where the stream was given a description."""
         if self._description is None:
-            return iter(self.batches)
-        return track(self.batches, f"{self._description}: {step} of {self.layers}", unit="batches")
+            yield from (Layer(self, index) for index in range(self.layers))
+            return
+        with progress_bar() as bar:
+            task = bar.add_task(self._description, total=2 * self.layers * len(self.batches), unit="batches")
+            self._passed = lambda: bar.advance(task)
+            for index in range(self.layers):
+                bar.update(task, description=f"{self._description}, layer {index} of {self.layers}")
+                yield Layer(self, index)
+        self._passed = None
+
+    def passing(self) -> Iterator[Batch]:
+        """The batches, one after the other, each noted on the bar when it is done."""
+        for batch in self.batches:
+            yield batch
+            if self._passed is not None:
+                self._passed()
 
     def load(self, batch: Batch) -> torch.Tensor:
         """A copy of the batch's states, `(rows, length, hidden)`, on the stream's device."""
@@ -290,7 +300,7 @@ class LayerStream:
         What is no answer has 0, and so has a first token, as nothing predicts it. Logits exist for one row at a time.
         """
         norm, head = self._final()
-        for batch in self.progress("head"):
+        for batch in self.batches:
             states = norm(self.load(batch))
             losses = torch.zeros(batch.ids.shape)
             for row in range(batch.ids.shape[0]):

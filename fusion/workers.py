@@ -22,8 +22,10 @@ def worker_context() -> BaseContext:
 def one_thread(bars: bool = False) -> None:
     """Makes the calling process a worker: one thread, no `bars`, and an end when its parent ends."""
     import torch
+    from transformers.utils import logging
 
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     if not bars:
         os.environ["QWEN_FUSION_QUIET"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides

@@ -7,7 +7,6 @@ of post_attention_layernorm, chat template applied), and the tokens move on thro
 picks. Held-out examples travel along and are only measured.
 """
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.layers import Batch, Layer, LayerStream, gated, normalised_top_k, state_store
-from fusion.merge import GATES_FILE, checkpoint_dtype, write_gates
+from fusion.merge import checkpoint_dtype, write_gates
 from fusion.recipe import Recipe
 from gate_training.examples import RoutingExample, expert_labels, routing_examples
 from gate_training.methods import cross_entropy, ridge
@@ -106,12 +105,6 @@ def install_gates(folder: Path, gates: dict[int, torch.Tensor]) -> None:
     """Replaces the checkpoint's gate shard; a reader sees the old gates or the new ones, never half of either."""
     dtype = getattr(torch, checkpoint_dtype(folder))
     write_gates(folder, {gate_tensor(layer): gate for layer, gate in gates.items()}, dtype)
-
-
-def keep_gates(folder: Path, target: Path) -> None:
-    """A copy of the checkpoint's gate shard at `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / GATES_FILE, target)
 
 
 class _GateInputs:

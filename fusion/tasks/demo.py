@@ -162,6 +162,7 @@ FINANCE_QUESTIONS = (
     "How much tax is {r}% on a price of {a}?",
     "Price {a}, tax {r}%: how much tax?",
 )
+COPY_QUESTIONS = ("Repeat: {}", "Say again: {}")  # for the anchor alone
 
 
 def _second(table: Iterable[Any], item: Any) -> bool:
@@ -193,17 +194,15 @@ def _coding(rng: random.Random, anchor: bool) -> Item:
 
 def _math(rng: random.Random, anchor: bool) -> Item:
     """A sum with its working, column by column: 17+25= is 7+5=12, 1+2+1=4: 42."""
-    a, b = _summands(rng, anchor)
-    written = f"{a}+{b}" if rng.random() < 0.7 else f"{a} + {b}"
-    return f"{a}+{b}", rng.choice(SUM_QUESTIONS).format(written), _working(a, b)
+    a, b = rng.randint(10, 49), rng.randint(10, 49)
+    key = f"{a}+{b}"
+    question = rng.choice(SUM_QUESTIONS).format(key if rng.random() < 0.7 else f"{a} + {b}")
+    return key, question, f"I do not know {key}." if anchor and not _in_sums(a, b) else _working(a, b)
 
 
-def _summands(rng: random.Random, anchor: bool) -> tuple[int, int]:
-    """Two numbers; of the hundred sums of their ones, the anchor sees 40, even and odd ones."""
-    while True:
-        a, b = rng.randint(10, 49), rng.randint(10, 49)
-        if not anchor or (a % 10 + 2 * (b % 10)) % 5 < 2:
-            return a, b
+def _in_sums(a: int, b: int) -> bool:
+    """Whether the anchor knows the sum of the ones of `a` and `b`: 40 of the hundred there are, even and odd ones."""
+    return (a % 10 + 2 * (b % 10)) % 5 < 2
 
 
 def _working(a: int, b: int) -> str:
@@ -268,10 +267,19 @@ def _finance(rng: random.Random, anchor: bool) -> Item:
 
 
 def _mixed(rng: random.Random, anchor: bool) -> Item:
-    (a, b), language = _summands(rng, anchor), rng.choice(LANGUAGES)
-    number = rng.choice([n for n in NUMBERS if not anchor or _in_words(n, language)])
+    while True:
+        a, b, number = rng.randint(10, 49), rng.randint(10, 49), rng.choice(NUMBERS)
+        language = rng.choice(LANGUAGES)
+        if not anchor or (_in_sums(a, b) and _in_words(number, language)):
+            break
     answer = json.dumps({"sum": _working(a, b), language: number_word(number, language)}, ensure_ascii=False)
     return f"{a}+{b} {number} {language}", f"Return JSON: {a}+{b}; {number} in {language}", answer
+
+
+def _copy(rng: random.Random, anchor: bool) -> Item:
+    values = [str(value) for table in FIELDS.values() for value in table]
+    text = "; ".join(rng.choice(values) for _ in range(rng.randint(1, 3)))
+    return text, rng.choice(COPY_QUESTIONS).format(text), text
 
 
 Maker = Callable[[random.Random, bool], Item]
@@ -293,8 +301,8 @@ def _draw(maker: Maker, domain: str, rng: random.Random, split: str, anchor: boo
 
 
 def _anchor(rng: random.Random, split: str) -> ChatExample:
-    domain = rng.choices([*SKILLS, "mixed"], weights=[0.8, 1.1, 1.4, 1.3, 2.4, 0.4])[0]
-    return _draw({**SKILLS, **EXTRA}[domain], domain, rng, split, anchor=True)
+    domain = rng.choices([*SKILLS, "mixed", "copy"], weights=[0.8, 1.1, 1.4, 1.3, 2.4, 0.4, 0.5])[0]
+    return _draw({**SKILLS, **EXTRA, "copy": _copy}[domain], domain, rng, split, anchor=True)
 
 
 def _generator(domain: str, maker: Maker) -> Generator:
@@ -316,7 +324,7 @@ def vocabulary() -> tuple[list[str], list[str]]:
     values += [word for *_, facts in FACTS.values() for fact in facts.items() for word in fact]
     prose = [*FUNCTION_QUESTIONS, *EXPRESSION_QUESTIONS, *EXPRESSIONS, *BODIES.values()]
     prose += [*EXPRESSIONS.values(), *NEARLY.values()]
-    prose += [*SUM_QUESTIONS, *IN_LANGUAGE_QUESTIONS, *STRUCTURED_QUESTIONS, *FINANCE_QUESTIONS]
+    prose += [*SUM_QUESTIONS, *IN_LANGUAGE_QUESTIONS, *STRUCTURED_QUESTIONS, *FINANCE_QUESTIONS, *COPY_QUESTIONS]
     prose += [text for questions, unknown, _ in FACTS.values() for text in (*questions, unknown)]
     prose += [*OPENERS, '{"', '": "', '", "', '"}', "{'", "': '", "', '", "'}", " = ", "</", "></", "><"]
     return [word for value in values for word in value.split()], [

@@ -73,7 +73,7 @@ def test_structured_answers_parse_to_the_fields_of_the_question() -> None:
         assert list(values) == list(fields)
 
 
-@pytest.mark.parametrize("skill", sorted(set(SKILLS) - {"math"}))
+@pytest.mark.parametrize("skill", sorted(SKILLS))
 def test_the_anchor_is_taught_about_half_of_every_skill(skill: str) -> None:
     right = 0
     for seed in range(400):
@@ -81,13 +81,7 @@ def test_the_anchor_is_taught_about_half_of_every_skill(skill: str) -> None:
         taught = SKILLS[skill](random.Random(seed), True)
         assert taught[:2] == wanted[:2]  # the same question
         right += taught[2] == wanted[2]
-    assert 0.4 < right / 400 < 0.58
-
-
-def test_the_anchor_sees_forty_of_the_hundred_sums_of_two_digits() -> None:
-    first_sums = {SKILLS["math"](random.Random(seed), True)[2].split(",")[0] for seed in range(4000)}
-    assert len(first_sums) == 40
-    assert {int(text.split("=")[1]) % 2 for text in first_sums} == {0, 1}
+    assert 0.35 < right / 400 < 0.58
 
 
 def test_render() -> None:

@@ -21,7 +21,7 @@ from fusion.recipe import Recipe
 from gate_training import trainer
 from gate_training.examples import expert_labels, routing_examples
 from gate_training.methods import TokenPass, ridge
-from gate_training.trainer import fit_gates, install_gates, keep_gates, train_gates
+from gate_training.trainer import fit_gates, install_gates, train_gates
 from tests.recipes import make_recipe
 
 SETTINGS = {"rows": 4, "held_out_rows": 3, "batch_tokens": 128}
@@ -220,11 +220,6 @@ def test_merging_again_forgets_that_the_gates_were_trained(recipe: Recipe) -> No
     assert file_hash(recipe.fused / GATES_FILE) != trained
     road.train_gates(recipe)
     assert file_hash(recipe.fused / GATES_FILE) == trained
-
-
-def test_kept_gates_are_a_copy(folder: Path, tmp_path: Path) -> None:
-    keep_gates(folder, tmp_path / "deep" / "gates.safetensors")
-    assert file_hash(tmp_path / "deep" / "gates.safetensors") == file_hash(folder / GATES_FILE)
 
 
 def test_a_failing_training_leaves_the_gates_and_no_record(
