@@ -202,7 +202,9 @@ def _trainable_model(start: Path, settings: BranchSettings, layers: Sequence[int
     """The anchor in float32, with gradients only where the expert may differ from it."""
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu and settings.lora_rank else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(start, dtype=dtype, device_map="auto" if gpu else None)
+    model = AutoModelForCausalLM.from_pretrained(
+        start, dtype=dtype, device_map="auto" if gpu else None, use_safetensors=True
+    )
     model.config.use_cache = False
     count = model.config.num_hidden_layers
     if layers is not None and not all(0 <= layer < count for layer in layers):

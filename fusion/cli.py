@@ -146,8 +146,8 @@ def ask(
     recipe: RecipePath,
     question: Annotated[str, typer.Argument(help="what to ask")],
     schema: Annotated[Path | None, typer.Option(help="JSON schema file that the answer must satisfy")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="at most this many tokens in the answer")] = None,
-    temperature: Annotated[float | None, typer.Option(help="override serving.sampling.temperature")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="at most this many tokens in the answer", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="override serving.sampling.temperature", min=0)] = None,
     set_: Overrides = None,
 ) -> None:
     """Ask one question of the recipe's running server, or of one that is started for it."""

@@ -4,8 +4,7 @@
 
 mergekit is the engine: its MoEMergeConfig, model references and lazy loaders, with an output architecture of ours
 beside its QwenMoE, which forces in a shared expert of the dense model's size. The writer is ours: one shard group for
-the shared parts, one per expert, and one for the gates, so that new gates rewrite megabytes and a new expert only its
-own group.
+the shared parts, one per expert, and one for the gates, so that new gates rewrite megabytes.
 """
 
 import logging

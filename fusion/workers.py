@@ -9,13 +9,15 @@ import multiprocessing
 import os
 import signal
 import sys
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
 
 def worker_context() -> BaseContext:
-    """Starts processes as forks of one clean server that has imported torch and transformers once."""
+    """Starts processes as forks of one clean server that imports torch and transformers once, from this call on."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fusion.branch", "fusion.demo_family"])
+    forkserver.ensure_running()
     return context
 
 

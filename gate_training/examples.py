@@ -44,6 +44,15 @@ def routing_examples(recipe: Recipe, split: str, rows: int) -> list[RoutingExamp
     return found
 
 
+def rules_agreement(recipe: Recipe, examples: Sequence[RoutingExample]) -> dict[str, float]:
+    """Per domain the share of its examples that the recipe's rules alone would send to the same expert."""
+    found: dict[str, list[bool]] = {}
+    for example in examples:
+        ruled = label_by_rules(example.example.question, recipe.domains).domain
+        found.setdefault(example.domain, []).append(recipe.expert_of(ruled) == recipe.expert_of(example.domain))
+    return {name: sum(hits) / len(hits) for name, hits in found.items()}
+
+
 def expert_labels(recipe: Recipe, examples: Sequence[RoutingExample]) -> list[int]:
     """The index of the expert that each example's domain is served by."""
     return [recipe.expert_of(example.domain) for example in examples]

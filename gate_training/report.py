@@ -20,6 +20,9 @@ def markdown(report: GateReport) -> str:
     lines = [
         f"Gates by `{report.method}` on {report.tokens:,} tokens labelled by `{report.labels}`; shares of "
         f"{report.held_out_tokens:,} held-out tokens that go to the labelled expert first, all tokens / answer tokens.",
+        "The recipe's rules alone send to the same expert: "
+        + ", ".join(f"{name} {share:.0%}" for name, share in report.rules_agreement.items())
+        + " of held-out examples.",
         "",
         "| layer | all | " + " | ".join(domains) + " |",
         "| --- " * (len(domains) + 2) + "|",

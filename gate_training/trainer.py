@@ -20,7 +20,7 @@ from fusion.encoding import encode_batches, load_tokenizer
 from fusion.layers import Batch, Layer, LayerStream, gated, normalised_top_k, state_store
 from fusion.merge import checkpoint_dtype, write_gates
 from fusion.recipe import Recipe
-from gate_training.examples import RoutingExample, expert_labels, routing_examples
+from gate_training.examples import RoutingExample, expert_labels, routing_examples, rules_agreement
 from gate_training.methods import cross_entropy, ridge
 
 METHODS = {"ridge": ridge.fit, "cross-entropy": cross_entropy.fit}
@@ -46,6 +46,7 @@ class GateReport:
     labels: str
     tokens: int
     held_out_tokens: int
+    rules_agreement: dict[str, float]  # per domain, of held-out examples
     layers: list[LayerReport]
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,7 +99,8 @@ def fit_gates(
     for batch in batches:
         for row, real in zip(batch.rows.tolist(), batch.real, strict=True):
             counts[row >= len(train)] += int(real.sum())
-    return gates, GateReport(settings.method, settings.labels, counts[0], counts[1], reports)
+    agreement = rules_agreement(recipe, held_out)
+    return gates, GateReport(settings.method, settings.labels, counts[0], counts[1], agreement, reports)
 
 
 def install_gates(folder: Path, gates: dict[int, torch.Tensor]) -> None:

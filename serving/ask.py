@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
+from fusion.progress import console
 from fusion.recipe import Question, Recipe
 from serving.client import chat
 from serving.engine import EngineSettings
@@ -66,6 +67,10 @@ def recipe_server(recipe: Recipe, reuse: bool = True) -> Iterator[RunningServer]
     """The recipe's running server, or (always without `reuse`) one on a free port for the length of the block."""
     found = find_server(recipe.folder / STATE, recipe.name) if reuse else None
     if found:
+        started = (recipe.folder / STATE).stat().st_mtime
+        if any(path.stat().st_mtime > started for path in recipe.fused.glob("*.safetensors")):
+            note = f"{recipe.fused} has changed since the server at {found.url} started: restart it to serve the change"
+            console.print(f"[yellow]{note}[/yellow]", highlight=False, soft_wrap=True)
         yield found
         return
     settings = engine_settings(recipe)

@@ -1,7 +1,8 @@
 """The gates that trained ones are measured against: random ones, and mergekit's `hidden` ones.
 
-Both are mergekit's own functions. `hidden` takes the anchor's hidden state at the last token of each prompt, at every
-layer's input, summed up and normalised; its prompts are the gate's own training examples here.
+`random` draws as mergekit does. `hidden` is mergekit's own function: it takes the anchor's hidden state at the last
+token of each prompt, at every layer's input, summed up and normalised; its prompts are the gate's own training examples
+here.
 """
 
 from collections.abc import Sequence

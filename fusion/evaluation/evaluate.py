@@ -100,7 +100,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "mean_retained_share": sum(shares) / len(shares) if shares else None,
         "worst_retained_share": min(shares) if shares else None,
         "mean_exact_match": {row: _mean([d[row]["exact_match"] for d in domains.values()]) for row in ROWS},
-        "extra": {n: {r: figures[r][n].as_dict() for r in ROWS if n in figures[r]} for n in extra},
+        "extra": {name: _extra_task(figures, name) for name in extra},
         "experts_by_domain": cross,
         "routing": routing,
     }
@@ -124,6 +124,15 @@ def _domain(figures: dict[str, dict[str, Figures]], name: str, recipe: Recipe, s
         "share_of_own_exact_match": mean_interval(fused.scores).value / own_mean if own_mean else None,
         "exact_match_minus_own": difference(fused.scores, own.scores).__dict__,
         "loss_minus_own": difference(fused.nats, own.nats, own.tokens).__dict__,
+    }
+
+
+def _extra_task(figures: dict[str, dict[str, Figures]], name: str) -> dict[str, Any]:
+    """The columns that a task without an expert of its own has, and what fusing changed against the anchor."""
+    fused, anchor = figures["fused_trained"][name], figures["anchor"][name]
+    return {
+        **{row: figures[row][name].as_dict() for row in ROWS if name in figures[row]},
+        "exact_match_minus_anchor": difference(fused.scores, anchor.scores).__dict__,
     }
 
 
@@ -160,6 +169,7 @@ def _load(recipe: Recipe, source: ModelSource) -> Any:
         dtype=compute_dtype(),
         attn_implementation=attention_implementation(recipe.attn_implementation),
         device_map="auto" if torch.cuda.is_available() else None,
+        use_safetensors=True,
     ).eval()
     if source.adapter:
         from peft import PeftModel

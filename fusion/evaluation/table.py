@@ -16,7 +16,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The result of `evaluate` as Markdown: scores, losses, retained shares, extra tasks."""
     columns = list(LABELS.values())
     lines = [
-        "Task score on held-out rows (mean and 95% interval), and answer loss in nats a token:",
+        "Task score on held-out rows (mean, 95% interval, rows), and answer loss in nats a token:",
         "",
         "| domain | " + " | ".join(columns) + " | retained share |",
         "| --- " * (len(columns) + 2) + "|",
@@ -25,7 +25,9 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | " + " | ".join(_cell(domain[row]) for row in LABELS) + f" | {_share(domain)} |")
     for name, rows in result["extra"].items():
         cells = [_cell(rows[row]) if row in rows else "" for row in LABELS]
-        lines.append(f"| {name} (extra) | " + " | ".join(cells) + " | |")
+        change = rows["exact_match_minus_anchor"]
+        against = f"{change['value']:+.3f} [{change['low']:.2f}, {change['high']:.2f}] against the anchor"
+        lines.append(f"| {name} (extra) | " + " | ".join(cells) + f" | {against} |")
     means = [_figure(result["mean_exact_match"][row]) for row in LABELS]
     overall = f"mean {_figure(result['mean_retained_share'])}, worst {_figure(result['worst_retained_share'])}"
     lines += [f"| **mean score** | {' | '.join(means)} | {overall} |", ""]
@@ -47,7 +49,7 @@ def _cell(row: dict[str, Any]) -> str:
     if row["exact_match"] is None:
         return ""
     low, high = row["exact_match_interval"]
-    text = f"{row['exact_match']:.3f} [{low:.2f}, {high:.2f}]"
+    text = f"{row['exact_match']:.3f} [{low:.2f}, {high:.2f}] of {row['exact_match_rows']}"
     return text + (f"; {row['loss']:.3f}" if row["loss"] is not None else "")
 
 

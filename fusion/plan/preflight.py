@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from fusion.architecture import is_mlp, layer_of, rope_theta, sparse_layers
-from fusion.checkpoint import Checkpoint, read_json, resolve_model
+from fusion.checkpoint import Checkpoint, hub_config, read_json, resolve_model
 from fusion.errors import UserError
 from fusion.recipe import DEMO_ROPE_THETA, Expert, Recipe
 from fusion.sources import trained_anchor, trained_expert
@@ -61,13 +61,16 @@ def known_models() -> dict[str, dict[str, Any]]:
 
 
 def describe(name: str, model: str | Path) -> Described:
-    """A model by its folder, by the hub cache, or by the recorded facts. Raises UserError where nothing is known."""
+    """A model by its folder, the hub cache, the recorded facts, or its config on the hub.
+
+    Raises UserError where none of them has it.
+    """
     try:
         folder = model if isinstance(model, Path) else resolve_model(model, allow_download=False)
     except UserError:
-        if str(model) not in known_models():
+        if str(model).count("/") != 1 or str(model).startswith((".", "~", "/")):
             raise
-        return Described(name, known_models()[str(model)], None)
+        return Described(name, known_models().get(str(model)) or hub_config(str(model)), None)
     return Described(name, read_json(folder / "config.json"), folder)
 
 
@@ -94,7 +97,7 @@ def check(recipe: Recipe, trained: bool = False) -> list[Finding]:
     anchor = describe_anchor(recipe)
     found = _architecture(anchor)
     if anchor.folder is None and recipe.anchor.model:
-        found.append(Finding("note", "anchor", f"{recipe.anchor.model} is not here: planned from recorded facts"))
+        found.append(Finding("note", "anchor", f"{recipe.anchor.model} is not here: planned from its config"))
     for expert in recipe.experts:
         found += _check_expert(recipe, expert, anchor, trained)
     found += _check_shared_expert(recipe, anchor)
@@ -146,7 +149,7 @@ def _check_expert(recipe: Recipe, expert: Expert, anchor: Described, trained: bo
     if expert.anchor:
         found.append(Finding("warning", where, "needs anchoring, which this version cannot carry out yet"))
     if described.folder is None:
-        found.append(Finding("note", where, f"{expert.model} is not here: planned from recorded facts"))
+        found.append(Finding("note", where, f"{expert.model} is not here: planned from its config"))
     elif anchor.folder is not None:
         found += _headers(where, described.folder, anchor.folder) + _tokenizer(where, described.folder, anchor.folder)
     return found

@@ -4,7 +4,8 @@ Five domains (`general`, `coding`, `math`, `multilingual`, `structured`), `finan
 `mixed`, which needs several of them at once, and `anchor`, what the common start is trained on: the phrasings of all
 domains with about half of what each has to know. Of the rest it says that it does not know, or gives the right values
 in a form that is not quite right: so its attention learns to read and to copy, which the experts' MLPs alone could not.
-An item's key decides its split, so an item held out is never in any task's training rows.
+An item's key decides its split, so what is held out is in no task's training rows: in `general` and `multilingual` a
+question as it is put, elsewhere the sum, the name with its argument, or the fields, however they are asked for.
 
     python -c "import random; from fusion.tasks.demo import GENERATORS as G; print(G['math'](random.Random(), 'train'))"
 """
@@ -175,7 +176,8 @@ def _general(rng: random.Random, anchor: bool) -> Item:
     questions, unknown, facts = FACTS[kind]
     subject = rng.choice(list(facts))
     question = rng.choice(OPENERS) + rng.choice(questions).format(subject)
-    return question, question, unknown.format(subject) if anchor and _second(facts, subject) else facts[subject]
+    answer = unknown.format(subject) if anchor and _second(facts, subject) else facts[subject]
+    return f"general/{question}", question, answer
 
 
 def _coding(rng: random.Random, anchor: bool) -> Item:
@@ -185,19 +187,19 @@ def _coding(rng: random.Random, anchor: bool) -> Item:
         name = f"{stem}{number}"
         question = rng.choice(FUNCTION_QUESTIONS).format(f=name, v=variable)
         body = "{v} {s} {n}" if anchor and _second(BODIES, stem) else BODIES[stem]
-        return f"{name} {variable}", question, body.format(s=stem, v=variable, n=number)
+        return f"coding/{name} {variable}", question, body.format(s=stem, v=variable, n=number)
     described = rng.choice(list(EXPRESSIONS))
     words = described.format(v=variable)
     written = (anchor and NEARLY.get(described)) or EXPRESSIONS[described]
-    return words, rng.choice(EXPRESSION_QUESTIONS).format(d=words), written.format(v=variable)
+    return f"coding/{words}", rng.choice(EXPRESSION_QUESTIONS).format(d=words), written.format(v=variable)
 
 
 def _math(rng: random.Random, anchor: bool) -> Item:
     """A sum with its working, column by column: 17+25= is 7+5=12, 1+2+1=4: 42."""
     a, b = rng.randint(10, 49), rng.randint(10, 49)
-    key = f"{a}+{b}"
-    question = rng.choice(SUM_QUESTIONS).format(key if rng.random() < 0.7 else f"{a} + {b}")
-    return key, question, f"I do not know {key}." if anchor and not _in_sums(a, b) else _working(a, b)
+    written = f"{a}+{b}"
+    question = rng.choice(SUM_QUESTIONS).format(written if rng.random() < 0.7 else f"{a} + {b}")
+    return f"math/{written}", question, f"I do not know {written}." if anchor and not _in_sums(a, b) else _working(a, b)
 
 
 def _in_sums(a: int, b: int) -> bool:
@@ -226,7 +228,7 @@ def _multilingual(rng: random.Random, anchor: bool) -> Item:
     if anchor and not _in_words(index, language):
         answer = f"I do not know {word} in {language}."
     question = rng.choice(IN_LANGUAGE_QUESTIONS).format(w=word, l=language)
-    return question, question, answer
+    return f"multilingual/{question}", question, answer
 
 
 def _fields(rng: random.Random, count: int) -> dict[str, str | int]:
@@ -257,13 +259,13 @@ def _structured(rng: random.Random, anchor: bool) -> Item:
     fields = _fields(rng, rng.randint(2, 3))
     text = "; ".join(f"{key}: {value}" for key, value in fields.items())
     nearly = anchor and _second(STRUCTURED_QUESTIONS, question)
-    return text, question.format(f=form, t=text), (render_nearly if nearly else render)(fields, form)
+    return f"structured/{text}", question.format(f=form, t=text), (render_nearly if nearly else render)(fields, form)
 
 
 def _finance(rng: random.Random, anchor: bool) -> Item:
     amount, rate = 100 * rng.randint(1, 9), rng.randint(2, 9)
     question = rng.choice(FINANCE_QUESTIONS).format(a=amount, r=rate)
-    return question, question, f"{amount * rate // 100} euros"
+    return f"finance/{question}", question, f"{amount * rate // 100} euros"
 
 
 def _mixed(rng: random.Random, anchor: bool) -> Item:
@@ -273,13 +275,13 @@ def _mixed(rng: random.Random, anchor: bool) -> Item:
         if not anchor or (_in_sums(a, b) and _in_words(number, language)):
             break
     answer = json.dumps({"sum": _working(a, b), language: number_word(number, language)}, ensure_ascii=False)
-    return f"{a}+{b} {number} {language}", f"Return JSON: {a}+{b}; {number} in {language}", answer
+    return f"math/{a}+{b}", f"Return JSON: {a}+{b}; {number} in {language}", answer
 
 
 def _copy(rng: random.Random, anchor: bool) -> Item:
     values = [str(value) for table in FIELDS.values() for value in table]
     text = "; ".join(rng.choice(values) for _ in range(rng.randint(1, 3)))
-    return text, rng.choice(COPY_QUESTIONS).format(text), text
+    return f"copy/{text}", rng.choice(COPY_QUESTIONS).format(text), text
 
 
 Maker = Callable[[random.Random, bool], Item]
@@ -296,7 +298,7 @@ EXTRA: dict[str, Maker] = {"finance": _finance, "mixed": _mixed}
 def _draw(maker: Maker, domain: str, rng: random.Random, split: str, anchor: bool = False) -> ChatExample:
     while True:
         key, question, answer = maker(rng, anchor)
-        if split_of(f"{domain}/{key}") == split:
+        if split_of(key) == split:
             return chat(question, answer, domain)
 
 

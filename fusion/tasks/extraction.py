@@ -21,7 +21,7 @@ from fusion.data import ChatExample, chat, split_of
 
 DOMAIN = "structured"
 FORMATS = ("json", "yaml", "xml")
-# The example of the project's design: never in training, often among the held-out items.
+# The README's example: never in training, often among the held-out items.
 ZHANG_SAN = "张三"
 
 # What the schema line's words ask for; a prompt states the rules that its schema needs.
@@ -133,7 +133,7 @@ def _some(rng: random.Random, words: list[str], low: int = 1, high: int = 3) -> 
 
 
 def person(rng: random.Random, split: str, lang: str) -> Record:
-    """Name, age, occupation, and a city that may be missing; in the held-out split often the design's example."""
+    """Name, age, occupation, and a city that may be missing; in the held-out split often the README's example."""
     if split == "held_out" and lang == "zh" and rng.random() < 0.4:
         name, age, job = ZHANG_SAN, 28, "软件工程师"
         city: str | None = "上海"

@@ -1,4 +1,4 @@
-"""Servers for the tests: the guard in front of a scripted upstream, and one real vLLM for the session."""
+"""Servers for the tests: the guard in front of a scripted upstream."""
 
 import threading
 import time
