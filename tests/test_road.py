@@ -21,6 +21,7 @@ FINANCE = {
     "held_out": {"generated": "demo.finance", "split": "held_out"},
     "rules": [{"words": ["price", "interest", "tax"]}],
 }
+OFFLINE = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 STEPS = ("anchor", "branch general", "branch structured", "branch finance", "merge", "train-gates", "evaluate")
 KILLED = ("anchor", "branch finance", "merge", "train-gates", "evaluate")
 UNDER_WAY = {"anchor": ".anchor.pretrain/rendezvous", "branch finance": "experts/.*.branch/before.json"}
@@ -55,8 +56,7 @@ def recipe(folder: Path, expert: bool = True) -> Path:
 
 def start(path: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fusion.cli", "run", str(path), "--quiet"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=OFFLINE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(path: Path) -> str:
@@ -105,9 +105,23 @@ def test_a_sixth_domain_with_an_expert_of_its_own_and_work_done_once(tmp_path: P
     assert "train-gates: unchanged" not in partly and "evaluate: unchanged" not in partly
 
 
-def test_a_sixth_domain_served_by_its_fallback(tmp_path: Path) -> None:
-    finish(recipe(tmp_path, expert=False))
-    assert check(tmp_path)["domains"]["finance"]["expert"] == "general"
+def test_a_sixth_domain_served_by_its_fallback_and_asked(tmp_path: Path) -> None:
+    path = recipe(tmp_path, expert=False)
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    question = "Interest on 100 euros at 5%?"
+    data["serving"]["questions"] = [{"domain": "finance", "question": question, "max_tokens": 4}]
+    path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    finish(path)
+    result = check(tmp_path)
+    assert result["domains"]["finance"]["expert"] == "general"
+    (answer,) = json.loads((tmp_path / "run" / "answers.json").read_text(encoding="utf-8"))
+    assert answer["question"] == question and answer["completion_tokens"] <= 4
+    assert set(answer["experts"]) == {"general", "structured"}
+    assert sum(answer["experts"].values()) == pytest.approx(1, abs=1e-4)
+    assert not (tmp_path / "run" / "server.json").exists()  # the server that was started is gone
+    command = [sys.executable, "-m", "fusion.cli", "evaluate", str(path), "--json", "-"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=OFFLINE).stdout
+    assert json.loads(printed) == result
 
 
 @pytest.fixture(scope="module")
