@@ -162,6 +162,18 @@ def pack(rows: Sequence[dict[str, Any]], max_length: int, pad: int) -> dict[str,
     }
 
 
+def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """The summed loss in nats of a packed batch's answer tokens, and their number; the head runs on those alone."""
+    states = model.model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+    ).last_hidden_state  # (sequences, width, hidden)
+    labels = batch["labels"][:, 1:].to(states.device)
+    answers = labels != IGNORED  # (sequences, width - 1)
+    logits = model.lm_head(states[:, :-1][answers]).float()  # (answer tokens, vocabulary)
+    loss = cross_entropy(logits, labels[answers].to(logits.device), reduction="sum")
+    return loss, int(answers.sum())
+
+
 def _last_checkpoint(partial: Path) -> str | None:
     """The newest complete checkpoint (its trainer_state.json is written last); half-written ones are removed."""
     found = sorted(partial.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -172,14 +184,15 @@ def _last_checkpoint(partial: Path) -> str | None:
     return str(complete[-1]) if complete else None
 
 
-def _encode(tokenizer: Any, example: ChatExample) -> dict[str, Any]:
+def training_row(tokenizer: Any, example: ChatExample) -> dict[str, Any]:
+    """A row for `pack`: `input_ids`, and `labels` that are IGNORED up to the answer."""
     row = encode(tokenizer, example)
     return {"input_ids": row.ids, "labels": [IGNORED] * row.answer_start + row.ids[row.answer_start :]}
 
 
 def _fitting(tokenizer: Any, examples: Sequence[ChatExample], max_length: int) -> list[dict[str, Any]]:
     """The rows of at most `max_length` tokens; says how many were left out. UserError where that is most of them."""
-    rows = [_encode(tokenizer, example) for example in examples]
+    rows = [training_row(tokenizer, example) for example in examples]
     kept = [row for row in rows if len(row["input_ids"]) <= max_length]
     if 2 * len(kept) < len(rows) or not kept:
         raise UserError(
@@ -266,16 +279,10 @@ class _BranchTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        states = inner.model(
-            input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
-        ).last_hidden_state  # (sequences, width, hidden)
         positions = inputs["position_ids"]
         self.tokens += int((positions > 0).sum() + (positions == 1).sum())  # each row starts with one 0
-        labels = inputs["labels"][:, 1:].to(states.device)
-        answers = labels != IGNORED  # (sequences, width - 1)
-        logits = inner.lm_head(states[:, :-1][answers]).float()  # (answer tokens, vocabulary)
-        loss = cross_entropy(logits, labels[answers].to(logits.device), reduction="sum")
-        return loss / (num_items_in_batch if num_items_in_batch is not None else max(1, int(answers.sum())))
+        loss, answers = answer_loss(inner, inputs)
+        return loss / (num_items_in_batch if num_items_in_batch is not None else max(1, answers))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or str(self.args.output_dir))

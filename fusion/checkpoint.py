@@ -127,7 +127,7 @@ def resolve_model(model: str, allow_download: bool = True) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+    if not is_hub_id(model):
         raise UserError(f"model '{model}' is neither a folder nor a hub id: correct its path in the recipe")
     from huggingface_hub import snapshot_download
 
@@ -149,6 +149,11 @@ def resolve_model(model: str, allow_download: bool = True) -> Path:
     except Exception as error:  # network, licence gate, unknown id: the user's to mend, in the hub's words
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"model '{model}' is not on this machine and cannot be downloaded: {reason}") from error
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether `model` is written as the hub writes ids, OWNER/NAME, and not as a path."""
+    return model.count("/") == 1 and not model.startswith((".", "~", "/"))
 
 
 def hub_config(model: str) -> dict[str, Any]:

@@ -17,14 +17,12 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.multiprocessing.spawn import start_processes
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from fusion.branch import IGNORED, pack
+from fusion.branch import answer_loss, pack, training_row
 from fusion.checkpoint import put_in_place, read_json, write_json
 from fusion.data import load_examples
-from fusion.encoding import encode
 from fusion.progress import progress_bar
 from fusion.recipe import DEMO_ROPE_THETA, PretrainSettings
 from fusion.tasks.demo import vocabulary
@@ -112,27 +110,27 @@ def pretrain_anchor(out: Path, settings: PretrainSettings) -> dict[str, Any]:
     partial = out.with_name(f".{out.name}.pretrain")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    build_tokenizer(partial, settings.vocab_size, settings.max_position_embeddings)
-    context = worker_context()
-    start_processes(_pretrain_worker, (partial, settings), settings.workers, start_method=context.get_start_method())
+    method = worker_context().get_start_method()
+    tokenizer = build_tokenizer(partial, settings.vocab_size, settings.max_position_embeddings)
+    examples = load_examples(settings.data, "anchor", settings.rows, settings.seed)
+    rows = [training_row(tokenizer, example) for example in examples]
+    start_processes(_pretrain_worker, (partial, settings, rows), settings.workers, start_method=method)
     result = read_json(partial / RESULT)
     (partial / RENDEZVOUS).unlink(missing_ok=True)
     put_in_place(partial, out)
     return result
 
 
-def _pretrain_worker(rank: int, partial: Path, settings: PretrainSettings) -> None:
+def _pretrain_worker(rank: int, partial: Path, settings: PretrainSettings, rows: list[dict[str, Any]]) -> None:
     """One of the processes: its share of every batch's rows, gradients averaged over all."""
     one_thread(bars=rank == 0)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rendezvous = f"file://{(partial / RENDEZVOUS).absolute()}"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=settings.workers)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(partial)
-    tokens = [encode(tokenizer, row) for row in load_examples(settings.data, "anchor", settings.rows, settings.seed)]
-    rows = [{"input_ids": e.ids, "labels": [IGNORED] * e.answer_start + e.ids[e.answer_start :]} for e in tokens]
     torch.manual_seed(settings.seed)
     model = Qwen2ForCausalLM(anchor_config(settings, tokenizer)).train()
-    shared = DistributedDataParallel(_AnswerLoss(model), gradient_as_bucket_view=True)
+    parallel = DistributedDataParallel(_AnswerLoss(model), gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
@@ -143,7 +141,7 @@ def _pretrain_worker(rank: int, partial: Path, settings: PretrainSettings) -> No
         task = bar.add_task("training the anchor", total=settings.steps, unit="step")
         for chosen in _batches(rows, settings):
             chosen.sort(key=lambda row: len(row["input_ids"]))  # the same work for each
-            loss = shared(pack(chosen[rank :: settings.workers], PACKED, tokenizer.pad_token_id))
+            loss = parallel(pack(chosen[rank :: settings.workers], PACKED, tokenizer.pad_token_id))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -180,15 +178,12 @@ def _batches(rows: list[dict[str, Any]], settings: PretrainSettings) -> Iterator
 
 
 class _AnswerLoss(torch.nn.Module):
-    """The mean loss of a packed batch's answer tokens; the head runs on those alone."""
+    """The mean loss of a packed batch's answer tokens, as the forward pass that DistributedDataParallel wraps."""
 
     def __init__(self, model: Qwen2ForCausalLM):
         super().__init__()
         self.model = model
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        states = self.model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-        labels = batch["labels"][:, 1:]
-        answers = labels != IGNORED  # (sequences, width - 1)
-        logits = self.model.lm_head(states.last_hidden_state[:, :-1][answers])  # (answer tokens, vocabulary)
-        return cross_entropy(logits, labels[answers])
+        loss, answers = answer_loss(self.model, batch)
+        return loss / answers

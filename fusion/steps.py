@@ -81,7 +81,10 @@ def _record(folder: Path, name: str, digest: str, line: str | None) -> None:
 
 def forget(folder: Path, names: Sequence[str]) -> None:
     """Removes the records of steps whose outputs another step has just replaced."""
-    _write(folder, {name: value for name, value in _read(folder).items() if name not in names})
+    records = _read(folder)
+    kept = {name: value for name, value in records.items() if name not in names}
+    if kept != records:
+        _write(folder, kept)
 
 
 def step_hash(step: Step) -> str:

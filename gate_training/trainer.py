@@ -113,26 +113,21 @@ class _GateInputs:
     """The training tokens' gate inputs at one layer, kept because a fit passes over them many times."""
 
     def __init__(self, batches: list[Batch], trained: int, hidden: int):
-        self._batches = [batch for batch in batches if bool((batch.rows < trained).any())]
-        self._kept = [(b.rows < trained)[:, None].expand_as(b.ids)[b.real] for b in self._batches]  # (tokens,) each
-        self._store = state_store(sum(int(kept.sum()) for kept in self._kept), hidden)
-
-    def _spans(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
-        start = 0
-        for batch, kept in zip(self._batches, self._kept, strict=True):
-            count = int(kept.sum())
-            yield batch, kept, self._store[start : start + count]
-            start += count
+        chosen = [batch for batch in batches if bool((batch.rows < trained).any())]
+        kept = [(batch.rows < trained)[:, None].expand_as(batch.ids)[batch.real] for batch in chosen]  # (tokens,) each
+        labels = [batch.token_labels()[tokens] for batch, tokens in zip(chosen, kept, strict=True)]
+        counts = [len(part) for part in labels]
+        self._parts = list(zip(chosen, kept, state_store(sum(counts), hidden).split(counts), labels, strict=True))
 
     def fill(self, layer: Layer) -> None:
         """Takes the inputs of `layer`, after its attention."""
-        for batch, kept, span in self._spans():
-            span.copy_(layer.gate_input(batch)[kept])
+        for batch, kept, inputs, _ in self._parts:
+            inputs.copy_(layer.gate_input(batch)[kept])
 
     def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """One pass: (gate inputs (tokens, hidden), expert labels (tokens,)) batch by batch."""
-        for batch, kept, span in self._spans():
-            yield span, batch.token_labels()[kept]
+        for _, _, inputs, labels in self._parts:
+            yield inputs, labels
 
 
 def _measure(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from fusion.architecture import is_mlp, layer_of, rope_theta, sparse_layers
-from fusion.checkpoint import Checkpoint, hub_config, read_json, resolve_model
+from fusion.checkpoint import Checkpoint, hub_config, is_hub_id, read_json, resolve_model
 from fusion.errors import UserError
 from fusion.recipe import DEMO_ROPE_THETA, Expert, Recipe
 from fusion.sources import trained_anchor, trained_expert
@@ -68,7 +68,7 @@ def describe(name: str, model: str | Path) -> Described:
     try:
         folder = model if isinstance(model, Path) else resolve_model(model, allow_download=False)
     except UserError:
-        if str(model).count("/") != 1 or str(model).startswith((".", "~", "/")):
+        if not is_hub_id(str(model)):
             raise
         return Described(name, known_models().get(str(model)) or hub_config(str(model)), None)
     return Described(name, read_json(folder / "config.json"), folder)

@@ -153,6 +153,7 @@ FIELDS = {
     "city": ("Paris", "Berlin", "Madrid", "Rome", "Oslo", "北京"),
     "job": ("nurse", "cook", "pilot", "judge", "baker", "farmer"),
 }
+FIELD_VALUES = [str(value) for table in FIELDS.values() for value in table]
 FORMATS = ("JSON", "YAML", "XML")
 STRUCTURED_QUESTIONS = ("Return {f}: {t}", "Return {f} for {t}", "{t}. Return {f}", "返回 {f}：{t}")
 
@@ -279,8 +280,7 @@ def _mixed(rng: random.Random, anchor: bool) -> Item:
 
 
 def _copy(rng: random.Random, anchor: bool) -> Item:
-    values = [str(value) for table in FIELDS.values() for value in table]
-    text = "; ".join(rng.choice(values) for _ in range(rng.randint(1, 3)))
+    text = "; ".join(rng.choice(FIELD_VALUES) for _ in range(rng.randint(1, 3)))
     return f"copy/{text}", rng.choice(COPY_QUESTIONS).format(text), text
 
 
@@ -293,6 +293,15 @@ SKILLS: dict[str, Maker] = {
     "structured": _structured,
 }
 EXTRA: dict[str, Maker] = {"finance": _finance, "mixed": _mixed}
+ANCHOR: dict[str, tuple[Maker, float]] = {  # with their weights
+    "general": (_general, 0.8),
+    "coding": (_coding, 1.1),
+    "math": (_math, 1.4),
+    "multilingual": (_multilingual, 1.3),
+    "structured": (_structured, 2.4),
+    "mixed": (_mixed, 0.4),
+    "copy": (_copy, 0.5),
+}
 
 
 def _draw(maker: Maker, domain: str, rng: random.Random, split: str, anchor: bool = False) -> ChatExample:
@@ -303,8 +312,8 @@ def _draw(maker: Maker, domain: str, rng: random.Random, split: str, anchor: boo
 
 
 def _anchor(rng: random.Random, split: str) -> ChatExample:
-    domain = rng.choices([*SKILLS, "mixed", "copy"], weights=[0.8, 1.1, 1.4, 1.3, 2.4, 0.4, 0.5])[0]
-    return _draw({**SKILLS, **EXTRA, "copy": _copy}[domain], domain, rng, split, anchor=True)
+    domain = rng.choices(list(ANCHOR), weights=[weight for _, weight in ANCHOR.values()])[0]
+    return _draw(ANCHOR[domain][0], domain, rng, split, anchor=True)
 
 
 def _generator(domain: str, maker: Maker) -> Generator:
@@ -319,8 +328,7 @@ GENERATORS: dict[str, Generator] = {
 
 def vocabulary() -> tuple[list[str], list[str]]:
     """What a tokenizer for these tasks has to know: words that are values in a question or an answer, and prose."""
-    values: list[str] = [*FORMATS, *LANGUAGES, *BODIES, *PHRASES, *CHINESE, "十", *FIELDS]
-    values += [str(value) for table in FIELDS.values() for value in table]
+    values: list[str] = [*FORMATS, *LANGUAGES, *BODIES, *PHRASES, *CHINESE, "十", *FIELDS, *FIELD_VALUES]
     values += [word for words in (FRENCH, GERMAN, SPANISH) for part in words for word in part] + ["und", "item"]
     values += [word for phrase in PHRASES.values() for word in phrase.values()]
     values += [word for *_, facts in FACTS.values() for fact in facts.items() for word in fact]

@@ -153,7 +153,7 @@ def test_general_rows_are_mixed_in_by_share(anchor: Path, tmp_path: Path):
 def test_packed_rows_do_not_see_each_other(anchor: Path):
     model = AutoModelForCausalLM.from_pretrained(anchor, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(anchor)
-    encoded = [branch._encode(tokenizer, row) for row in rows(6, 3)]
+    encoded = [branch.training_row(tokenizer, row) for row in rows(6, 3)]
     packed = pack(encoded, max_length=128, pad=0)
     assert packed["input_ids"].shape[0] < len(encoded)
     out = model(input_ids=packed["input_ids"], position_ids=packed["position_ids"], use_cache=False).logits
@@ -172,7 +172,7 @@ def test_loss_counts_answers_and_their_end_alone(anchor: Path):
     row = rows(1, 0)[0]
     encoded = encode(tokenizer, row)
     ids, start = encoded.ids, encoded.answer_start
-    labels = branch._encode(tokenizer, row)["labels"]
+    labels = branch.training_row(tokenizer, row)["labels"]
     assert labels == [branch.IGNORED] * start + ids[start:]
     assert tokenizer.decode(ids[start:]) == row.answer + tokenizer.eos_token
     assert len(branch._fitting(tokenizer, [row, row], 64)) == 2
