@@ -36,7 +36,8 @@ from fusion.checkpoint import Checkpoint, put_in_place, read_json, write_json
 from fusion.data import ChatExample
 from fusion.encoding import encode
 from fusion.errors import UserError
-from fusion.evaluation.generate import answer_losses, score_examples
+from fusion.evaluation.generate import answer_examples, answer_losses
+from fusion.evaluation.scores import score
 from fusion.hardware import compute_dtype
 from fusion.progress import console, progress_bar
 from fusion.recipe import BranchSettings
@@ -346,8 +347,11 @@ def _restore(model: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype = 
 
 
 def _mean_loss(model: Any, tokenizer: Any, rows: Sequence[ChatExample], settings: BranchSettings) -> float:
-    pairs = answer_losses(model, tokenizer, rows, settings.batch_rows, description=None)
-    return sum(loss for loss, _ in pairs) / max(1, sum(tokens for _, tokens in pairs))
+    return _per_token(answer_losses(model, tokenizer, rows, settings.batch_rows))
+
+
+def _per_token(losses: Sequence[tuple[float, int]]) -> float:
+    return sum(nats for nats, _ in losses) / max(1, sum(tokens for _, tokens in losses))
 
 
 def _judge(
@@ -358,10 +362,11 @@ def _judge(
     settings: BranchSettings,
     who: str,
 ) -> dict[str, float]:
-    scores = score_examples(
-        model, tokenizer, judged, settings.max_new_tokens, batch_size=32, description=f"task score, {who}"
-    )
-    return {"score": sum(scores) / max(1, len(scores)), "loss": _mean_loss(model, tokenizer, watched, settings)}
+    answers = answer_examples(model, tokenizer, judged, settings.max_new_tokens, 32, f"task score, {who}")
+    scores = [score(answer.text, row) for answer, row in zip(answers, judged, strict=True)]
+    losses = [(answer.nats, answer.tokens) for answer in answers[: len(watched)]]
+    losses += answer_losses(model, tokenizer, watched[len(losses) :], settings.batch_rows)
+    return {"score": sum(scores) / max(1, len(scores)), "loss": _per_token(losses)}
 
 
 def _saved_dtype(start: Path) -> torch.dtype:

@@ -6,7 +6,7 @@
         for batch in batches:
             x = layer.gate_input(batch)                  # (tokens, hidden): what the gate of this layer sees
         layer.mix(gated(gates, top_k))                   # MLP half, each token through the experts its route picks
-    losses = stream.token_losses()
+    for batch, logits in stream.logits(): ...
 
 Everything that looks inside a model passes through here: gate training, label-forced evaluation, drift, explanations.
 Dense (Qwen2) and fused (Qwen2MoE) checkpoints are both a source of layers. The arithmetic is transformers' own
@@ -293,24 +293,6 @@ class LayerStream:
         for batch in self.batches:
             yield batch, F.linear(norm(self.load(batch)), head)
 
-    @torch.no_grad()
-    def token_losses(self) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """After the last layer: each batch with the loss of predicting each answer token, `(rows, length)` nats.
-
-        What is no answer has 0, and so has a first token, as nothing predicts it. Logits exist for one row at a time.
-        """
-        norm, head = self._final()
-        for batch in self.batches:
-            states = norm(self.load(batch))
-            losses = torch.zeros(batch.ids.shape)
-            for row in range(batch.ids.shape[0]):
-                count = int(batch.real[row].sum())
-                wanted = batch.answer[row, 1:count]  # (length - 1,) which next tokens count
-                logits = F.linear(states[row, : count - 1][wanted.to(states.device)], head)  # (answers, vocabulary)
-                target = batch.ids[row, 1:count][wanted].to(logits.device)
-                losses[row, 1:count][wanted] = F.cross_entropy(logits.float(), target, reduction="none").cpu()
-            yield batch, losses
-
 
 def attention_config(config: dict[str, object]) -> Qwen2Config:
     """The Qwen2Config of a dense or fused checkpoint's attention and rotary embedding, on SDPA."""
@@ -329,28 +311,6 @@ def attention_config(config: dict[str, object]) -> Qwen2Config:
     built = Qwen2Config(**settings, rope_parameters={"rope_theta": rope_theta(config), **rope})
     built._attn_implementation = "sdpa"
     return built
-
-
-def row_losses(
-    checkpoint: Checkpoint,
-    batches: list[Batch],
-    route: Route | None = None,
-    observe: Callable[[Layer, Batch, torch.Tensor, Choice], None] | None = None,
-    description: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss in nats and the number of answer tokens of every row, both `(rows,)` in the caller's order.
-
-    `route` is for fused checkpoints (None: its own gates); a dense one has nothing to route. `observe` is `run`'s.
-    """
-    top_k = checkpoint.config.get("num_experts_per_tok", 1)
-    stream = LayerStream(checkpoint, batches, description=description)
-    stream.run(route or gated(checkpoint_gates(checkpoint), top_k), observe)
-    count = sum(len(batch.rows) for batch in batches)
-    sums, tokens = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-    for batch, losses in stream.token_losses():
-        sums[batch.rows] = losses.double().sum(dim=1)
-        tokens[batch.rows] = (batch.answer & batch.real)[:, 1:].double().sum(dim=1)
-    return sums, tokens
 
 
 def state_store(

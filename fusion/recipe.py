@@ -203,9 +203,8 @@ class GateTraining(Section):
 class Evaluation(Section):
     """What is measured on held-out rows."""
 
-    rows: int = Field(100, gt=0)  # a domain, for the task score
-    loss_rows: int = Field(100, gt=0)  # a domain, for the answer loss
-    baseline_rows: int | None = Field(None, gt=0)  # for the score of random and hidden gates; None: rows
+    rows: int = Field(100, gt=0)  # a domain
+    baseline_rows: int | None = Field(None, gt=0)  # a domain, for random and hidden gates; None: rows
     max_new_tokens: int = Field(64, gt=0)
     batch_rows: int = Field(32, gt=0)
     hidden_prompts: int = Field(32, gt=0)  # an expert, for mergekit's `hidden` gates

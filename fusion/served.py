@@ -1,4 +1,4 @@
-"""Which experts served an answer: the conversation goes through the fused checkpoint's own gates once more."""
+"""Which experts the tokens of given texts go to, by the fused checkpoint's own gates, layer by layer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,24 +12,33 @@ from fusion.layers import Batch, Choice, Layer, LayerStream, checkpoint_gates, g
 from fusion.recipe import Recipe
 
 
-def expert_shares(recipe: Recipe, answers: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Per answer ({question, answer}) the share of its tokens' routing weight that each expert had, over all layers."""
-    folder = recipe.fused
-    checkpoint = Checkpoint(folder)
-    rows = [chat(row["question"], row["answer"], "") for row in answers]
-    batches = encode_batches(load_tokenizer(folder), rows, batch_tokens=recipe.gate_training.batch_tokens)
-    weights = torch.zeros(len(rows), len(recipe.experts))
+def routed_weight(
+    checkpoint: Checkpoint, batches: Sequence[Batch], experts: int, description: str | None = None
+) -> torch.Tensor:
+    """The routing weight that each expert has over each row's tokens and all sparse layers.
+
+    `(2, rows, experts)`: answer tokens, all tokens; rows in the order in which the batches were made of them.
+    """
+    weights = torch.zeros(2, sum(len(batch.rows) for batch in batches), experts)
 
     def see(layer: Layer, batch: Batch, x: torch.Tensor, choice: Choice) -> None:
         row = batch.rows[:, None].expand_as(batch.ids)[batch.real]  # (tokens,)
         answer = batch.answer[batch.real]
-        for slot in range(choice.experts.shape[1]):
-            index = (row[answer], choice.experts[answer, slot])
-            weights.index_put_(index, choice.weights[answer, slot].float(), accumulate=True)
+        for kind, kept in enumerate((answer, torch.ones_like(answer))):
+            for slot in range(choice.experts.shape[1]):
+                index = (row[kept], choice.experts[kept, slot])
+                weights[kind].index_put_(index, choice.weights[kept, slot].float(), accumulate=True)
 
-    LayerStream(checkpoint, batches).run(
-        gated(checkpoint_gates(checkpoint), checkpoint.config["num_experts_per_tok"]), see
-    )
+    top_k = checkpoint.config["num_experts_per_tok"]
+    LayerStream(checkpoint, list(batches), description=description).run(gated(checkpoint_gates(checkpoint), top_k), see)
+    return weights
+
+
+def expert_shares(recipe: Recipe, answers: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Per answer ({question, answer}) the share of its tokens' routing weight that each expert had, over all layers."""
+    rows = [chat(row["question"], row["answer"], "") for row in answers]
+    batches = encode_batches(load_tokenizer(recipe.fused), rows, batch_tokens=recipe.gate_training.batch_tokens)
+    weights = routed_weight(Checkpoint(recipe.fused), batches, len(recipe.experts))[0]
     shares = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-9)
     names = [expert.name for expert in recipe.experts]
     return [dict(zip(names, row.tolist(), strict=True)) for row in shares]

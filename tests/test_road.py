@@ -47,7 +47,7 @@ def recipe(folder: Path, expert: bool = True) -> Path:
     for name in ("coding", "math", "multilingual"):
         data["domains"][name]["fallback"] = "general"
     data["gate_training"] |= {"rows": 8, "held_out_rows": 4}
-    data["evaluation"] |= {"rows": 4, "loss_rows": 4, "max_new_tokens": 4, "cross_domains": False, "extra": {}}
+    data["evaluation"] |= {"rows": 4, "max_new_tokens": 4, "cross_domains": False, "extra": {}}
     data["serving"]["questions"] = []
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")

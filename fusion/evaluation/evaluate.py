@@ -3,17 +3,15 @@
     qwen-fusion evaluate configs/demo.yaml
     qwen-fusion evaluate configs/demo.yaml --json -
 
-Task scores come from greedy answers of whole models, one in memory at a time; answer losses from the layer stream.
+Task scores and answer losses come from whole models, one in memory at a time; the routing from the layer stream.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusion.adapter import AdaptedCheckpoint
 from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint
 from fusion.data import ChatExample, load_examples
@@ -24,9 +22,10 @@ from fusion.evaluation.generate import answer_examples
 from fusion.evaluation.intervals import difference, mean_interval, retained_share
 from fusion.evaluation.scores import score
 from fusion.hardware import attention_implementation, compute_dtype
-from fusion.layers import Batch, Choice, Layer, checkpoint_gates, gated, row_losses
+from fusion.layers import checkpoint_gates
 from fusion.progress import console
 from fusion.recipe import Recipe
+from fusion.served import routed_weight
 from fusion.sources import ModelSource, anchor_source, expert_sources
 
 ROWS = ("anchor", "own_expert", "fused_random", "fused_hidden", "fused_trained")
@@ -35,23 +34,21 @@ Gates = dict[int, torch.Tensor]
 
 @dataclass
 class Figures:
-    """One model on one domain's held-out rows: task scores, and summed nats with token counts for the loss rows."""
+    """One model on one domain's held-out rows: of each row its task score, and summed nats of its answer's tokens."""
 
     scores: list[float] = field(default_factory=list)
     nats: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Means with 95% intervals; a figure that was not measured is None."""
-        score_ = mean_interval(self.scores) if self.scores else None
-        loss = mean_interval(self.nats, self.tokens) if self.nats else None
+        """Means with 95% intervals."""
+        score_, loss = mean_interval(self.scores), mean_interval(self.nats, self.tokens)
         return {
-            "exact_match": score_.value if score_ else None,
-            "exact_match_interval": score_.as_list() if score_ else None,
-            "exact_match_rows": len(self.scores),
-            "loss": loss.value if loss else None,
-            "loss_interval": loss.as_list() if loss else None,
-            "loss_rows": len(self.nats),
+            "exact_match": score_.value,
+            "exact_match_interval": score_.as_list(),
+            "loss": loss.value,
+            "loss_interval": loss.as_list(),
+            "rows": len(self.scores),
         }
 
 
@@ -63,8 +60,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     settings = recipe.evaluation
     folder, anchor, experts = recipe.fused, anchor_source(recipe), expert_sources(recipe)
     checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
-    count = max(settings.rows, settings.loss_rows)
-    held_out = {n: load_examples(d.held_out, n, count, settings.seed) for n, d in recipe.domains.items()}
+    held_out = {n: load_examples(d.held_out, n, settings.rows, settings.seed) for n, d in recipe.domains.items()}
     extra = _extra(recipe)
     gates = {
         "fused_random": random_gates(checkpoint.config, recipe.gate_training.seed),
@@ -73,7 +69,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     }
 
     figures: dict[str, dict[str, Figures]] = {row: {} for row in ROWS}
-    scored = {name: rows[: settings.rows] for name, rows in held_out.items()} | extra
+    scored = held_out | extra
     figures["anchor"] = _scores(recipe, anchor, tokenizer, scored)
     cross: dict[str, dict[str, float]] = {}
     for index, (expert, source) in enumerate(zip(recipe.experts, experts, strict=True)):
@@ -81,9 +77,9 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         wanted = scored if settings.cross_domains else own
         same = source.folder == anchor.folder and source.adapter is None
         found = {n: figures["anchor"][n] for n in wanted} if same else _scores(recipe, source, tokenizer, wanted)
-        figures["own_expert"].update({name: Figures(found[name].scores) for name in own})
+        figures["own_expert"].update({name: found[name] for name in own})
         cross[expert.name] = {name: mean_interval(f.scores).value for name, f in found.items()}
-    fewer = {n: rows[: settings.baseline_rows] for n, rows in scored.items()}
+    fewer = {name: rows[: settings.baseline_rows] for name, rows in held_out.items()}
     fused = _load(recipe, ModelSource("fused", folder))
     for name, gate in gates.items():
         _set_gates(fused, gate)
@@ -91,7 +87,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         figures[name] = _score_model(recipe, fused, tokenizer, wanted, name)
     del fused
 
-    routing = _losses(recipe, figures, held_out, tokenizer, gates, anchor, experts)
+    routing = _routing(recipe, held_out, tokenizer, checkpoint)
     domains = {name: _domain(figures, name, recipe, rows[0].score) for name, rows in held_out.items()}
     shares = [d["retained_share"] for d in domains.values() if d["retained_share"] is not None]
     return {
@@ -111,7 +107,7 @@ def _domain(figures: dict[str, dict[str, Figures]], name: str, recipe: Recipe, s
     rows = {row: figures[row][name] for row in ROWS}
     anchor, own, fused = rows["anchor"], rows["own_expert"], rows["fused_trained"]
     share = retained_share(anchor.scores, fused.scores, own.scores)
-    negative = [[-n for n in figure.nats] for figure in (anchor, fused, own)]
+    negative = [[-nats for nats in figure.nats] for figure in (anchor, fused, own)]
     by_loss = retained_share(*negative)
     own_mean = mean_interval(own.scores).value
     return {
@@ -203,73 +199,31 @@ def _score_model(
     )
     figures = {domain: Figures() for domain in examples}
     for (domain, row), answer in zip(flat, answers, strict=True):
-        figures[domain].scores.append(score(answer, row))
+        found = figures[domain]
+        found.scores.append(score(answer.text, row))
+        found.nats.append(answer.nats)
+        found.tokens.append(answer.tokens)
     return figures
 
 
-def _losses(
-    recipe: Recipe,
-    figures: dict[str, dict[str, Figures]],
-    held_out: dict[str, list[ChatExample]],
-    tokenizer: Any,
-    gates: dict[str, Gates],
-    anchor: ModelSource,
-    experts: Sequence[ModelSource],
+def _routing(
+    recipe: Recipe, held_out: dict[str, list[ChatExample]], tokenizer: Any, checkpoint: Checkpoint
 ) -> dict[str, Any]:
-    """Fills in answer losses; returns the trained gates' expert shares per domain, on answer and on all tokens."""
-    settings = recipe.evaluation
-    rows = {name: examples[: settings.loss_rows] for name, examples in held_out.items()}
-    length, tokens = recipe.gate_training.max_length, recipe.gate_training.batch_tokens
-
-    def measure(label: str, checkpoint: Checkpoint, names: list[str], gate: Gates | None = None) -> "_Shares":
-        flat = [(name, row) for name in names for row in rows[name]]
-        batches = encode_batches(tokenizer, [row for _, row in flat], None, length, tokens)
-        shares = _Shares([name for name, _ in flat], names, len(recipe.experts))
-        route = gated(gate or {}, checkpoint.config.get("num_experts_per_tok", 1))
-        sums = row_losses(checkpoint, batches, route, shares.see, f"loss of {label}")
-        found = {name: figures[label].setdefault(name, Figures()) for name in names}
-        for (name, _), nats, count in zip(flat, *(s.tolist() for s in sums), strict=True):
-            found[name].nats.append(nats)
-            found[name].tokens.append(count)
-        return shares
-
-    measure("anchor", Checkpoint(anchor.folder), list(rows))
-    for index, source in enumerate(experts):
-        names = [name for name in rows if recipe.expert_of(name) == index]
-        if source.folder == anchor.folder and source.adapter is None:
-            for name in names:
-                own, of_anchor = figures["own_expert"][name], figures["anchor"][name]
-                own.nats, own.tokens = list(of_anchor.nats), list(of_anchor.tokens)
-        elif names:
-            measure("own_expert", AdaptedCheckpoint(source.folder, source.adapter), names)
-    fused = Checkpoint(recipe.fused)
-    for label, gate in gates.items():
-        shares = measure(label, fused, list(rows), gate)
+    """The share of each domain's answer tokens, and of all its tokens, that the trained gates give to each expert."""
+    flat = [(list(held_out).index(name), row) for name, rows in held_out.items() for row in rows]
+    batches = encode_batches(
+        tokenizer,
+        [row for _, row in flat],
+        max_length=recipe.gate_training.max_length,
+        batch_tokens=recipe.gate_training.batch_tokens,
+    )
+    by_row = routed_weight(checkpoint, batches, len(recipe.experts), "routing")  # (2, rows, experts)
+    weights = torch.zeros(2, len(held_out), len(recipe.experts))
+    weights.index_add_(1, torch.tensor([domain for domain, _ in flat]), by_row)  # (2, domains, experts)
+    shares = weights / weights.sum(dim=2, keepdim=True).clamp_min(1e-9)
+    tables = [dict(zip(held_out, kind.tolist(), strict=True)) for kind in shares]
     names = [expert.name for expert in recipe.experts]
-    return {"experts": names, "answer_tokens": shares.table(0), "all_tokens": shares.table(1)}
-
-
-class _Shares:
-    """Counts, per domain, which experts the tokens go to (weighted, over all sparse layers)."""
-
-    def __init__(self, domain_of_row: list[str], domains: list[str], experts: int):
-        self._index = torch.tensor([domains.index(name) for name in domain_of_row])
-        self._domains = domains
-        self._counts = torch.zeros(2, len(domains), experts)  # (answer or all tokens, domains, experts)
-
-    def see(self, layer: Layer, batch: Batch, x: torch.Tensor, choice: Choice) -> None:
-        """Observer for LayerStream.run."""
-        domain = self._index[batch.rows][:, None].expand_as(batch.ids)[batch.real]  # (tokens,)
-        answer = batch.answer[batch.real]
-        for kind, kept in enumerate((answer, torch.ones_like(answer))):
-            for slot in range(choice.experts.shape[1]):
-                weights = choice.weights[kept, slot].float()
-                self._counts[kind].index_put_((domain[kept], choice.experts[kept, slot]), weights, accumulate=True)
-
-    def table(self, kind: int) -> dict[str, list[float]]:
-        """Shares by domain, one figure an expert."""
-        shares = self._counts[kind] / self._counts[kind].sum(dim=1, keepdim=True).clamp_min(1e-9)
-        return {name: row.tolist() for name, row in zip(self._domains, shares, strict=True)}
+    return {"experts": names, "answer_tokens": tables[0], "all_tokens": tables[1]}
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -1,32 +1,52 @@
 """Greedy answers and answer losses of any causal language model, batched by length.
 
-Used wherever a model is judged: a branch before and after its training, and the columns of the evaluation.
+Used wherever a model is judged: a branch before and after its training, and the columns of the evaluation. A row's
+reference answer serves twice: its loss is measured, and it is the draft from which decoding starts.
 
     python -m fusion.evaluation.generate MODEL "17+25="
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import StoppingCriteria
 
 from fusion.data import ChatExample, Message
 from fusion.encoding import Encoded, encode, prompt_text
-from fusion.evaluation.scores import score
-from fusion.progress import track
+from fusion.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A model's greedy answer to one example, and what it makes of the reference answer.
+
+    `nats` is the summed loss of the reference answer's `tokens` (its end mark among them).
+    """
+
+    text: str
+    nats: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """One pass over a reference answer: its loss, how much of it greedy decoding writes, and what it writes next."""
+
+    nats: float
+    tokens: int
+    agreed: int
+    following: int | None  # the token that greedy decoding writes in the place of the first one it does not agree to
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices in batches of like length, the longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def _shown(batches: list[list[int]], description: str | None) -> Iterable[list[int]]:
-    return batches if description is None else track(batches, description, unit="batch")
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int, left: bool) -> torch.Tensor:
@@ -60,56 +80,95 @@ def generate(
     `description` is None.
     """
     rows = [tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=False)["input_ids"] for prompt in prompts]
-    answers = _continue(model, tokenizer, rows, max_new_tokens, batch_size, description)
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-
-
-def _continue(
-    model: Any, tokenizer: Any, rows: list[list[int]], max_new_tokens: int, batch_size: int, description: str | None
-) -> list[list[int]]:
-    """The greedy tokens after each row of token ids."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    answers: list[list[int]] = [[] for _ in rows]
-    with _evaluating(model):
-        for batch in _shown(_batches([len(r) for r in rows], batch_size), description):
+    batches = _batches([len(row) for row in rows], batch_size)
+    answers = [""] * len(rows)
+    with _evaluating(model), _steps(description, len(batches) * max_new_tokens) as step:
+        for number, batch in enumerate(batches):
             chosen = [rows[i] for i in batch]
-            ids = _padded(chosen, pad, left=True).to(model.device)  # (batch, longest row)
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=_padded([[1] * len(r) for r in chosen], 0, left=True).to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=None,
-                use_cache=True,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=pad,
-            )
-            for index, new in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
-                answers[index] = new
+            ids = _padded(chosen, _pad(tokenizer), left=True)  # (batch, longest row)
+            mask = _padded([[1] * len(row) for row in chosen], 0, left=True)
+            for index, new in zip(batch, _decode(model, tokenizer, ids, mask, max_new_tokens, step), strict=True):
+                answers[index] = tokenizer.decode(new, skip_special_tokens=True)
+            step((number + 1) * max_new_tokens)
     return answers
 
 
-def _answer_logits(
-    model: Any, encoded: Sequence[Encoded], batch_size: int, description: str | None
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """For each row: its index, logits before each answer token, the answer's ids.
+def _pad(tokenizer: Any) -> int:
+    pad: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return pad
 
-    The head runs on the answer's positions alone: at Qwen's vocabulary it costs as much as a third of the layers do.
+
+def _decode(
+    model: Any,
+    tokenizer: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    max_new_tokens: int,
+    step: Callable[[int | None], None],
+    cache: Any = None,
+) -> list[list[int]]:
+    """The greedy tokens after each row of `ids`, `(batch, length)`; with a `cache`, of all but its last column."""
+    out = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=None,
+        use_cache=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=_pad(tokenizer),
+        stopping_criteria=[_Watched(step)],
+    )
+    rows: list[list[int]] = out[:, ids.shape[1] :].tolist()
+    return rows
+
+
+class _Watched(StoppingCriteria):
+    """Stops nothing: tells the bar of every token."""
+
+    def __init__(self, step: Callable[[int | None], None]):
+        self.step = step
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.step(None)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def _steps(description: str | None, total: int) -> Iterator[Callable[[int | None], None]]:
+    """A bar over decoding steps, as a function that notes one more, or that so many are done; none without a text."""
+    if description is None:
+        yield lambda done: None
+        return
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=total, unit="steps")
+        yield lambda done: bar.advance(task) if done is None else bar.update(task, completed=done)
+
+
+def _draft(model: Any, rows: Sequence[Encoded], use_cache: bool) -> tuple[list[_Draft], Any]:
+    """One pass over prompts and reference answers, padded on the right; its keys and values where `use_cache`.
+
+    The head runs on one row's answer at a time: at Qwen's vocabulary it costs as much as a third of the layers do.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT wrapper set aside
     body, head = inner.base_model, inner.get_output_embeddings()
-    for batch in _shown(_batches([len(row.ids) for row in encoded], batch_size), description):
-        rows = [encoded[i].ids for i in batch]
-        ids = _padded(rows, 0, left=False).to(model.device)  # (batch, longest row)
-        mask = _padded([[1] * len(r) for r in rows], 0, left=False).to(model.device)
-        states = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (batch, row, hidden)
-        for row, index in enumerate(batch):
-            length, start = len(rows[row]), encoded[index].answer_start
-            logits = head(states[row, start - 1 : length - 1]).float()  # (answer tokens, vocabulary)
-            yield index, logits, ids[row, start:length].to(logits.device)
+    ids = _padded([row.ids for row in rows], 0, left=False).to(model.device)  # (batch, longest row)
+    mask = _padded([[1] * len(row.ids) for row in rows], 0, left=False).to(model.device)
+    out = body(input_ids=ids, attention_mask=mask, use_cache=use_cache)
+    drafts = []
+    for index, row in enumerate(rows):
+        states = out.last_hidden_state[index, row.answer_start - 1 : len(row.ids) - 1]  # (answer tokens, hidden)
+        logits = head(states).float()  # (answer tokens, vocabulary)
+        wanted = ids[index, row.answer_start : len(row.ids)].to(logits.device)
+        greedy = logits.argmax(-1)
+        agreed = int((greedy == wanted).long().cumprod(0).sum())
+        following = int(greedy[agreed]) if agreed < len(wanted) else None
+        drafts.append(_Draft(float(cross_entropy(logits, wanted, reduction="sum")), len(wanted), agreed, following))
+    return drafts, out.past_key_values
 
 
 def answer_examples(
@@ -119,52 +178,67 @@ def answer_examples(
     max_new_tokens: int = 256,
     batch_size: int = 16,
     description: str | None = "answers",
-) -> list[str]:
-    """The model's greedy answer to each example, in their order: what `generate` gives, and sooner.
+) -> list[Answered]:
+    """The model's greedy answer to each example, in their order (the text that `generate` gives), and the answer loss.
 
-    The reference answer is tried as a draft first: one pass over it shows how many of its tokens greedy decoding
-    would write. A row that would write all of them is answered; the others go on from where they part, token by token.
+    One pass over prompt and reference answer gives the loss, and shows how many of the reference's tokens greedy
+    decoding would write. A row that would write all of them is answered; the others go on from where they part, token
+    by token, on the keys and values of that pass: those of the tokens that were not agreed to are masked.
     """
     encoded = [encode(tokenizer, example) for example in examples]
-    drafts = [row.ids[row.answer_start :] for row in encoded]
-    accepted = [0] * len(encoded)
-    with _evaluating(model):
-        for index, logits, wanted in _answer_logits(model, encoded, batch_size, None):
-            accepted[index] = int((logits.argmax(-1) == wanted).long().cumprod(0).sum())
-    written = [draft[: min(n, max_new_tokens)] for draft, n in zip(drafts, accepted, strict=True)]
-    going = [i for i, (ids, draft) in enumerate(zip(written, drafts, strict=True)) if ids != draft[:max_new_tokens]]
-    rows = [encoded[i].ids[: encoded[i].answer_start] + written[i] for i in going]
-    for i, new in zip(going, _continue(model, tokenizer, rows, max_new_tokens, batch_size, description), strict=True):
-        written[i] = [*written[i], *new][:max_new_tokens]
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+    batches = _batches([len(row.ids) for row in encoded], batch_size)
+    found: dict[int, Answered] = {}
+    with _evaluating(model), _steps(description, len(batches) * max_new_tokens) as step:
+        for number, batch in enumerate(batches):
+            rows = [encoded[i] for i in batch]
+            drafts, cache = _draft(model, rows, use_cache=True)
+            written = _continued(model, tokenizer, rows, drafts, cache, max_new_tokens, step)
+            for index, draft, ids in zip(batch, drafts, written, strict=True):
+                found[index] = Answered(tokenizer.decode(ids, skip_special_tokens=True), draft.nats, draft.tokens)
+            step((number + 1) * max_new_tokens)
+    return [found[i] for i in range(len(examples))]
 
 
-def score_examples(
+def _continued(
     model: Any,
     tokenizer: Any,
-    examples: Sequence[ChatExample],
-    max_new_tokens: int = 256,
-    batch_size: int = 16,
-    description: str | None = "task score",
-) -> list[float]:
-    """The task score (0 to 1) of the model's greedy answer to each example, in their order."""
-    answers = answer_examples(model, tokenizer, examples, max_new_tokens, batch_size, description)
-    return [score(answer, example) for answer, example in zip(answers, examples, strict=True)]
+    rows: Sequence[Encoded],
+    drafts: Sequence[_Draft],
+    cache: Any,
+    max_new_tokens: int,
+    step: Callable[[int | None], None],
+) -> list[list[int]]:
+    """The greedy tokens of each row: what it agreed to of its draft, and what it goes on with."""
+    written = [row.ids[row.answer_start : row.answer_start + d.agreed] for row, d in zip(rows, drafts, strict=True)]
+    for ids, draft in zip(written, drafts, strict=True):
+        if draft.following is not None:
+            ids.append(draft.following)
+    ended = (None, tokenizer.eos_token_id)
+    going = [i for i, d in enumerate(drafts) if d.following not in ended and len(written[i]) < max_new_tokens]
+    if going:
+        cache.batch_select_indices(torch.tensor(going, device=model.device))
+        width = max(len(row.ids) for row in rows)
+        kept = [rows[i].answer_start + drafts[i].agreed for i in going]
+        mask = torch.tensor([[1] * count + [0] * (width - count) + [1] for count in kept])  # (going, width + 1)
+        last = torch.full_like(mask, _pad(tokenizer))
+        last[:, -1] = torch.tensor([written[i][-1] for i in going])
+        left = max_new_tokens - min(len(written[i]) for i in going)
+        for i, new in zip(going, _decode(model, tokenizer, last, mask, left, step, cache), strict=True):
+            written[i] += new
+    return [ids[:max_new_tokens] for ids in written]
 
 
 def answer_losses(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[ChatExample],
-    batch_size: int = 8,
-    description: str | None = "answer loss",
+    model: Any, tokenizer: Any, examples: Sequence[ChatExample], batch_size: int = 8
 ) -> list[tuple[float, int]]:
-    """Per example the summed loss in nats over its answer's tokens (the end token among them), and their number."""
+    """Per example the summed loss in nats over its answer's tokens (the end mark among them), and their number."""
     encoded = [encode(tokenizer, example) for example in examples]
     losses = [(0.0, 0)] * len(encoded)
     with _evaluating(model):
-        for index, logits, wanted in _answer_logits(model, encoded, batch_size, description):
-            losses[index] = (float(cross_entropy(logits, wanted, reduction="sum")), len(wanted))
+        for batch in _batches([len(row.ids) for row in encoded], batch_size):
+            drafts, _ = _draft(model, [encoded[i] for i in batch], use_cache=False)
+            for index, draft in zip(batch, drafts, strict=True):
+                losses[index] = (draft.nats, draft.tokens)
     return losses
 
 

@@ -46,11 +46,8 @@ def _cross(result: dict[str, Any]) -> list[str]:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    if row["exact_match"] is None:
-        return ""
     low, high = row["exact_match_interval"]
-    text = f"{row['exact_match']:.3f} [{low:.2f}, {high:.2f}] of {row['exact_match_rows']}"
-    return text + (f"; {row['loss']:.3f}" if row["loss"] is not None else "")
+    return f"{row['exact_match']:.3f} [{low:.2f}, {high:.2f}] of {row['rows']}; {row['loss']:.3f}"
 
 
 def _share(domain: dict[str, Any]) -> str:

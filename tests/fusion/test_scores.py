@@ -10,7 +10,7 @@ from transformers import Qwen2ForCausalLM
 
 from fusion.data import chat
 from fusion.evaluation import scores
-from fusion.evaluation.generate import answer_examples, answer_losses, generate, score_examples
+from fusion.evaluation.generate import answer_examples, answer_losses, generate
 from fusion.evaluation.scores import SCORES, score
 from fusion.tasks.extraction import render
 from tests.families import byte_tokenizer, config
@@ -143,9 +143,11 @@ def test_drafts_change_no_answer(tiny):
     greedy = generate(model, tokenizer, prompts, max_new_tokens=12)
     drafts = [greedy[0], greedy[1][: len(greedy[1]) // 2] + "ten", "one two three", "", greedy[4] + " and more"]
     rows = [chat(q, d, "d") for q, d in zip(QUESTIONS, drafts, strict=True)]
-    assert answer_examples(model, tokenizer, rows, max_new_tokens=12, batch_size=2) == greedy
-    marks = score_examples(model, tokenizer, [chat(q, g, "d") for q, g in zip(QUESTIONS, greedy, strict=True)], 12)
-    assert marks == [1.0] * len(QUESTIONS)
+    answered = answer_examples(model, tokenizer, rows, max_new_tokens=12, batch_size=2)
+    assert [answer.text for answer in answered] == greedy
+    nats, tokens = zip(*answer_losses(model, tokenizer, rows), strict=True)
+    assert [answer.nats for answer in answered] == pytest.approx(nats, rel=1e-4)
+    assert tuple(answer.tokens for answer in answered) == tokens
 
 
 def test_answer_losses_are_those_of_the_full_forward(tiny):
