@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from fusion.errors import UserError
@@ -173,7 +174,13 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        sys.stderr.write(f"{error.format_message()}\n")
+        sys.exit(2)
+    except click.ClickException as error:
+        sys.stderr.write(f"error: {error.format_message()} (--help says more)\n")
+        sys.exit(2)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
@@ -181,7 +188,7 @@ def main() -> None:
         where = f" ({error.filename})" if error.filename else ""
         sys.stderr.write(f"error: {error.strerror or error}{where}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         sys.stderr.write("interrupted; finished steps are kept\n")
         sys.exit(130)
 

@@ -1,7 +1,8 @@
 """Chat examples from where the recipe says: generated tasks, local JSON lines, or a hub data set.
 
-One row is one conversation that ends with the answer to learn or to score. The same rows train a branch, fit the
-gates and evaluate the result.
+One row is one conversation that ends with the answer to learn or to score: OpenAI's `messages`, ShareGPT's
+`conversations`, or the columns that the recipe names. The same rows train a branch, fit the gates and evaluate the
+result.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from fusion.errors import UserError
 from fusion.recipe import DataSource
 
 Message = dict[str, str]
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}  # of ShareGPT's conversations
 Generator = Callable[[random.Random, str], "ChatExample"]
 
 
@@ -76,6 +78,17 @@ def load_examples(source: DataSource, domain: str, count: int | None = None, see
     if not rows:
         raise UserError(f"no rows in the data of domain '{domain}' ({source.describe()}): check its split and columns")
     return rows
+
+
+def require_disjoint(what: str, trained: Sequence[ChatExample], held_out: Sequence[ChatExample]) -> None:
+    """Raises UserError where a held-out prompt is also trained on."""
+    seen = {tuple(message["content"] for message in row.prompt) for row in trained}
+    for row in held_out:
+        if tuple(message["content"] for message in row.prompt) in seen:
+            raise UserError(
+                f"{what}: the held-out prompt {row.question[:60]!r} is also in the training data: "
+                "use another split or file"
+            )
 
 
 def generator_of(name: str) -> Generator:
@@ -153,6 +166,9 @@ def _hub(source: DataSource, domain: str) -> list[ChatExample]:
 
 
 def _row(row: dict[str, Any], source: DataSource, domain: str) -> ChatExample:
+    if "conversations" in row:
+        turns = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+        row = {**row, "messages": turns}
     if "messages" in row:
         messages: Sequence[Message] = row["messages"]
         if len(messages) < 2 or messages[-1]["role"] != "assistant":

@@ -23,15 +23,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 from fusion.branch import answer_loss, pack, training_row
 from fusion.checkpoint import put_in_place, read_json, write_json
 from fusion.data import load_examples
+from fusion.encoding import QWEN2_SPLIT
 from fusion.progress import progress_bar
 from fusion.recipe import DEMO_ROPE_THETA, PretrainSettings
 from fusion.tasks.demo import vocabulary
 from fusion.workers import one_thread, worker_context
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

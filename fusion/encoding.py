@@ -9,6 +9,9 @@ from fusion.data import ChatExample, Message
 from fusion.layers import Batch, make_batches
 
 END = "<|im_end|>"
+QWEN2_SPLIT = (  # how Qwen2's tokenizer cuts text before BPE
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True)

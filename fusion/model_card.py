@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fusion.recipe import Recipe
+from fusion.recipe import DataSource, Recipe
 
 
 def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
@@ -29,6 +29,12 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
         adapter = "LoRA" if row["adapter"] else ""
         cells = (row["name"], row["domain"], origin, adapter, row["license"] or "not stated", drift, f"`{shard[:16]}`")
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Domains and the experts that serve them:", ""]
+    for name, domain in recipe.domains.items():
+        expert = recipe.experts[recipe.expert_of(name)]
+        what = f"{name} ({domain.description})" if domain.description else name
+        branched = f", branched on {_data(expert.branch.data)}" if expert.branch and expert.domain == name else ""
+        lines.append(f"- {what}: {expert.name}{branched}")
     versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
     lines += [
         "",
@@ -39,3 +45,8 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _data(source: DataSource) -> str:
+    licence = "" if source.generated else f", {source.license or 'licence not stated'}"
+    return f"{source.describe()}{licence}"

@@ -37,7 +37,7 @@ class DataSource(Section):
     """Where chat rows come from: a generated task, or a hub data set, or a file (which stands in for `hub` if both)."""
 
     generated: str | None = None  # MODULE.TASK of fusion/tasks
-    path: str | None = None  # JSON lines: {"messages": [...]} or the two columns below
+    path: str | None = None  # JSON lines: {"messages": [...]}, {"conversations": [...]} or the two columns below
     hub: str | None = None  # data set id, with config and columns
     config: str | None = None
     split: str = "train"
@@ -275,6 +275,10 @@ class Recipe(Section):
         if self.routing.top_k > len(self.experts):
             message = f"{self.routing.top_k} experts a token are more than the {len(self.experts)} there are"
             raise Misfit(("routing", "top_k"), message)
+        if self.serving.tensor_parallel_size > len(self.experts):
+            ways = self.serving.tensor_parallel_size
+            message = f"{ways} ways are more than the {len(self.experts)} experts, which vLLM refuses"
+            raise Misfit(("serving", "tensor_parallel_size"), message)
         for name in self.domains:
             self.expert_of(name)
         for i, question in enumerate(self.serving.questions):

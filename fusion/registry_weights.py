@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 from fusion.checkpoint import put_in_place, write_json, write_text
+from fusion.encoding import QWEN2_SPLIT
 from fusion.errors import UserError
 from fusion.progress import track
 
@@ -69,9 +70,6 @@ TOP_PARTS = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # token types of a GGUF
 SHOWN = ("<|fim_", "<|repo_name", "<|file_sep")  # control tokens that Qwen's tokenizer does not hide on decoding
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from fusion.architecture import sparse_layers
 from fusion.checkpoint import read_json, write_json
-from fusion.data import ChatExample, load_examples, source_files
+from fusion.data import ChatExample, load_examples, require_disjoint, source_files
 from fusion.errors import UserError
 from fusion.plan.budget import budget
 from fusion.plan.preflight import check, describe_anchor, raise_on_error
@@ -103,6 +103,7 @@ def _branch_data(recipe: Recipe, expert: Expert) -> tuple[DataSource, DataSource
 
 def _branch_expert(recipe: Recipe, expert: Expert) -> str:
     from fusion.branch import train_expert
+    from fusion.hardware import attention_implementation
 
     settings, anchor, out = expert.branch, anchor_source(recipe), trained_expert(recipe, expert)
     assert settings is not None
@@ -110,7 +111,7 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
     rows = load_examples(settings.data, expert.domain, settings.rows, settings.seed)
     count = max(settings.held_out_rows, settings.score_rows)
     held_out = load_examples(source, expert.domain, count, settings.seed + 1)  # evaluate draws with another seed
-    _disjoint(expert.name, rows, held_out)
+    require_disjoint(f"expert '{expert.name}'", rows, held_out)
     mixed: Sequence[ChatExample] = ()
     if general:
         mixed = load_examples(general, general_domain(recipe.domains), settings.rows, settings.seed)
@@ -118,7 +119,8 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
     if recipe.routing.moe_layers is not None:
         count = read_json(anchor.folder / "config.json")["num_hidden_layers"]
         layers = sparse_layers(count, recipe.routing.moe_layers)
-    result = train_expert(anchor.folder, out, rows, held_out, settings, layers, mixed)
+    attention = attention_implementation(recipe.attn_implementation)
+    result = train_expert(anchor.folder, out, rows, held_out, settings, layers, mixed, attention)
     return (
         f"{expert.name}: {result.score_name} {result.score_before:.3f} -> {result.score_after:.3f}, "
         f"loss {result.loss_before:.3f} -> {result.loss_after:.3f}, {result.tokens:,} tokens in {result.seconds:.0f} s"
@@ -237,17 +239,6 @@ def _fused(recipe: Recipe) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} does not exist yet: run `qwen-fusion merge` on the recipe first")
     return folder
-
-
-def _disjoint(name: str, train: Sequence[ChatExample], held_out: Sequence[ChatExample]) -> None:
-    """Raises UserError where a held-out prompt is also trained on."""
-    seen = {tuple(message["content"] for message in row.prompt) for row in train}
-    for row in held_out:
-        if tuple(message["content"] for message in row.prompt) in seen:
-            raise UserError(
-                f"expert '{name}': the held-out prompt {row.question[:60]!r} is also in its training data: "
-                "use another split or file"
-            )
 
 
 def _data_files(*sources: DataSource | None) -> list[Path]:

@@ -86,7 +86,12 @@ def ask_all(recipe: Recipe, questions: Sequence[Question], reuse: bool = True) -
     if not questions:
         return []
     with recipe_server(recipe, reuse) as server:
-        answers = [_ask(server, question) for question in questions]
+        try:
+            answers = [_ask(server, question) for question in questions]
+        except UserError:
+            if server.engine is not None:
+                server.engine.check()  # an engine that has died says more than its guard
+            raise
     from fusion.served import expert_shares
 
     for answer, shares in zip(answers, expert_shares(recipe, answers), strict=True):

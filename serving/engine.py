@@ -39,7 +39,7 @@ class EngineSettings:
     `yarn_factor` stretches the model's positions by that factor. `kv_cache_memory_bytes` is used on CPU, where a share
     of all memory would be asked for per worker; `gpu_memory_utilization` on GPU. `compact_json` writes constrained JSON
     without any white space, so that no model can fill its budget with spaces; experts trained on another style answer
-    better without it. `extra` arguments are appended as they are.
+    better without it.
     """
 
     model: str
@@ -52,10 +52,7 @@ class EngineSettings:
     kv_cache_memory_bytes: int = 1 << 30
     temperature: float = 0.7
     top_p: float = 0.9
-    seed: int = 0
-    enforce_eager: bool = False
     compact_json: bool = False
-    extra: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,6 @@ def engine_arguments(settings: EngineSettings, hardware: Hardware, port: int) ->
         f"--port={port}",
         f"--dtype={settings.dtype}",
         f"--tensor-parallel-size={settings.tensor_parallel_size}",
-        f"--seed={settings.seed}",
         "--enable-auto-tool-choice",
         "--tool-call-parser=hermes",
         f"--structured-outputs-config={json.dumps(structured)}",
@@ -109,10 +105,8 @@ def engine_arguments(settings: EngineSettings, hardware: Hardware, port: int) ->
     if hardware.gpus:
         arguments.append(f"--gpu-memory-utilization={settings.gpu_memory_utilization}")
     else:
-        arguments.append(f"--kv-cache-memory-bytes={settings.kv_cache_memory_bytes}")
-    if settings.enforce_eager or not hardware.gpus:
-        arguments.append("--enforce-eager")
-    return [*arguments, *settings.extra]
+        arguments += [f"--kv-cache-memory-bytes={settings.kv_cache_memory_bytes}", "--enforce-eager"]
+    return arguments
 
 
 def engine_environment(settings: EngineSettings, hardware: Hardware) -> dict[str, str]:

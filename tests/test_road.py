@@ -24,7 +24,11 @@ FINANCE = {
 OFFLINE = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 STEPS = ("anchor", "branch general", "branch structured", "branch finance", "merge", "train-gates", "evaluate")
 KILLED = ("anchor", "branch finance", "merge", "train-gates", "evaluate")
-UNDER_WAY = {"anchor": ".anchor.pretrain/rendezvous", "branch finance": "experts/.*.branch/before.json"}
+UNDER_WAY = {
+    "anchor": ".anchor.pretrain/rendezvous",
+    "branch finance": "experts/.*.branch/before.json",
+    "merge": ".fused.partial/*.safetensors",
+}
 
 
 def recipe(folder: Path, expert: bool = True) -> Path:
@@ -138,8 +142,9 @@ def test_killed_in_the_middle_the_next_call_goes_on(killed: Path, step: str) -> 
         if step in line.strip().split(", "):  # steps side by side share a line
             break
     while step in UNDER_WAY and not list((killed.parent / "run").glob(UNDER_WAY[step])):
-        time.sleep(0.1)  # until the processes of the step are at work
-    time.sleep(0.4)
+        time.sleep(0.002)  # until the step is at work
+    if step != "merge":
+        time.sleep(0.4)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)  # ends once no worker holds the pipes any more
     run = killed.parent / "run"

@@ -13,6 +13,7 @@ import torch
 from mergekit.moe.router import get_hidden_states, tokenize_prompts
 
 from fusion.architecture import sparse_layers
+from fusion.progress import track
 
 
 def random_gates(config: dict[str, Any], seed: int) -> dict[int, torch.Tensor]:
@@ -36,8 +37,9 @@ def hidden_gates(
     rows = []
     for texts in prompts:
         total = torch.zeros(config["num_hidden_layers"], config["hidden_size"])
-        for start in range(0, len(texts), batch):
-            piece = list(texts[start : start + batch])
+        ordered = sorted(texts, key=len)  # little padding
+        for start in track(range(0, len(ordered), batch), "mergekit's hidden gates", unit="batches"):
+            piece = ordered[start : start + batch]
             tokens = tokenize_prompts(piece, tokenizer)
             tokens.pop("token_type_ids", None)
             total += get_hidden_states(model, tokens, average=False) * len(piece)  # (layers, hidden)

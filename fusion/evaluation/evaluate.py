@@ -14,7 +14,7 @@ import torch
 
 from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint
-from fusion.data import ChatExample, load_examples
+from fusion.data import ChatExample, load_examples, require_disjoint
 from fusion.encoding import encode_batches, load_tokenizer, prompt_text
 from fusion.errors import UserError
 from fusion.evaluation.baselines import hidden_gates, random_gates
@@ -60,8 +60,10 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     settings = recipe.evaluation
     folder, anchor, experts = recipe.fused, anchor_source(recipe), expert_sources(recipe)
     checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
-    held_out = {n: load_examples(d.held_out, n, settings.rows, settings.seed) for n, d in recipe.domains.items()}
+    names = sorted(recipe.domains, key=recipe.expert_of)  # in the experts' order, as the pictures show them
+    held_out = {n: load_examples(recipe.domains[n].held_out, n, settings.rows, settings.seed) for n in names}
     extra = _extra(recipe)
+    _require_unseen(recipe, held_out | extra)
     gates = {
         "fused_random": random_gates(checkpoint.config, recipe.gate_training.seed),
         "fused_hidden": hidden_gates(checkpoint.config, anchor.folder, tokenizer, _hidden_prompts(recipe, tokenizer)),
@@ -143,6 +145,18 @@ def _extra(recipe: Recipe) -> dict[str, list[ChatExample]]:
                 raise
             console.print(f"  left out: {error}", highlight=False, soft_wrap=True)
     return found
+
+
+def _require_unseen(recipe: Recipe, held_out: dict[str, list[ChatExample]]) -> None:
+    """Raises UserError where a row to be scored was trained on, by an expert's branch or by the gates."""
+    rows = [row for examples in held_out.values() for row in examples]
+    for expert in recipe.experts:
+        if expert.branch:
+            trained = load_examples(expert.branch.data, expert.domain, expert.branch.rows, expert.branch.seed)
+            require_disjoint(f"evaluation of expert '{expert.name}'", trained, rows)
+    for name, domain in recipe.domains.items():
+        trained = load_examples(domain.train, name, recipe.gate_training.rows, recipe.gate_training.seed)
+        require_disjoint(f"evaluation after gate training on domain '{name}'", trained, rows)
 
 
 def _hidden_prompts(recipe: Recipe, tokenizer: Any) -> list[list[str]]:

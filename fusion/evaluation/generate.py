@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
-from transformers import StoppingCriteria
+from torch.nn.functional import cross_entropy, pad
+from transformers import DynamicCache, StoppingCriteria
 
 from fusion.data import ChatExample, Message
 from fusion.encoding import Encoded, encode, prompt_text
 from fusion.progress import progress_bar
+
+DRAFT_TOKENS = 4096  # a pass over references, with its padding
 
 
 @dataclass(frozen=True)
@@ -183,49 +185,87 @@ def answer_examples(
 
     One pass over prompt and reference answer gives the loss, and shows how many of the reference's tokens greedy
     decoding would write. A row that would write all of them is answered; the others go on from where they part, token
-    by token, on the keys and values of that pass: those of the tokens that were not agreed to are masked.
+    by token and `batch_size` at a time, on the keys and values of that pass.
     """
     encoded = [encode(tokenizer, example) for example in examples]
     batches = _batches([len(row.ids) for row in encoded], batch_size)
     found: dict[int, Answered] = {}
     with _evaluating(model), _steps(description, len(batches) * max_new_tokens) as step:
         for number, batch in enumerate(batches):
-            rows = [encoded[i] for i in batch]
-            drafts, cache = _draft(model, rows, use_cache=True)
-            written = _continued(model, tokenizer, rows, drafts, cache, max_new_tokens, step)
-            for index, draft, ids in zip(batch, drafts, written, strict=True):
+            going = _Going()
+            for piece in _pieces([len(encoded[i].ids) for i in batch]):
+                rows = [encoded[batch[i]] for i in piece]
+                drafts, cache = _draft(model, rows, use_cache=True)
+                going.add(rows, drafts, cache, max_new_tokens, tokenizer.eos_token_id)
+            answers = going.finish(model, tokenizer, max_new_tokens, step)
+            for index, draft, ids in zip(batch, going.drafts, answers, strict=True):
                 found[index] = Answered(tokenizer.decode(ids, skip_special_tokens=True), draft.nats, draft.tokens)
             step((number + 1) * max_new_tokens)
     return [found[i] for i in range(len(examples))]
 
 
-def _continued(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Encoded],
-    drafts: Sequence[_Draft],
-    cache: Any,
-    max_new_tokens: int,
-    step: Callable[[int | None], None],
-) -> list[list[int]]:
-    """The greedy tokens of each row: what it agreed to of its draft, and what it goes on with."""
-    written = [row.ids[row.answer_start : row.answer_start + d.agreed] for row, d in zip(rows, drafts, strict=True)]
-    for ids, draft in zip(written, drafts, strict=True):
-        if draft.following is not None:
-            ids.append(draft.following)
-    ended = (None, tokenizer.eos_token_id)
-    going = [i for i, d in enumerate(drafts) if d.following not in ended and len(written[i]) < max_new_tokens]
-    if going:
-        cache.batch_select_indices(torch.tensor(going, device=model.device))
-        width = max(len(row.ids) for row in rows)
-        kept = [rows[i].answer_start + drafts[i].agreed for i in going]
-        mask = torch.tensor([[1] * count + [0] * (width - count) + [1] for count in kept])  # (going, width + 1)
-        last = torch.full_like(mask, _pad(tokenizer))
-        last[:, -1] = torch.tensor([written[i][-1] for i in going])
-        left = max_new_tokens - min(len(written[i]) for i in going)
-        for i, new in zip(going, _decode(model, tokenizer, last, mask, left, step, cache), strict=True):
-            written[i] += new
-    return [ids[:max_new_tokens] for ids in written]
+def _pieces(lengths: Sequence[int]) -> Iterator[range]:
+    """Consecutive rows, the longest first, in pieces of at most DRAFT_TOKENS tokens with their padding."""
+    start = 0
+    while start < len(lengths):
+        stop = min(len(lengths), start + max(1, DRAFT_TOKENS // lengths[start]))
+        yield range(start, stop)
+        start = stop
+
+
+class _Going:
+    """Rows on their way from draft to answer: what is written so far, and the cache of those that go on."""
+
+    def __init__(self) -> None:
+        self.drafts: list[_Draft] = []
+        self._written: list[list[int]] = []
+        self._going: list[int] = []
+        self._kept: list[int] = []  # of each row that goes on, how many tokens of its cache are its own
+        self._caches: list[Any] = []
+
+    def add(self, rows: Sequence[Encoded], drafts: Sequence[_Draft], cache: Any, limit: int, end: int) -> None:
+        """Takes in drafted rows; those that part from their draft before its end and before `limit` will go on."""
+        chosen = []
+        for index, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+            ids = row.ids[row.answer_start : row.answer_start + draft.agreed]
+            if draft.following is not None:
+                ids.append(draft.following)
+                if draft.following != end and len(ids) < limit:
+                    chosen.append(index)
+                    self._going.append(len(self._written))
+                    self._kept.append(row.answer_start + draft.agreed)
+            self._written.append(ids)
+        self.drafts += drafts
+        if chosen:
+            cache.batch_select_indices(torch.tensor(chosen))
+            self._caches.append(cache)
+
+    def finish(self, model: Any, tokenizer: Any, limit: int, step: Callable[[int | None], None]) -> list[list[int]]:
+        """The answers of all rows, at most `limit` tokens each: the cache's tokens that are not a row's are masked."""
+        if self._going:
+            cache = _joined(self._caches)
+            width = cache.get_seq_length()
+            mask = torch.tensor([[1] * kept + [0] * (width - kept) + [1] for kept in self._kept])  # (going, width + 1)
+            ids = torch.full_like(mask, _pad(tokenizer))
+            ids[:, -1] = torch.tensor([self._written[i][-1] for i in self._going])
+            left = limit - min(len(self._written[i]) for i in self._going)
+            for i, new in zip(self._going, _decode(model, tokenizer, ids, mask, left, step, cache), strict=True):
+                self._written[i] += new
+        return [ids[:limit] for ids in self._written]
+
+
+def _joined(caches: Sequence[Any]) -> DynamicCache:
+    """One cache of all rows, each padded on the right to the longest."""
+    width = max(cache.get_seq_length() for cache in caches)
+    joined = DynamicCache()
+    for layer in range(len(caches[0])):
+        parts = [(cache.layers[layer].keys, cache.layers[layer].values) for cache in caches]
+        keys, values = (
+            torch.cat([pad(tensor, (0, 0, 0, width - tensor.shape[2])) for tensor in tensors])
+            for tensors in zip(*parts, strict=True)
+        )  # (rows, heads, width, head_dim)
+        joined.update(keys, values, layer)
+    return joined
 
 
 def answer_losses(

@@ -41,12 +41,14 @@ def exact_match(answer: str, example: ChatExample) -> float:
 def exact_values(answer: str, example: ChatExample) -> float:
     """1 where the whole answer parses in the reference's format and holds exactly its values.
 
-    `example.reference` is `{"format": "json" | "yaml" | "xml", "value": ...}`. Text around the document makes it
-    wrong; a code fence that encloses all of it is unwrapped. Types count in JSON and YAML ("28" is not 28); XML
-    holds text, so numbers are compared by value, and null is an empty element. Key order never counts.
+    `example.reference` is `{"format": "json" | "yaml" | "xml", "value": ...}`, or a JSON document as text. Text around
+    the document makes it wrong; a code fence that encloses all of it is unwrapped. Types count in JSON and YAML ("28"
+    is not 28); XML holds text, so numbers are compared by value, and null is an empty element. Key order never counts.
     """
     reference = expected(example)
     try:
+        if isinstance(reference, str):
+            reference = {"format": "json", "value": json.loads(unfenced(reference))}
         return float(PARSERS[reference["format"]](unfenced(answer), reference["value"]))
     except (ValueError, yaml.YAMLError, ElementTree.ParseError, RecursionError):
         return 0.0

@@ -225,9 +225,6 @@ def _vocabulary(folder: Path) -> dict[str, int] | None:
 def _serving(recipe: Recipe, config: dict[str, Any]) -> list[Finding]:
     found, ways = [], recipe.serving.tensor_parallel_size
     where = "serving.tensor_parallel_size"
-    if ways > len(recipe.experts):
-        what = f"{ways} is more than the {len(recipe.experts)} experts, which vLLM refuses"
-        found.append(Finding("error", where, what, f"use at most {len(recipe.experts)}"))
     for key in ("num_attention_heads", "intermediate_size"):
         if config[key] % ways:
             found.append(Finding("error", where, f"{ways} does not divide the anchor's {key} {config[key]}"))

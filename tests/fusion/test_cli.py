@@ -145,6 +145,22 @@ def test_an_expert_that_needs_anchoring(here: Call, tmp_path: Path, anchor: Path
     assert "expert 'math' has an 'anchor' section, which this version cannot carry out yet" in sentence
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("ask", "RECIPE", "Who?", "--max-tokens", "0"), "'--max-tokens'"),
+        (("ask", "RECIPE"), "QUESTION"),
+        (("plan", "RECIPE", "--colour"), "--colour"),
+        (("melt", "RECIPE"), "melt"),
+    ],
+)
+def test_a_wrong_command_line(here: Call, tmp_path: Path, anchor: Path, arguments: tuple[str, ...], words: str) -> None:
+    path = write_recipe(tmp_path, anchor)
+    sentence, head = refused(here, tmp_path, *(path if word == "RECIPE" else word for word in arguments))
+    assert words in sentence
+    assert not head
+
+
 def test_an_expert_that_is_not_to_be_trained(here: Call, tmp_path: Path, anchor: Path) -> None:
     sentence, _ = refused(here, tmp_path, "branch", write_recipe(tmp_path, anchor), "--expert", "math")
     assert "no expert 'math' with a 'branch' section" in sentence

@@ -230,6 +230,7 @@ def test_the_model_card_names_each_expert_with_its_own_hash(tmp_path: Path, anch
     card = (folder / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
     assert header["license"] == "apache-2.0"
+    assert all(f"- {name}: " in card for name in recipe.domains)
     rows = {line.split("|")[1].strip(): line for line in card.splitlines() if line.startswith("| ")}
     for name in ("general", "math", "general-2"):
         assert file_hash(folder / f"expert-{name}.safetensors")[:16] in rows[name]

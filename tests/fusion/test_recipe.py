@@ -110,6 +110,10 @@ WRONG = {
         "domain 'maths', which 'domains' does not have",
     ),
     "more choices than experts": ([("  top_k: 1", "  top_k: 3  # here")], "3 experts a token are more than the 2"),
+    "more ways than experts": (
+        [("  max_model_len: 512", "  max_model_len: 512\n  tensor_parallel_size: 4  # here")],
+        "4 ways are more than the 2 experts, which vLLM refuses",
+    ),
     "fallbacks in a circle": (
         [
             (

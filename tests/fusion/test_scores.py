@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import Qwen2ForCausalLM
 
 from fusion.data import chat
+from fusion.evaluation import generate as generate_module
 from fusion.evaluation import scores
 from fusion.evaluation.generate import answer_examples, answer_losses, generate
 from fusion.evaluation.scores import SCORES, score
@@ -89,6 +90,13 @@ def test_whatever_is_rendered_is_right(value, form: str):
     assert values(render(value, form), form, value) == 1.0
 
 
+def test_a_document_as_text_is_a_reference():
+    row = chat("", '{"a": [1, "x"]}', "d", score="exact_values")
+    assert score('```json\n{"a": [1, "x"]}\n```', row) == 1.0
+    assert score('{"a": [1, "y"]}', row) == 0.0
+    assert score("{}", chat("", "no document", "d", score="exact_values")) == 0.0
+
+
 def test_exact_match_ignores_white_space_around():
     assert score(" 42\n", chat("", "42", "d")) == 1.0
     assert score("42.", chat("", "42", "d")) == 0.0
@@ -137,13 +145,15 @@ def test_batched_answers_are_the_single_ones_in_order(tiny):
     assert generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=3) == singles
 
 
-def test_drafts_change_no_answer(tiny):
+@pytest.mark.parametrize("draft_tokens", [1, 60, 4096])
+def test_drafts_change_no_answer(tiny, monkeypatch, draft_tokens: int):
+    monkeypatch.setattr(generate_module, "DRAFT_TOKENS", draft_tokens)  # how many caches are joined
     model, tokenizer = tiny
     prompts = [[{"role": "user", "content": q}] for q in QUESTIONS]
     greedy = generate(model, tokenizer, prompts, max_new_tokens=12)
     drafts = [greedy[0], greedy[1][: len(greedy[1]) // 2] + "ten", "one two three", "", greedy[4] + " and more"]
     rows = [chat(q, d, "d") for q, d in zip(QUESTIONS, drafts, strict=True)]
-    answered = answer_examples(model, tokenizer, rows, max_new_tokens=12, batch_size=2)
+    answered = answer_examples(model, tokenizer, rows, max_new_tokens=12, batch_size=3)
     assert [answer.text for answer in answered] == greedy
     nats, tokens = zip(*answer_losses(model, tokenizer, rows), strict=True)
     assert [answer.nats for answer in answered] == pytest.approx(nats, rel=1e-4)

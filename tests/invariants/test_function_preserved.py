@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from fusion.checkpoint import Checkpoint
 from fusion.layers import LayerStream, checkpoint_gates, forced, gated, make_batches
 from fusion.merge import merge
-from gate_training.trainer import install_gates
+from gate_training.trainer import install_gates, train_gates
 from tests.recipes import make_recipe
 
 IDS = torch.arange(3, 35)[None]  # (1, length)
@@ -79,6 +79,21 @@ def test_permuted_experts_permute_the_gate(
     install_gates(first, gates)
     install_gates(second, {layer: gate[order] for layer, gate in gates.items()})
     assert (logits(first) - logits(second)).abs().max() < 1e-5
+
+
+def test_permuted_experts_train_permuted_gates(tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]) -> None:
+    order = [2, 0, 1]
+    permuted = {list(anchored_experts)[i]: list(anchored_experts.values())[i] for i in order}
+    folders = []
+    for name, experts in (("first", anchored_experts), ("second", permuted)):
+        (tmp_path / name).mkdir()
+        recipe = make_recipe(tmp_path / name, anchor, experts)
+        folders.append(merge(recipe))
+        train_gates(recipe, folders[-1])
+    first, second = (checkpoint_gates(Checkpoint(folder)) for folder in folders)
+    for layer, gate in first.items():
+        assert torch.allclose(gate[order], second[layer], atol=1e-3 * float(gate.abs().max()))
+    assert (logits(folders[0]) - logits(folders[1])).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("moe_layers", [None, [1], [0, 2]])

@@ -1,0 +1,43 @@
+"""Rows from where a recipe says: the forms they come in, and that nothing scored was trained on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fusion.data import load_examples, require_disjoint
+from fusion.errors import UserError
+from fusion.recipe import DataSource
+
+
+def written(folder: Path, *rows: dict) -> DataSource:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return DataSource(path=str(path))
+
+
+def test_three_forms_of_one_conversation(tmp_path: Path) -> None:
+    turns = [("system", "Be brief."), ("user", "1+1="), ("assistant", "2")]
+    openai = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    named = {"system": "system", "user": "human", "assistant": "gpt"}
+    sharegpt = {"conversations": [{"from": named[role], "value": text} for role, text in turns]}
+    first, second = load_examples(written(tmp_path, openai, sharegpt), "math")
+    assert first == second
+    (columns,) = load_examples(written(tmp_path, {"prompt": "1+1=", "answer": "2"}), "math")
+    assert (columns.question, columns.answer) == (first.question, first.answer) == ("1+1=", "2")
+
+
+@pytest.mark.parametrize(
+    "row", [{"conversations": [{"from": "tool", "value": "x"}]}, {"messages": [{"role": "user", "content": "x"}]}, {}]
+)
+def test_a_row_of_another_form_is_named_with_its_line(tmp_path: Path, row: dict) -> None:
+    source = written(tmp_path, {"prompt": "a", "answer": "b"}, row)
+    with pytest.raises(UserError, match="line 2: not a chat row"):
+        load_examples(source, "math")
+
+
+def test_a_held_out_prompt_that_was_trained_on_is_refused(tmp_path: Path) -> None:
+    rows = load_examples(written(tmp_path, *({"prompt": f"{i}+1=", "answer": f"{i + 1}"} for i in range(4))), "math")
+    require_disjoint("these", rows[:2], rows[2:])
+    with pytest.raises(UserError, match=r"these: the held-out prompt .* is also in the training data"):
+        require_disjoint("these", rows[:3], rows[2:])
