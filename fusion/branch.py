@@ -72,15 +72,13 @@ def train_expert(
     settings: BranchSettings,
     layers: Sequence[int] | None = None,
     general: Sequence[ChatExample] = (),
-    attention: str = "sdpa",
 ) -> TrainResult:
     """Trains the model in folder `start` on `train` and writes the expert to folder `out`, with `branch.json`.
 
     `layers` restricts what is trained to these decoder layers. `general` rows are mixed in until they are
-    `settings.general_share` of all. `attention` is transformers' name of an implementation. The first
-    `held_out_rows` of `held_out` pick the best step, the first `score_rows` judge the result. An interrupted call goes
-    on from its last evaluation when it is made again. Raises UserError where a row is too long, a layer does not
-    exist, or the expert scores no better than `start`.
+    `settings.general_share` of all. The first `held_out_rows` of `held_out` pick the best step, the first
+    `score_rows` judge the result. An interrupted call goes on from its last evaluation when it is made again.
+    Raises UserError where a row is too long, a layer does not exist, or the expert scores no better than `start`.
     """
     began = time.monotonic()
     partial = out.with_name(f".{out.name}.branch")
@@ -88,7 +86,7 @@ def train_expert(
     _claim(partial, _fingerprint(start, train, held_out, general, decisive, layers))
     tokenizer = AutoTokenizer.from_pretrained(start)
     rows = _fitting(tokenizer, _mixed(train, general, settings), settings.max_length)
-    model = _trainable_model(start, settings, layers, attention)
+    model = _trainable_model(start, settings, layers)
     judged, watched = held_out[: settings.score_rows], held_out[: settings.held_out_rows]
 
     before_file = partial / "before.json"
@@ -214,14 +212,14 @@ def _mixed(train: Sequence[ChatExample], general: Sequence[ChatExample], setting
     return [*train, *general[: round(len(train) * share / (1 - share))]]
 
 
-def _trainable_model(start: Path, settings: BranchSettings, layers: Sequence[int] | None, attention: str) -> Any:
+def _trainable_model(start: Path, settings: BranchSettings, layers: Sequence[int] | None) -> Any:
     """The anchor in float32, with gradients only where the expert may differ from it."""
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu and settings.lora_rank else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
         start,
         dtype=dtype,
-        attn_implementation=attention,
+        attn_implementation="sdpa",  # keeps packed rows apart by their positions; flash-attn would want one sequence
         device_map="auto" if gpu else None,
         use_safetensors=True,
     )

@@ -103,7 +103,6 @@ def _branch_data(recipe: Recipe, expert: Expert) -> tuple[DataSource, DataSource
 
 def _branch_expert(recipe: Recipe, expert: Expert) -> str:
     from fusion.branch import train_expert
-    from fusion.hardware import attention_implementation
 
     settings, anchor, out = expert.branch, anchor_source(recipe), trained_expert(recipe, expert)
     assert settings is not None
@@ -119,8 +118,7 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
     if recipe.routing.moe_layers is not None:
         count = read_json(anchor.folder / "config.json")["num_hidden_layers"]
         layers = sparse_layers(count, recipe.routing.moe_layers)
-    attention = attention_implementation(recipe.attn_implementation)
-    result = train_expert(anchor.folder, out, rows, held_out, settings, layers, mixed, attention)
+    result = train_expert(anchor.folder, out, rows, held_out, settings, layers, mixed)
     return (
         f"{expert.name}: {result.score_name} {result.score_before:.3f} -> {result.score_after:.3f}, "
         f"loss {result.loss_before:.3f} -> {result.loss_after:.3f}, {result.tokens:,} tokens in {result.seconds:.0f} s"

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, pad
-from transformers import DynamicCache, StoppingCriteria
+from torch.nn.functional import cross_entropy, pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StoppingCriteria
+from transformers.masking_utils import sdpa_mask
 
 from fusion.data import ChatExample, Message
 from fusion.encoding import Encoded, encode, prompt_text
 from fusion.progress import progress_bar
 
+GROUPED = "sdpa_grouped"
 DRAFT_TOKENS = 4096  # a pass over references, with its padding
 
 
@@ -57,14 +59,45 @@ def _padded(rows: Sequence[Sequence[int]], value: int, left: bool) -> torch.Tens
     return torch.tensor(filled)  # (rows, width)
 
 
+def _grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA over grouped keys and values as they are, `(batch, heads, length, head_dim)`.
+
+    Where there is a mask, transformers first copies them out to one per query head: at every step, for every layer, the
+    whole cache times heads / groups.
+    """
+    causal = attention_mask is None and query.shape[2] > 1
+    out = scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, is_causal=causal, enable_gqa=True
+    )
+    return out.transpose(1, 2).contiguous(), None  # (batch, length, heads, head_dim)
+
+
+AttentionInterface.register(GROUPED, _grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
+
+
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
+    """Inference mode; on a CPU with attention over grouped keys as they are (GPU kernels want them copied out)."""
     was_training = model.training
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT wrapper set aside
+    attention = inner.config._attn_implementation
     model.eval()
     try:
+        if attention == "sdpa" and inner.device.type == "cpu":
+            inner.set_attn_implementation(GROUPED)
         with torch.inference_mode():
             yield
     finally:
+        inner.set_attn_implementation(attention)
         model.train(was_training)
 
 
