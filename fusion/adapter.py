@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fusion.checkpoint import Checkpoint, open_safetensors, read_json
+from fusion.checkpoint import open_safetensors, read_json
 from fusion.errors import UserError
 
 _PREFIX = "base_model.model."
@@ -73,18 +73,3 @@ class Adapter:
         own = (float(alpha) for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
         alpha = next(own, float(self._config["lora_alpha"]))
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
-
-
-class AdaptedCheckpoint(Checkpoint):
-    """A dense checkpoint read with an adapter's updates, or as it is where `adapter` is None."""
-
-    def __init__(self, folder: Path, adapter: Path | None):
-        super().__init__(folder)
-        self._adapter = Adapter(adapter) if adapter else None
-        if self._adapter:
-            self._adapter.check_targets(self.weight_map)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor `name` with its update."""
-        weight = super().tensor(name)
-        return self._adapter.apply(name, weight) if self._adapter else weight

@@ -130,7 +130,7 @@ def evaluate(
 def serve(
     recipe: RecipePath,
     host: Annotated[str | None, typer.Option(help="override serving.host")] = None,
-    port: Annotated[int | None, typer.Option(help="override serving.port")] = None,
+    port: Annotated[int | None, typer.Option(help="override serving.port", min=0, max=65535)] = None,
     set_: Overrides = None,
 ) -> None:
     """Serve the fused model with vLLM behind the JSON guard, until Ctrl-C."""
@@ -158,9 +158,12 @@ def ask(
     from fusion.report import experts_line
     from serving.ask import ask_all
 
+    wanted = read_json(schema) if schema else None
+    if wanted is not None and not isinstance(wanted, dict):
+        raise UserError(f"{schema} holds no JSON object: a schema of an answer is one")
     asked = Question(
         question=question,
-        json_schema=read_json(schema) if schema else None,
+        json_schema=wanted,
         max_tokens=max_tokens,
         temperature=temperature,
     )

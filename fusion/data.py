@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.recipe import DataSource
+from fusion.recipe import SCORE_NAMES, DataSource
 
 Message = dict[str, str]
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}  # of ShareGPT's conversations
+BAD_ROW = (ValueError, KeyError, TypeError, AttributeError, IndexError)  # what a row of another form gives
 Generator = Callable[[random.Random, str], "ChatExample"]
 
 
@@ -80,15 +81,10 @@ def load_examples(source: DataSource, domain: str, count: int | None = None, see
     return rows
 
 
-def require_disjoint(what: str, trained: Sequence[ChatExample], held_out: Sequence[ChatExample]) -> None:
-    """Raises UserError where a held-out prompt is also trained on."""
-    seen = {tuple(message["content"] for message in row.prompt) for row in trained}
-    for row in held_out:
-        if tuple(message["content"] for message in row.prompt) in seen:
-            raise UserError(
-                f"{what}: the held-out prompt {row.question[:60]!r} is also in the training data: "
-                "use another split or file"
-            )
+def trained_on(rows: Sequence[ChatExample]) -> Callable[[ChatExample], bool]:
+    """A test of whether a row's prompt is among those of `rows`."""
+    seen = {tuple(message["content"] for message in row.prompt) for row in rows}
+    return lambda row: tuple(message["content"] for message in row.prompt) in seen
 
 
 def generator_of(name: str) -> Generator:
@@ -138,12 +134,16 @@ def _generated(name: str, split: str, count: int, seed: int) -> list[ChatExample
 
 def _local(path: Path, source: DataSource, domain: str) -> list[ChatExample]:
     rows = []
-    for number, line in enumerate(_existing(path).read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        text = _existing(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"data file {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             rows.append(_row(json.loads(line), source, domain))
-        except (ValueError, KeyError, TypeError) as error:
+        except BAD_ROW as error:
             raise UserError(
                 f"{path}, line {number}: not a chat row ({error}); see fusion/data.py for the form"
             ) from error
@@ -159,7 +159,7 @@ def _hub(source: DataSource, domain: str) -> list[ChatExample]:
         raise UserError(f"data set '{source.hub}' of domain '{domain}' cannot be loaded: {error}") from error
     try:
         return [_row(dict(row), source, domain) for row in table]
-    except (ValueError, KeyError, TypeError) as error:
+    except BAD_ROW as error:
         raise UserError(
             f"data set '{source.hub}' of domain '{domain}' has other columns than the recipe says: {error}"
         ) from error
@@ -173,15 +173,32 @@ def _row(row: dict[str, Any], source: DataSource, domain: str) -> ChatExample:
         messages: Sequence[Message] = row["messages"]
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise ValueError("messages must end with an assistant answer")
-        return ChatExample(
-            messages=tuple({"role": m["role"], "content": m["content"]} for m in messages),
-            domain=domain,
-            score=row.get("score", source.score),
-            reference=row.get("reference"),
-            schema=row.get("schema"),
+        return _checked(
+            ChatExample(
+                messages=tuple({"role": m["role"], "content": m["content"]} for m in messages),
+                domain=domain,
+                score=row.get("score", source.score),
+                reference=row.get("reference"),
+                schema=row.get("schema"),
+            )
         )
     reference = row[source.reference] if source.reference else None
-    return chat(_text(row, source.prompt), _text(row, source.answer), domain, score=source.score, reference=reference)
+    prompt, answer = _text(row, source.prompt), _text(row, source.answer)
+    return _checked(chat(prompt, answer, domain, score=source.score, reference=reference))
+
+
+def _checked(row: ChatExample) -> ChatExample:
+    """The row, if it can be tokenized and scored; a ValueError that says what is wrong otherwise."""
+    if not all(isinstance(message["content"], str) for message in row.messages):
+        raise ValueError("a message's content is not text")
+    if row.score not in SCORE_NAMES:
+        raise ValueError(f"score '{row.score}' is none of {', '.join(SCORE_NAMES)}")
+    form = row.reference.get("format") if isinstance(row.reference, dict) else "json"
+    if row.score == "exact_values" and form not in ("json", "yaml", "xml"):
+        raise ValueError(
+            "the reference of 'exact_values' has a 'format' (json, yaml, xml) and a 'value', or is JSON text"
+        )
+    return row
 
 
 def _text(row: dict[str, Any], column: str) -> str:

@@ -41,7 +41,7 @@ WARMUP = 0.05  # of the steps
 RESULT, RENDEZVOUS = "pretrain.json", "rendezvous"
 
 
-def build_tokenizer(out: Path, vocab_size: int = 1280, max_length: int = 512) -> PreTrainedTokenizerFast:
+def build_tokenizer(out: Path, vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """Saves to folder `out` a byte-level BPE tokenizer with Qwen2's splitting rule, special tokens and chat form.
 
     The values of the demo tasks come first in the merges, so that "Ann" is the same token in "name: Ann;" and in

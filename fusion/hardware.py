@@ -1,6 +1,7 @@
 """What this machine computes with: the dtype that is fast on it, the attention implementation."""
 
 import logging
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,12 +27,16 @@ def stream_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@cache
 def attention_implementation(wanted: str) -> str:
-    """`wanted` as transformers' name; `auto` and a missing flash-attn fall back to SDPA, the latter with a warning."""
-    if wanted == "flash_attention_2" and not (torch.cuda.is_available() and find_spec("flash_attn")):
+    """`wanted` as transformers' name; where flash-attn is missing, it and `auto` fall back to SDPA, with a warning.
+
+    Without a GPU `auto` is SDPA without one: there is nothing to miss.
+    """
+    if wanted not in ("flash_attention_2", "auto"):
+        return wanted
+    if torch.cuda.is_available() and find_spec("flash_attn"):
+        return "flash_attention_2"
+    if wanted == "flash_attention_2" or torch.cuda.is_available():
         logging.warning("flash-attn is not installed (or there is no GPU): attention falls back to SDPA")
-        return "sdpa"
-    if wanted == "auto":
-        has_flash = torch.cuda.is_available() and find_spec("flash_attn")
-        return "flash_attention_2" if has_flash else "sdpa"
-    return wanted
+    return "sdpa"

@@ -8,7 +8,7 @@
         layer.mix(gated(gates, top_k))                   # MLP half, each token through the experts its route picks
     for batch, logits in stream.logits(): ...
 
-Everything that looks inside a model passes through here: gate training, label-forced evaluation, drift, explanations.
+Everything that looks inside a model passes through here: gate training, and which experts served a text.
 Dense (Qwen2) and fused (Qwen2MoE) checkpoints are both a source of layers. The arithmetic is transformers' own
 attention and rotary modules and the MoE block's formula, checked against both models token by token in the tests.
 """

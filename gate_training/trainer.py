@@ -18,7 +18,7 @@ from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.layers import Batch, Layer, LayerStream, gated, normalised_top_k, state_store
-from fusion.merge import checkpoint_dtype, write_gates
+from fusion.merge import checkpoint_dtype, record_gates, write_gates
 from fusion.recipe import Recipe
 from gate_training.examples import RoutingExample, expert_labels, routing_examples, rules_agreement
 from gate_training.methods import cross_entropy, ridge
@@ -64,6 +64,7 @@ def train_gates(recipe: Recipe, folder: Path) -> GateReport:
     held_out = routing_examples(recipe, "held_out", settings.held_out_rows)
     gates, report = fit_gates(recipe, folder, train, held_out)
     install_gates(folder, gates)
+    record_gates(folder, report.method, report.labels, report.tokens)
     return report
 
 

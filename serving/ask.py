@@ -24,6 +24,11 @@ def engine_settings(recipe: Recipe) -> EngineSettings:
     folder, serving = recipe.fused, recipe.serving
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} does not exist yet: run `qwen-fusion run` on the recipe first")
+    from fusion.merge import gates_are_trained
+
+    if not gates_are_trained(folder):
+        note = f"the gates in {folder} are random ones, and so are its answers: `qwen-fusion train-gates` comes first"
+        console.print(f"[yellow]{note}[/yellow]", highlight=False, soft_wrap=True)
     return EngineSettings(
         model=str(folder),
         served_name=recipe.name,
@@ -32,7 +37,7 @@ def engine_settings(recipe: Recipe) -> EngineSettings:
         gpu_memory_utilization=serving.gpu_memory_utilization,
         max_model_len=serving.max_model_len,
         yarn_factor=serving.yarn_factor,
-        kv_cache_memory_bytes=serving.cpu_kv_cache_bytes,
+        cpu_kv_cache_bytes=serving.cpu_kv_cache_bytes,
         temperature=serving.sampling.temperature,
         top_p=serving.sampling.top_p,
     )

@@ -36,7 +36,7 @@ _NOT_THE_CAUSE = ("See root cause above", "See stack trace for root cause")
 class EngineSettings:
     """What vLLM serves and how.
 
-    `yarn_factor` stretches the model's positions by that factor. `kv_cache_memory_bytes` is used on CPU, where a share
+    `yarn_factor` stretches the model's positions by that factor. `cpu_kv_cache_bytes` is used on CPU, where a share
     of all memory would be asked for per worker; `gpu_memory_utilization` on GPU. `compact_json` writes constrained JSON
     without any white space, so that no model can fill its budget with spaces; experts trained on another style answer
     better without it.
@@ -49,7 +49,7 @@ class EngineSettings:
     gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None
     yarn_factor: float | None = None
-    kv_cache_memory_bytes: int = 1 << 30
+    cpu_kv_cache_bytes: int = 1 << 30
     temperature: float = 0.7
     top_p: float = 0.9
     compact_json: bool = False
@@ -105,7 +105,7 @@ def engine_arguments(settings: EngineSettings, hardware: Hardware, port: int) ->
     if hardware.gpus:
         arguments.append(f"--gpu-memory-utilization={settings.gpu_memory_utilization}")
     else:
-        arguments += [f"--kv-cache-memory-bytes={settings.kv_cache_memory_bytes}", "--enforce-eager"]
+        arguments += [f"--kv-cache-memory-bytes={settings.cpu_kv_cache_bytes}", "--enforce-eager"]
     return arguments
 
 

@@ -76,7 +76,7 @@ def check(folder: Path) -> dict[str, Any]:
     checkpoint = Checkpoint(run / "fused")
     for name in checkpoint.weight_map:
         checkpoint.shape(name)
-    assert not [path for path in run.rglob("*") if path.name.endswith((".partial", ".branch", ".old"))]
+    assert not list(run.rglob(".*"))  # everything is written aside under a name with a dot
     for name in ("report.md", "routing.png", "gates.png", "gates.json", "answers.json"):
         assert (run / name).stat().st_size > 0
     result: dict[str, Any] = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
@@ -115,7 +115,16 @@ def test_a_sixth_domain_served_by_its_fallback_and_asked(tmp_path: Path) -> None
     question = "Interest on 100 euros at 5%?"
     data["serving"]["questions"] = [{"domain": "finance", "question": question, "max_tokens": 4}]
     path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    finish(path)
+    log = tmp_path / "run" / "logs" / "vllm.log"
+    process = start(path)
+    while not log.exists():  # killed while vLLM starts
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)  # ends once vLLM, which holds the pipes too, has ended with its parent
+    assert not (tmp_path / "run" / "answers.json").exists()
+    assert "evaluate: unchanged, skipped" in finish(path)
     result = check(tmp_path)
     assert result["domains"]["finance"]["expert"] == "general"
     (answer,) = json.loads((tmp_path / "run" / "answers.json").read_text(encoding="utf-8"))

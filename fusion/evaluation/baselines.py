@@ -32,7 +32,7 @@ def hidden_gates(
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(anchor, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(anchor, dtype=torch.float32, use_safetensors=True).eval()
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     rows = []
     for texts in prompts:

@@ -14,7 +14,7 @@ import torch
 
 from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint
-from fusion.data import ChatExample, load_examples, require_disjoint
+from fusion.data import ChatExample, load_examples, trained_on
 from fusion.encoding import encode_batches, load_tokenizer, prompt_text
 from fusion.errors import UserError
 from fusion.evaluation.baselines import hidden_gates, random_gates
@@ -63,7 +63,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     names = sorted(recipe.domains, key=recipe.expert_of)  # in the experts' order, as the pictures show them
     held_out = {n: load_examples(recipe.domains[n].held_out, n, settings.rows, settings.seed) for n in names}
     extra = _extra(recipe)
-    _require_unseen(recipe, held_out | extra)
+    _leave_out_trained(recipe, held_out | extra)
     gates = {
         "fused_random": random_gates(checkpoint.config, recipe.gate_training.seed),
         "fused_hidden": hidden_gates(checkpoint.config, anchor.folder, tokenizer, _hidden_prompts(recipe, tokenizer)),
@@ -97,7 +97,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "domains": domains,
         "mean_retained_share": sum(shares) / len(shares) if shares else None,
         "worst_retained_share": min(shares) if shares else None,
-        "mean_exact_match": {row: _mean([d[row]["exact_match"] for d in domains.values()]) for row in ROWS},
+        "mean_exact_match": {row: _mean_score(figures, row, list(held_out)) for row in ROWS},
         "extra": {name: _extra_task(figures, name) for name in extra},
         "experts_by_domain": cross,
         "routing": routing,
@@ -147,16 +147,26 @@ def _extra(recipe: Recipe) -> dict[str, list[ChatExample]]:
     return found
 
 
-def _require_unseen(recipe: Recipe, held_out: dict[str, list[ChatExample]]) -> None:
-    """Raises UserError where a row to be scored was trained on, by an expert's branch or by the gates."""
-    rows = [row for examples in held_out.values() for row in examples]
+def _leave_out_trained(recipe: Recipe, held_out: dict[str, list[ChatExample]]) -> None:
+    """Takes out of the rows to be scored, with a note, those that an expert's branch or the gates were trained on.
+
+    Raises UserError where that leaves none.
+    """
+    settings = recipe.gate_training
+    trained = [
+        row for n, d in recipe.domains.items() for row in load_examples(d.train, n, settings.rows, settings.seed)
+    ]
     for expert in recipe.experts:
         if expert.branch:
-            trained = load_examples(expert.branch.data, expert.domain, expert.branch.rows, expert.branch.seed)
-            require_disjoint(f"evaluation of expert '{expert.name}'", trained, rows)
-    for name, domain in recipe.domains.items():
-        trained = load_examples(domain.train, name, recipe.gate_training.rows, recipe.gate_training.seed)
-        require_disjoint(f"evaluation after gate training on domain '{name}'", trained, rows)
+            trained += load_examples(expert.branch.data, expert.domain, expert.branch.rows, expert.branch.seed)
+    seen = trained_on(trained)
+    for name, rows in held_out.items():
+        kept = [row for row in rows if not seen(row)]
+        if not kept:
+            raise UserError(f"every held-out row of '{name}' is also in the training data: use another split or file")
+        if len(kept) < len(rows):
+            console.print(f"  {len(rows) - len(kept)} rows of {name} left out: they were trained on", highlight=False)
+            rows[:] = kept
 
 
 def _hidden_prompts(recipe: Recipe, tokenizer: Any) -> list[list[str]]:
@@ -240,9 +250,13 @@ def _routing(
     return {"experts": names, "answer_tokens": tables[0], "all_tokens": tables[1]}
 
 
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _mean_score(figures: dict[str, dict[str, Figures]], row: str, domains: list[str]) -> float:
+    """The mean over domains of one column's score, each on the rows that every column has."""
+    means = []
+    for name in domains:
+        common = min(len(figures[column][name].scores) for column in ROWS)
+        means.append(sum(figures[row][name].scores[:common]) / common)
+    return sum(means) / len(means)
 
 
 def result_path(recipe: Recipe) -> Path:

@@ -8,12 +8,15 @@ child process), `chrf`. An expert is judged by these, never by its loss alone. S
 
 import json
 import math
+import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 from xml.etree import ElementTree
@@ -163,28 +166,32 @@ def tests_passed(answer: str, example: ChatExample) -> float:
 
     `example.reference` is Python source (or a list of its lines, e.g. asserts) that runs after the answer's code;
     the answer's code is its first code fence, or all of it. The child runs isolated (`python -I`) in an empty
-    folder with limits on time, memory, files and processes. That keeps accidents in; it is no sandbox against code
-    that means harm.
+    folder with limits on time, memory and files, and whatever it has started ends with it. That keeps accidents in; it
+    is no sandbox against code that means harm.
     """
     tests = expected(example)
     code = FENCE.search(answer)
     source = f"{code[1] if code else answer}\n\n{tests if isinstance(tests, str) else chr(10).join(tests)}\n"
     with tempfile.TemporaryDirectory() as folder:
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-"],
+            cwd=folder,
+            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=_limit,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                [sys.executable, "-I", "-"],
-                input=source.encode(),
-                cwd=folder,
-                env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=TEST_SECONDS,
-                preexec_fn=_limit,
-                check=False,
-            )
+            child.communicate(source.encode(), timeout=TEST_SECONDS)
         except subprocess.TimeoutExpired:
             return 0.0
-    return float(done.returncode == 0)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    return float(child.returncode == 0)
 
 
 def _limit() -> None:

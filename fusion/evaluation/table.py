@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from fusion.checkpoint import written_aside
+
 LABELS = {
     "anchor": "anchor",
     "own_expert": "own expert",
@@ -84,5 +86,6 @@ def draw_routing(result: dict[str, Any], path: Path) -> None:
         axis.set_title(f"Share of {title}")
     axes[0].set_ylabel("domain")
     figure.colorbar(image, ax=axes, shrink=0.8)
-    figure.savefig(path, dpi=120)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")
     pyplot.close(figure)

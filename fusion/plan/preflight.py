@@ -17,6 +17,7 @@ from fusion.checkpoint import Checkpoint, hub_config, is_hub_id, read_json, reso
 from fusion.errors import UserError
 from fusion.recipe import DEMO_ROPE_THETA, Expert, Recipe
 from fusion.sources import trained_anchor, trained_expert
+from serving.guard.schema import Checker, SchemaError
 
 SHAPES = (
     "hidden_size",
@@ -146,6 +147,10 @@ def _check_expert(recipe: Recipe, expert: Expert, anchor: Described, trained: bo
         found.append(
             Finding("warning", where, f"licence {expert.license} is not for commercial use", "so is the result")
         )
+    if expert.adapter and not is_hub_id(expert.adapter):
+        folder = Path(expert.adapter).expanduser()
+        if not (folder / "adapter_config.json").is_file():
+            found.append(Finding("error", where, f"adapter {folder} has no adapter_config.json", "correct its path"))
     if expert.anchor:
         found.append(Finding("warning", where, "needs anchoring, which this version cannot carry out yet"))
     if described.folder is None:
@@ -228,6 +233,11 @@ def _serving(recipe: Recipe, config: dict[str, Any]) -> list[Finding]:
     for key in ("num_attention_heads", "intermediate_size"):
         if config[key] % ways:
             found.append(Finding("error", where, f"{ways} does not divide the anchor's {key} {config[key]}"))
+    for number, question in enumerate(recipe.serving.questions):
+        try:
+            Checker(question.json_schema or {})
+        except SchemaError as error:
+            found.append(Finding("error", f"serving.questions.{number}.json_schema", str(error), "mend the schema"))
     longest = config.get("max_position_embeddings", 0) * (recipe.serving.yarn_factor or 1)
     if recipe.serving.max_model_len > longest:
         what = f"{recipe.serving.max_model_len} is beyond the anchor's {longest:.0f} positions"

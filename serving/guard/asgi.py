@@ -152,7 +152,7 @@ class _Guard:
     async def _chat(self, scope: MutableMapping[str, Any], body: bytes, send: SendEvent) -> None:
         try:
             request = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             request = None
         if not isinstance(request, dict):  # the engine's own 400 says what is wrong with it
             await self._pass_through(scope, body, send)
@@ -195,8 +195,8 @@ class _Guard:
         if isinstance(step, Exhausted):
             await _json(send, 422, step.error, [*attempts, (b"x-should-retry", b"false")])
         elif request.get("stream"):
-            options = request.get("stream_options") or {}
-            events = _as_events(step.answer, bool(options.get("include_usage")))
+            options = request.get("stream_options")
+            events = _as_events(step.answer, isinstance(options, dict) and bool(options.get("include_usage")))
             await _whole(send, 200, [(b"content-type", b"text/event-stream; charset=utf-8"), *attempts], events)
         else:
             await _json(send, 200, step.answer, attempts)

@@ -9,12 +9,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2ForCausalLM
 
-from fusion.adapter import AdaptedCheckpoint, Adapter
+from fusion.adapter import Adapter
 from fusion.architecture import MLP_PARTS, expert_tensor, is_mlp
 from fusion.checkpoint import Checkpoint, write_json
 from fusion.errors import UserError
-from fusion.merge import MANIFEST, merge
+from fusion.merge import MANIFEST, Reader, merge
 from fusion.recipe import Recipe
+from fusion.sources import ModelSource
 from tests.families import write_model
 from tests.recipes import recipe_data
 
@@ -48,7 +49,7 @@ def write_adapter(folder: Path, base: Path, seed: int = 0, **changes: Any) -> di
 )
 def test_every_tensor_equals_pefts_merge(tmp_path: Path, anchor: Path, changes: dict[str, Any]) -> None:
     expected = write_adapter(tmp_path / "adapter", anchor, **changes)
-    read = AdaptedCheckpoint(anchor, tmp_path / "adapter")
+    read = Reader(ModelSource("own", anchor, tmp_path / "adapter"))
     plain = Checkpoint(anchor)
     touched = 0
     for name in plain.weight_map:
@@ -87,7 +88,7 @@ def test_two_adapters_on_one_base_become_two_experts(tmp_path: Path, anchor: Pat
     fused = Checkpoint(merge(recipe))
     plain = Checkpoint(anchor)
     for number, (expert, adapter) in enumerate([("general", None), ("math", "first"), ("coding", "second")]):
-        read = AdaptedCheckpoint(anchor, tmp_path / adapter if adapter else None)
+        read = Reader(ModelSource("own", anchor, tmp_path / adapter if adapter else None))
         for name in filter(is_mlp, plain.weight_map):
             tensor = fused.tensor(expert_tensor(name, number))
             assert torch.equal(tensor, read.tensor(name)), name
@@ -128,7 +129,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, anchor: Path, sha
 def test_what_is_not_plain_lora_is_refused(tmp_path: Path, anchor: Path, changes: dict[str, Any]) -> None:
     write_adapter(tmp_path / "adapter", anchor, **changes)
     with pytest.raises(UserError, match="merge it with PEFT first"):
-        AdaptedCheckpoint(anchor, tmp_path / "adapter")
+        Reader(ModelSource("own", anchor, tmp_path / "adapter"))
 
 
 def test_a_broken_adapter_folder_is_a_user_error(tmp_path: Path, anchor: Path) -> None:

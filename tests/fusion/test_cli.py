@@ -174,6 +174,15 @@ def test_a_truncated_expert(here: Call, tmp_path: Path, anchor: Path) -> None:
     assert f"{weights} cannot be read" in sentence
 
 
+def test_random_gates_are_not_evaluated_as_trained_ones(here: Call, tmp_path: Path, anchor: Path) -> None:
+    path = write_recipe(tmp_path, anchor)
+    assert here("merge", path, "--quiet").code == 0
+    sentence, _ = refused(here, tmp_path, "evaluate", path)
+    assert "are random ones: run `qwen-fusion train-gates`" in sentence
+    assert here("train-gates", path, "--quiet").code == 0
+    assert "trained by cross-entropy" in (tmp_path / "run" / "fused" / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_port_in_use(here: Call, tmp_path: Path, anchor: Path) -> None:
     path = write_recipe(tmp_path, anchor)
     assert here("merge", path, "--quiet").code == 0

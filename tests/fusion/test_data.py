@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion.data import load_examples, require_disjoint
+from fusion.data import load_examples, trained_on
 from fusion.errors import UserError
 from fusion.recipe import DataSource
 
@@ -36,8 +36,36 @@ def test_a_row_of_another_form_is_named_with_its_line(tmp_path: Path, row: dict)
         load_examples(source, "math")
 
 
-def test_a_held_out_prompt_that_was_trained_on_is_refused(tmp_path: Path) -> None:
+def test_what_was_trained_on_is_known_by_its_prompt(tmp_path: Path) -> None:
     rows = load_examples(written(tmp_path, *({"prompt": f"{i}+1=", "answer": f"{i + 1}"} for i in range(4))), "math")
-    require_disjoint("these", rows[:2], rows[2:])
-    with pytest.raises(UserError, match=r"these: the held-out prompt .* is also in the training data"):
-        require_disjoint("these", rows[:3], rows[2:])
+    assert [trained_on(rows[:2])(row) for row in rows] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}]}, "not text"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}], "score": "?"},
+            "none of",
+        ),
+        (
+            {
+                "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}],
+                "score": "exact_values",
+                "reference": {"value": 1},
+            },
+            "'format'",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_scored_is_refused_on_loading(tmp_path: Path, row: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_examples(written(tmp_path, row), "math")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        load_examples(DataSource(path=str(path)), "math")

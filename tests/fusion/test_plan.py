@@ -115,21 +115,6 @@ def test_another_rope_theta_is_an_error_in_either_spelling(
     assert error.startswith("expert 'math': rope_theta is 10000")
 
 
-@pytest.mark.parametrize(
-    ("ways", "words"),
-    [
-        (1, None),
-        (2, None),
-        (4, "4 is more than the 2 experts"),
-        (3, "3 is more than the 2 experts"),
-    ],
-)
-def test_more_ways_than_experts_is_an_error(tmp_path: Path, anchor: Path, ways: int, words: str | None) -> None:
-    serving = {"max_model_len": 256, "sampling": {"max_tokens": 32}, "tensor_parallel_size": ways}
-    found = errors(findings(tmp_path, anchor, anchor, serving=serving))
-    assert any(words in sentence for sentence in found) if words else not found
-
-
 def test_ways_must_divide_the_heads(tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]) -> None:
     serving = {"max_model_len": 256, "sampling": {"max_tokens": 32}, "tensor_parallel_size": 3}
     found = errors(check(make_recipe(tmp_path, anchor, anchored_experts, serving=serving)))

@@ -114,6 +114,22 @@ WRONG = {
         [("  max_model_len: 512", "  max_model_len: 512\n  tensor_parallel_size: 4  # here")],
         "4 ways are more than the 2 experts, which vLLM refuses",
     ),
+    "a split that no generator has": (
+        [("train: {generated: demo.math}", "train: {generated: demo.math, split: test}  # here")],
+        "splits 'train' and 'held_out', not 'test'",
+    ),
+    "tests without a column": (
+        [("train: {generated: demo.math}", "train: {path: a.jsonl, score: tests_passed}  # here")],
+        "needs 'reference'",
+    ),
+    "an expert called anchor": (
+        [("  - name: math", "  - name: anchor  # here")],
+        "'anchor' names the anchor",
+    ),
+    "no room for a question": (
+        [("    - question: Who are you?", "    - max_tokens: 512  # here\n      question: Who are you?")],
+        "leaves no room for the question",
+    ),
     "fallbacks in a circle": (
         [
             (
@@ -169,7 +185,7 @@ def test_a_recipe_that_is_no_mapping_is_refused(tmp_path: Path, content: bytes) 
     assert f"{path}, line 1: a recipe is a mapping" in refused(path)
 
 
-@pytest.mark.parametrize("content", [b"name: \xff\xfe\n", b"? [a, b]\n: c\n", b"name: a\x00b\n"])
+@pytest.mark.parametrize("content", [b"name: 2024-99-99\n", b"name: \xff\xfe\n", b"? [a, b]\n: c\n", b"name: a\x00b\n"])
 def test_a_file_that_is_no_text_or_has_odd_keys_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)

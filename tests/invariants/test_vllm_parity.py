@@ -57,7 +57,7 @@ def test_vllm_gives_the_same_greedy_tokens(fused: Path, expected: list[list[int]
         dtype="float32",
         tensor_parallel_size=ways,
         max_model_len=128,
-        kv_cache_memory_bytes=64 * 2**20,
+        cpu_kv_cache_bytes=64 * 2**20,
     )
     with Engine(settings, tmp_path / "vllm.log") as engine:
         for prompt, tokens in zip(PROMPTS, expected, strict=True):

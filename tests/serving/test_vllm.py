@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subproces
         dtype="float32",
         max_model_len=1024,
         yarn_factor=2.0,
-        kv_cache_memory_bytes=64 << 20,
+        cpu_kv_cache_bytes=64 << 20,
         compact_json=True,
     )
     process, url = serve_apart(settings, folder, within_s=400)
