@@ -3,6 +3,7 @@
 qwen-fusion ask configs/demo.yaml "17+25="
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +25,7 @@ def engine_settings(recipe: Recipe) -> EngineSettings:
     folder, serving = recipe.fused, recipe.serving
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} does not exist yet: run `qwen-fusion run` on the recipe first")
-    from fusion.merge import gates_are_trained
-
-    if not gates_are_trained(folder):
+    if _gates_are_random(folder):
         note = f"the gates in {folder} are random ones, and so are its answers: `qwen-fusion train-gates` comes first"
         console.print(f"[yellow]{note}[/yellow]", highlight=False, soft_wrap=True)
     return EngineSettings(
@@ -41,6 +40,15 @@ def engine_settings(recipe: Recipe) -> EngineSettings:
         temperature=serving.sampling.temperature,
         top_p=serving.sampling.top_p,
     )
+
+
+def _gates_are_random(folder: Path) -> bool:
+    """Whether the manifest says that no gates have been trained; read here alone, so that serving loads no torch."""
+    try:
+        method = json.loads((folder / "fusion.json").read_text(encoding="utf-8"))["gates"]["method"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return bool(method == "random")
 
 
 def guard_settings(recipe: Recipe) -> GuardSettings:
