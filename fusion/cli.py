@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from fusion.errors import UserError
@@ -178,12 +177,6 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         sys.exit(app(standalone_mode=False) or 0)
-    except click.exceptions.NoArgsIsHelpError as error:
-        sys.stderr.write(f"{error.format_message()}\n")
-        sys.exit(2)
-    except click.ClickException as error:
-        sys.stderr.write(f"error: {error.format_message()} (--help says more)\n")
-        sys.exit(2)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
@@ -191,9 +184,17 @@ def main() -> None:
         where = f" ({error.filename})" if error.filename else ""
         sys.stderr.write(f"error: {error.strerror or error}{where}\n")
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted; finished steps are kept\n")
         sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of the click that typer carries inside, whose classes are not public
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+        else:
+            sys.stderr.write(f"error: {error.format_message()} (--help says more)\n")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

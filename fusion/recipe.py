@@ -68,6 +68,7 @@ class DataSource(Section):
 class ExtraSource(DataSource):
     """Rows that anchor and fused model are compared on, and that no expert is for."""
 
+    max_new_tokens: int | None = Field(None, gt=0)  # None: evaluation.max_new_tokens
     optional: bool = False  # left out with a note where it cannot be had
 
 

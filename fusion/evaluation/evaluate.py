@@ -214,19 +214,20 @@ def _scores(
 def _score_model(
     recipe: Recipe, model: Any, tokenizer: Any, examples: dict[str, list[ChatExample]], name: str
 ) -> dict[str, Figures]:
-    """Greedy answers to all domains' rows at once, scored."""
+    """Greedy answers to the rows of all domains that have the same limit at once, scored."""
     settings = recipe.evaluation
-    flat = [(domain, row) for domain, rows in examples.items() for row in rows]
-    rows = [row for _, row in flat]
-    answers = answer_examples(
-        model, tokenizer, rows, settings.max_new_tokens, settings.batch_rows, f"answers of {name}"
-    )
-    figures = {domain: Figures() for domain in examples}
-    for (domain, row), answer in zip(flat, answers, strict=True):
-        found = figures[domain]
-        found.scores.append(score(answer.text, row))
-        found.nats.append(answer.nats)
-        found.tokens.append(answer.tokens)
+    own = {task: source.max_new_tokens for task, source in settings.extra.items()}
+    limits = {task: own.get(task) or settings.max_new_tokens for task in examples}
+    figures = {task: Figures() for task in examples}
+    for limit in sorted(set(limits.values())):
+        flat = [(task, row) for task, rows in examples.items() if limits[task] == limit for row in rows]
+        rows = [row for _, row in flat]
+        answers = answer_examples(model, tokenizer, rows, limit, settings.batch_rows, f"answers of {name}")
+        for (task, row), answer in zip(flat, answers, strict=True):
+            found = figures[task]
+            found.scores.append(score(answer.text, row))
+            found.nats.append(answer.nats)
+            found.tokens.append(answer.tokens)
     return figures
 
 

@@ -149,7 +149,7 @@ def test_an_expert_that_needs_anchoring(here: Call, tmp_path: Path, anchor: Path
     ("arguments", "words"),
     [
         (("ask", "RECIPE", "Who?", "--max-tokens", "0"), "'--max-tokens'"),
-        (("ask", "RECIPE"), "QUESTION"),
+        (("ask", "RECIPE"), "'question'"),
         (("plan", "RECIPE", "--colour"), "--colour"),
         (("melt", "RECIPE"), "melt"),
     ],

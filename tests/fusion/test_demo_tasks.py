@@ -115,7 +115,7 @@ def test_tokenizer_round_trip_and_equal_tokens_for_equal_values(tmp_path) -> Non
     from fusion.demo_family import build_tokenizer
 
     Qwen2Config().save_pretrained(tmp_path)  # AutoTokenizer then makes it a Qwen2Tokenizer, with Qwen2's splitting
-    built = build_tokenizer(tmp_path)
+    built = build_tokenizer(tmp_path, 1280, 512)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     for task in TASKS:
         for text in (part for pair in draw(task, "train", 100) for part in pair):
