@@ -145,7 +145,9 @@ def serve(
 def ask(
     recipe: RecipePath,
     question: Annotated[str, typer.Argument(help="what to ask")],
-    schema: Annotated[Path | None, typer.Option(help="JSON schema file that the answer must satisfy")] = None,
+    schema: Annotated[
+        Path | None, typer.Option(help="JSON schema file that the answer must satisfy", exists=True, dir_okay=False)
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="at most this many tokens in the answer", min=1)] = None,
     temperature: Annotated[float | None, typer.Option(help="override serving.sampling.temperature", min=0)] = None,
     set_: Overrides = None,
@@ -157,9 +159,20 @@ def ask(
     from fusion.report import experts_line
     from serving.ask import ask_all
 
+    from serving.guard.schema import Checker, SchemaError
+
     wanted = read_json(schema) if schema else None
-    if wanted is not None and not isinstance(wanted, dict):
-        raise UserError(f"{schema} holds no JSON object: a schema of an answer is one")
+    try:
+        Checker(wanted or {})
+    except SchemaError as error:
+        raise UserError(f"{schema} is no schema for an answer ({error}): mend it") from None
+    if not question.strip():
+        raise UserError("the question is empty: give it some words")
+    if max_tokens is not None and max_tokens >= loaded.serving.max_model_len:
+        limit = loaded.serving.max_model_len
+        raise UserError(
+            f"--max-tokens {max_tokens} leaves no room for the question within max_model_len {limit}: lower it"
+        )
     asked = Question(
         question=question,
         json_schema=wanted,
@@ -175,14 +188,16 @@ def main() -> None:
     """The program: a user's mistake is one sentence and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what comes of them is told below
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        sys.stderr.write(f"error: {error.strerror or error}{where}\n")
+        where = f"{error.filename}: " if error.filename else ""
+        what = (error.strerror or str(error)).lower()
+        sys.stderr.write(f"error: {where}{what}; name another place, or mend this one\n")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted; finished steps are kept\n")

@@ -19,6 +19,7 @@ from fusion.recipe import SCORE_NAMES, DataSource
 
 Message = dict[str, str]
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}  # of ShareGPT's conversations
+ROW = '{"messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]}'
 BAD_ROW = (ValueError, KeyError, TypeError, AttributeError, IndexError)  # what a row of another form gives
 Generator = Callable[[random.Random, str], "ChatExample"]
 
@@ -144,9 +145,7 @@ def _local(path: Path, source: DataSource, domain: str) -> list[ChatExample]:
         try:
             rows.append(_row(json.loads(line), source, domain))
         except BAD_ROW as error:
-            raise UserError(
-                f"{path}, line {number}: not a chat row ({error}); see fusion/data.py for the form"
-            ) from error
+            raise UserError(f"{path}, line {number}: not a chat row ({error}); one is {ROW}") from error
     return rows
 
 

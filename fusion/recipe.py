@@ -355,7 +355,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises UserError in one sentence with the YAML line of the first thing that is wrong.
     """
     if not path.is_file():
-        raise UserError(f"recipe {path} does not exist: name a YAML file, for example configs/demo.yaml")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"recipe {path} {what}: name a YAML file, for example configs/demo.yaml")
     try:
         text = path.read_text(encoding="utf-8")
         data = yaml.load(text, Loader=_UniqueKeyLoader)
@@ -423,7 +424,9 @@ def _override(data: dict[str, Any], override: str) -> tuple[str, tuple[str | int
             if index is None and key.isdigit() and int(key) < len(here):
                 index = int(key)
             if index is None:
-                raise UserError(f"--set {override}: '{'.'.join(keys[:depth])}' has no item '{key}'")
+                known = ", ".join(str(item["name"]) for item in here if isinstance(item, dict) and "name" in item)
+                said = f"has no item '{key}'" + (f", it has {known}" if known else f": give a number below {len(here)}")
+                raise UserError(f"--set {override}: '{'.'.join(keys[:depth])}' {said}")
             location.append(index)
             if last:
                 here[index] = value

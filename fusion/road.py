@@ -133,8 +133,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """Findings and sizes as plain data, printed as well. Raises UserError for the first error among them."""
     findings = check(recipe)
     raise_on_error(findings)
-    for domain in recipe.domains.values():
-        _data_files(domain.train, domain.held_out)
+    for name, domain in recipe.domains.items():
+        branches = [expert.branch.data for expert in recipe.experts if expert.branch and expert.domain == name]
+        for source in (domain.train, domain.held_out, *branches):
+            if _data_files(source):  # here already: a broken row is better told now than after hours
+                load_examples(source, name, 1)
     sizes = budget(recipe, describe_anchor(recipe).config)
     console.print(
         f"[bold]plan[/bold]: {sizes.parameters:,} parameters ({sizes.active_parameters:,} active per token), "

@@ -132,7 +132,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
         listener.close()
         reason = (error.strerror or str(error)).lower()
         raise UserError(
-            f"port {port} on {host} cannot be used ({reason}): end what uses it or choose another"
+            f"port {port} on {host} cannot be used ({reason}): end what uses it, or choose another port or host"
         ) from None
     return listener
 

@@ -204,6 +204,12 @@ def test_merged_yaml_keys_are_not_duplicates(tmp_path: Path) -> None:
     assert load_recipe(path).domains["math"].held_out.generated == "demo.math"
 
 
+def test_the_readmes_own_recipe_loads(tmp_path: Path) -> None:
+    text = Path("README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(name: mine\n.*?)```", text, re.DOTALL)
+    assert [expert.name for expert in load_recipe(write(tmp_path, block)).experts] == ["general", "law"]
+
+
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/none.yaml does not exist" in refused(tmp_path / "none.yaml")
 
