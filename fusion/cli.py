@@ -158,7 +158,6 @@ def ask(
     from fusion.progress import console
     from fusion.report import experts_line
     from serving.ask import ask_all
-
     from serving.guard.schema import Checker, SchemaError
 
     wanted = read_json(schema) if schema else None
