@@ -161,6 +161,8 @@ def ask(
     from serving.guard.schema import Checker, SchemaError
 
     wanted = read_json(schema) if schema else None
+    if schema and not isinstance(wanted, dict):
+        raise UserError(f"{schema} holds no JSON object: the schema of an answer is one")
     try:
         Checker(wanted or {})
     except SchemaError as error:

@@ -161,6 +161,15 @@ def test_a_wrong_command_line(here: Call, tmp_path: Path, anchor: Path, argument
     assert not head
 
 
+@pytest.mark.parametrize("content", ["true", "[]", '{"type": "nonsense"}', "not json"])
+def test_a_file_that_is_no_schema(here: Call, tmp_path: Path, anchor: Path, content: str) -> None:
+    path, schema = write_recipe(tmp_path, anchor), tmp_path / "schema.json"
+    schema.write_text(content, encoding="utf-8")
+    sentence, head = refused(here, tmp_path, "ask", path, "Who?", "--schema", schema)
+    assert "schema.json" in sentence
+    assert not head
+
+
 def test_an_expert_that_is_not_to_be_trained(here: Call, tmp_path: Path, anchor: Path) -> None:
     sentence, _ = refused(here, tmp_path, "branch", write_recipe(tmp_path, anchor), "--expert", "math")
     assert "no expert 'math' with a 'branch' section" in sentence
