@@ -36,7 +36,7 @@ from fusion.checkpoint import Checkpoint, put_in_place, read_json, write_json
 from fusion.data import ChatExample
 from fusion.encoding import encode
 from fusion.errors import UserError
-from fusion.evaluation.generate import answer_examples, answer_losses
+from fusion.evaluation.generate import answer_examples, answer_losses, unwrapped
 from fusion.evaluation.scores import score
 from fusion.hardware import compute_dtype
 from fusion.progress import console, progress_bar
@@ -283,10 +283,9 @@ class _BranchTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         positions = inputs["position_ids"]
         self.tokens += int((positions > 0).sum() + (positions == 1).sum())  # each row starts with one 0
-        loss, answers = answer_loss(inner, inputs)
+        loss, answers = answer_loss(unwrapped(model), inputs)
         return loss / (num_items_in_batch if num_items_in_batch is not None else max(1, answers))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

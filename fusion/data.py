@@ -84,8 +84,12 @@ def load_examples(source: DataSource, domain: str, count: int | None = None, see
 
 def trained_on(rows: Sequence[ChatExample]) -> Callable[[ChatExample], bool]:
     """A test of whether a row's prompt is among those of `rows`."""
-    seen = {tuple(message["content"] for message in row.prompt) for row in rows}
-    return lambda row: tuple(message["content"] for message in row.prompt) in seen
+
+    def key(row: ChatExample) -> tuple[str, ...]:
+        return tuple(message["content"] for message in row.prompt)
+
+    seen = {key(row) for row in rows}
+    return lambda row: key(row) in seen
 
 
 def generator_of(name: str) -> Generator:

@@ -63,10 +63,13 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     names = sorted(recipe.domains, key=recipe.expert_of)  # in the experts' order, as the pictures show them
     held_out = {n: load_examples(recipe.domains[n].held_out, n, settings.rows, settings.seed) for n in names}
     extra = _extra(recipe)
-    _leave_out_trained(recipe, held_out | extra)
+    fitted = recipe.gate_training
+    gate_rows = {n: load_examples(recipe.domains[n].train, n, fitted.rows, fitted.seed) for n in recipe.domains}
+    _leave_out_trained(recipe, gate_rows, held_out | extra)
+    prompts = _hidden_prompts(recipe, gate_rows, tokenizer)
     gates = {
         "fused_random": random_gates(checkpoint.config, recipe.gate_training.seed),
-        "fused_hidden": hidden_gates(checkpoint.config, anchor.folder, tokenizer, _hidden_prompts(recipe, tokenizer)),
+        "fused_hidden": hidden_gates(checkpoint.config, anchor.folder, tokenizer, prompts),
         "fused_trained": checkpoint_gates(checkpoint),
     }
 
@@ -147,15 +150,14 @@ def _extra(recipe: Recipe) -> dict[str, list[ChatExample]]:
     return found
 
 
-def _leave_out_trained(recipe: Recipe, held_out: dict[str, list[ChatExample]]) -> None:
+def _leave_out_trained(
+    recipe: Recipe, gate_rows: dict[str, list[ChatExample]], held_out: dict[str, list[ChatExample]]
+) -> None:
     """Takes out of the rows to be scored, with a note, those that an expert's branch or the gates were trained on.
 
     Raises UserError where that leaves none.
     """
-    settings = recipe.gate_training
-    trained = [
-        row for n, d in recipe.domains.items() for row in load_examples(d.train, n, settings.rows, settings.seed)
-    ]
+    trained = [row for rows in gate_rows.values() for row in rows]
     for expert in recipe.experts:
         if expert.branch:
             trained += load_examples(expert.branch.data, expert.domain, expert.branch.rows, expert.branch.seed)
@@ -169,12 +171,10 @@ def _leave_out_trained(recipe: Recipe, held_out: dict[str, list[ChatExample]]) -
             rows[:] = kept
 
 
-def _hidden_prompts(recipe: Recipe, tokenizer: Any) -> list[list[str]]:
+def _hidden_prompts(recipe: Recipe, gate_rows: dict[str, list[ChatExample]], tokenizer: Any) -> list[list[str]]:
     """Per expert the first gate-training prompts of the domains it serves, in the chat template."""
     prompts: list[list[str]] = [[] for _ in recipe.experts]
-    settings = recipe.gate_training
-    for name, domain in recipe.domains.items():
-        rows = load_examples(domain.train, name, settings.rows, settings.seed)
+    for name, rows in gate_rows.items():
         prompts[recipe.expert_of(name)] += [prompt_text(tokenizer, row.prompt) for row in rows]
     count = recipe.evaluation.hidden_prompts
     return [texts[:: max(1, len(texts) // count)][:count] for texts in prompts]

@@ -59,6 +59,11 @@ def _padded(rows: Sequence[Sequence[int]], value: int, left: bool) -> torch.Tens
     return torch.tensor(filled)  # (rows, width)
 
 
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _grouped_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -87,8 +92,7 @@ AttentionMaskInterface.register(GROUPED, sdpa_mask)
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """Inference mode; on a CPU with attention over grouped keys as they are (GPU kernels want them copied out)."""
-    was_training = model.training
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT wrapper set aside
+    was_training, inner = model.training, unwrapped(model)
     attention = inner.config._attn_implementation
     model.eval()
     try:
@@ -189,7 +193,7 @@ def _draft(model: Any, rows: Sequence[Encoded], use_cache: bool) -> tuple[list[_
 
     The head runs on one row's answer at a time: at Qwen's vocabulary it costs as much as a third of the layers do.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT wrapper set aside
+    inner = unwrapped(model)
     body, head = inner.base_model, inner.get_output_embeddings()
     ids = _padded([row.ids for row in rows], 0, left=False).to(model.device)  # (batch, longest row)
     mask = _padded([[1] * len(row.ids) for row in rows], 0, left=False).to(model.device)

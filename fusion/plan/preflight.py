@@ -122,14 +122,7 @@ def _check_expert(recipe: Recipe, expert: Expert, anchor: Described, trained: bo
     found = _architecture(described)
     if any(finding.severity == "error" for finding in found):
         return found
-    for key in SHAPES:
-        ours, theirs = anchor.config.get(key), described.config.get(key)
-        if ours != theirs:
-            found.append(
-                Finding(
-                    "error", where, f"{key} is {theirs}, the anchor's is {ours}", "experts share the anchor's shape"
-                )
-            )
+    found += _shapes(described, anchor)
     ours_theta, theirs_theta = rope_theta(anchor.config), rope_theta(described.config)
     if ours_theta != theirs_theta and expert.anchor is None:
         what = (
