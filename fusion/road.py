@@ -63,6 +63,8 @@ def branch(recipe: Recipe, only: str | None = None, force: bool = False) -> None
         console.print("[dim]branch: the recipe names no expert to be trained[/dim]", highlight=False)
     if recipe.anchor.pretrain:
         _pretrain(recipe)
+    if recipe.branches_at_once > 1:  # the longest first, so that none is left alone at the end
+        experts.sort(key=lambda expert: -expert.branch.steps if expert.branch else 0)
     run_steps([_branch_step(recipe, expert) for expert in experts], recipe.folder, force, recipe.branches_at_once)
 
 
