@@ -46,10 +46,19 @@ def _print_json(value: object, target: str) -> None:
         write_text(Path(target), text + "\n")
 
 
+def _begin_workers(recipe: Recipe) -> None:
+    """Where experts are trained side by side, what their processes import is imported beside this one's imports."""
+    if recipe.branches_at_once > 1:
+        from fusion.workers import worker_context
+
+        worker_context()
+
+
 @app.command()
 def run(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> None:
     """Do it all in order: plan, branch, merge, train-gates, evaluate, ask; steps with unchanged inputs are skipped."""
     loaded = _load(recipe, set_, quiet)
+    _begin_workers(loaded)
     from fusion import road
 
     road.run(loaded)
@@ -64,6 +73,7 @@ def branch(
 ) -> None:
     """Train the anchor and the experts that the recipe says are to be made."""
     loaded = _load(recipe, set_, quiet)
+    _begin_workers(loaded)
     from fusion import road
 
     road.branch(loaded, expert, force=expert is not None)

@@ -20,10 +20,10 @@ from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from fusion.branch import answer_loss, pack, training_row
 from fusion.checkpoint import put_in_place, read_json, write_json
 from fusion.data import load_examples
 from fusion.encoding import QWEN2_SPLIT
+from fusion.packing import answer_loss, pack, training_row
 from fusion.progress import progress_bar
 from fusion.recipe import DEMO_ROPE_THETA, PretrainSettings
 from fusion.tasks.demo import vocabulary

@@ -32,7 +32,6 @@ from fusion.sources import (
     trained_expert,
 )
 from fusion.steps import Step, forget, run_step, run_steps
-from fusion.workers import worker_context
 
 # one bar a step is enough, and an empty shared expert is meant
 transformers_logging.disable_progress_bar()
@@ -74,7 +73,6 @@ def _pretrain(recipe: Recipe) -> None:
     out = trained_anchor(recipe)
 
     def action() -> str:
-        worker_context()  # its imports go on beside those that follow
         from fusion.demo_family import pretrain_anchor
 
         done = pretrain_anchor(out, settings)

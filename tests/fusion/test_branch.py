@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from fusion import branch
-from fusion.branch import pack, train_expert
+from fusion.branch import train_expert
 from fusion.data import ChatExample, chat
 from fusion.encoding import encode
 from fusion.errors import UserError
 from fusion.evaluation.generate import answer_losses
+from fusion.packing import pack, training_row
 from fusion.recipe import BranchSettings, DataSource
 from tests.families import byte_tokenizer, config
 
@@ -153,7 +154,7 @@ def test_general_rows_are_mixed_in_by_share(anchor: Path, tmp_path: Path):
 def test_packed_rows_do_not_see_each_other(anchor: Path):
     model = AutoModelForCausalLM.from_pretrained(anchor, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(anchor)
-    encoded = [branch.training_row(tokenizer, row) for row in rows(6, 3)]
+    encoded = [training_row(tokenizer, row) for row in rows(6, 3)]
     packed = pack(encoded, max_length=128, pad=0)
     assert packed["input_ids"].shape[0] < len(encoded)
     out = model(input_ids=packed["input_ids"], position_ids=packed["position_ids"], use_cache=False).logits
@@ -172,7 +173,7 @@ def test_loss_counts_answers_and_their_end_alone(anchor: Path):
     row = rows(1, 0)[0]
     encoded = encode(tokenizer, row)
     ids, start = encoded.ids, encoded.answer_start
-    labels = branch.training_row(tokenizer, row)["labels"]
+    labels = training_row(tokenizer, row)["labels"]
     assert labels == [branch.IGNORED] * start + ids[start:]
     assert tokenizer.decode(ids[start:]) == row.answer + tokenizer.eos_token
     assert len(branch._fitting(tokenizer, [row, row], 64)) == 2
