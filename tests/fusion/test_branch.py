@@ -15,7 +15,7 @@ from fusion.data import ChatExample, chat
 from fusion.encoding import encode
 from fusion.errors import UserError
 from fusion.evaluation.generate import answer_losses
-from fusion.packing import pack, training_row
+from fusion.packing import IGNORED, pack, training_row
 from fusion.recipe import BranchSettings, DataSource
 from tests.families import byte_tokenizer, config
 
@@ -174,7 +174,7 @@ def test_loss_counts_answers_and_their_end_alone(anchor: Path):
     encoded = encode(tokenizer, row)
     ids, start = encoded.ids, encoded.answer_start
     labels = training_row(tokenizer, row)["labels"]
-    assert labels == [branch.IGNORED] * start + ids[start:]
+    assert labels == [IGNORED] * start + ids[start:]
     assert tokenizer.decode(ids[start:]) == row.answer + tokenizer.eos_token
     assert len(branch._fitting(tokenizer, [row, row], 64)) == 2
     with pytest.raises(UserError, match="max_length"):
