@@ -217,17 +217,16 @@ def _score_model(
     """Greedy answers to the rows of all domains that have the same limit at once, scored."""
     settings = recipe.evaluation
     own = {task: source.max_new_tokens for task, source in settings.extra.items()}
-    limits = {task: own.get(task) or settings.max_new_tokens for task in examples}
+    flat = [(task, row) for task, rows in examples.items() for row in rows]
+    limits = [own.get(task) or settings.max_new_tokens for task, _ in flat]
+    rows = [row for _, row in flat]
     figures = {task: Figures() for task in examples}
-    for limit in sorted(set(limits.values())):
-        flat = [(task, row) for task, rows in examples.items() if limits[task] == limit for row in rows]
-        rows = [row for _, row in flat]
-        answers = answer_examples(model, tokenizer, rows, limit, settings.batch_rows, f"answers of {name}")
-        for (task, row), answer in zip(flat, answers, strict=True):
-            found = figures[task]
-            found.scores.append(score(answer.text, row))
-            found.nats.append(answer.nats)
-            found.tokens.append(answer.tokens)
+    answers = answer_examples(model, tokenizer, rows, limits, settings.batch_rows, f"answers of {name}")
+    for (task, row), answer in zip(flat, answers, strict=True):
+        found = figures[task]
+        found.scores.append(score(answer.text, row))
+        found.nats.append(answer.nats)
+        found.tokens.append(answer.tokens)
     return figures
 
 

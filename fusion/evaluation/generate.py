@@ -23,6 +23,7 @@ from fusion.progress import progress_bar
 
 GROUPED = "sdpa_grouped"
 DRAFT_TOKENS = 4096  # a pass over references, with its padding
+STRETCH = 16  # tokens decoded between two looks at which rows have ended
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,7 @@ def generate(
 ) -> list[str]:
     """Greedy answers to `prompts` (each a list of chat messages), in their order, without special tokens.
 
-    Prompts of like length share a batch, padded on the left; a batch ends when all its answers have. No bar where
-    `description` is None.
+    Prompts of like length share a batch, padded on the left. No bar where `description` is None.
     """
     rows = [tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=False)["input_ids"] for prompt in prompts]
     batches = _batches([len(row) for row in rows], batch_size)
@@ -126,7 +126,8 @@ def generate(
             chosen = [rows[i] for i in batch]
             ids = _padded(chosen, _pad(tokenizer), left=True)  # (batch, longest row)
             mask = _padded([[1] * len(row) for row in chosen], 0, left=True)
-            for index, new in zip(batch, _decode(model, tokenizer, ids, mask, max_new_tokens, step), strict=True):
+            limits = [max_new_tokens] * len(batch)
+            for index, new in zip(batch, _decode(model, tokenizer, ids, mask, limits, step), strict=True):
                 answers[index] = tokenizer.decode(new, skip_special_tokens=True)
             step((number + 1) * max_new_tokens)
     return answers
@@ -142,28 +143,46 @@ def _decode(
     tokenizer: Any,
     ids: torch.Tensor,
     mask: torch.Tensor,
-    max_new_tokens: int,
+    limits: Sequence[int],
     step: Callable[[int | None], None],
     cache: Any = None,
 ) -> list[list[int]]:
-    """The greedy tokens after each row of `ids`, `(batch, length)`; with a `cache`, of all but its last column."""
-    out = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=None,
-        use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=_pad(tokenizer),
-        stopping_criteria=[_Watched(step)],
-    )
-    rows: list[list[int]] = out[:, ids.shape[1] :].tolist()
-    return rows
+    """The greedy tokens after each row of `ids`, `(batch, length)`; with a `cache`, of all but its last column.
+
+    Every STRETCH tokens the rows that have written their end mark, or as much as their own limit, leave the batch.
+    """
+    cache = DynamicCache() if cache is None else cache
+    written: list[list[int]] = [[] for _ in limits]
+    going = list(range(len(limits)))
+    while going:
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            past_key_values=cache,
+            max_new_tokens=min(STRETCH, max(limits[row] - len(written[row]) for row in going)),
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=None,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=_pad(tokenizer),
+            stopping_criteria=[_Watched(step)],
+        ).cpu()
+        new = out[:, ids.shape[1] :]  # (going, stretch)
+        for row, tokens in zip(going, new.tolist(), strict=True):
+            written[row] += tokens
+        on = [
+            place
+            for place, row in enumerate(going)
+            if len(written[row]) < limits[row] and tokenizer.eos_token_id not in written[row]
+        ]
+        if 0 < len(on) < len(going):
+            cache.batch_select_indices(torch.tensor(on, device=model.device))
+        going = [going[place] for place in on]
+        ids, mask = out[on], torch.cat([mask[on], torch.ones_like(new[on])], dim=1)
+    return [tokens[:limit] for tokens, limit in zip(written, limits, strict=True)]
 
 
 class _Watched(StoppingCriteria):
@@ -214,7 +233,7 @@ def answer_examples(
     model: Any,
     tokenizer: Any,
     examples: Sequence[ChatExample],
-    max_new_tokens: int = 256,
+    max_new_tokens: int | Sequence[int] = 256,
     batch_size: int = 16,
     description: str | None = "answers",
 ) -> list[Answered]:
@@ -222,22 +241,24 @@ def answer_examples(
 
     One pass over prompt and reference answer gives the loss, and shows how many of the reference's tokens greedy
     decoding would write. A row that would write all of them is answered; the others go on from where they part, token
-    by token and `batch_size` at a time, on the keys and values of that pass.
+    by token and `batch_size` at a time, on the keys and values of that pass. `max_new_tokens` may differ by example.
     """
+    limits = [max_new_tokens] * len(examples) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     encoded = [encode(tokenizer, example) for example in examples]
     batches = _batches([len(row.ids) for row in encoded], batch_size)
     found: dict[int, Answered] = {}
-    with _evaluating(model), _steps(description, len(batches) * max_new_tokens) as step:
+    most = max(limits, default=0)
+    with _evaluating(model), _steps(description, len(batches) * most) as step:
         for number, batch in enumerate(batches):
-            going = _Going()
+            going = _Going(tokenizer)
             for piece in _pieces([len(encoded[i].ids) for i in batch]):
                 rows = [encoded[batch[i]] for i in piece]
                 drafts, cache = _draft(model, rows, use_cache=True)
-                going.add(rows, drafts, cache, max_new_tokens, tokenizer.eos_token_id)
-            answers = going.finish(model, tokenizer, max_new_tokens, step)
+                going.add(rows, drafts, cache, [limits[batch[i]] for i in piece])
+            answers = going.finish(model, step)
             for index, draft, ids in zip(batch, going.drafts, answers, strict=True):
                 found[index] = Answered(tokenizer.decode(ids, skip_special_tokens=True), draft.nats, draft.tokens)
-            step((number + 1) * max_new_tokens)
+            step((number + 1) * most)
     return [found[i] for i in range(len(examples))]
 
 
@@ -253,42 +274,46 @@ def _pieces(lengths: Sequence[int]) -> Iterator[range]:
 class _Going:
     """Rows on their way from draft to answer: what is written so far, and the cache of those that go on."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.drafts: list[_Draft] = []
+        self._tokenizer = tokenizer
         self._written: list[list[int]] = []
+        self._limits: list[int] = []
         self._going: list[int] = []
         self._kept: list[int] = []  # of each row that goes on, how many tokens of its cache are its own
         self._caches: list[Any] = []
 
-    def add(self, rows: Sequence[Encoded], drafts: Sequence[_Draft], cache: Any, limit: int, end: int) -> None:
-        """Takes in drafted rows; those that part from their draft before its end and before `limit` will go on."""
+    def add(self, rows: Sequence[Encoded], drafts: Sequence[_Draft], cache: Any, limits: Sequence[int]) -> None:
+        """Takes in drafted rows; those that part from their draft before its end and before their limit will go on."""
         chosen = []
-        for index, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+        for index, (row, draft, limit) in enumerate(zip(rows, drafts, limits, strict=True)):
             ids = row.ids[row.answer_start : row.answer_start + draft.agreed]
             if draft.following is not None:
                 ids.append(draft.following)
-                if draft.following != end and len(ids) < limit:
+                if draft.following != self._tokenizer.eos_token_id and len(ids) < limit:
                     chosen.append(index)
                     self._going.append(len(self._written))
                     self._kept.append(row.answer_start + draft.agreed)
-            self._written.append(ids)
+            self._written.append(ids[:limit])
         self.drafts += drafts
+        self._limits += limits
         if chosen:
             cache.batch_select_indices(torch.tensor(chosen))
             self._caches.append(cache)
 
-    def finish(self, model: Any, tokenizer: Any, limit: int, step: Callable[[int | None], None]) -> list[list[int]]:
-        """The answers of all rows, at most `limit` tokens each: the cache's tokens that are not a row's are masked."""
+    def finish(self, model: Any, step: Callable[[int | None], None]) -> list[list[int]]:
+        """The answers of all rows, up to their limits: the cache's tokens that are not a row's are masked."""
         if self._going:
             cache = _joined(self._caches)
             width = cache.get_seq_length()
             mask = torch.tensor([[1] * kept + [0] * (width - kept) + [1] for kept in self._kept])  # (going, width + 1)
-            ids = torch.full_like(mask, _pad(tokenizer))
+            ids = torch.full_like(mask, _pad(self._tokenizer))
             ids[:, -1] = torch.tensor([self._written[i][-1] for i in self._going])
-            left = limit - min(len(self._written[i]) for i in self._going)
-            for i, new in zip(self._going, _decode(model, tokenizer, ids, mask, left, step, cache), strict=True):
+            left = [self._limits[i] - len(self._written[i]) for i in self._going]
+            decoded = _decode(model, self._tokenizer, ids, mask, left, step, cache)
+            for i, new in zip(self._going, decoded, strict=True):
                 self._written[i] += new
-        return [ids[:limit] for ids in self._written]
+        return self._written
 
 
 def _joined(caches: Sequence[Any]) -> DynamicCache:

@@ -160,6 +160,26 @@ def test_drafts_change_no_answer(tiny, monkeypatch, draft_tokens: int):
     assert tuple(answer.tokens for answer in answered) == tokens
 
 
+@pytest.mark.parametrize("stretch", [1, 5])
+def test_rows_that_have_ended_leave_the_batch_and_change_no_answer(tiny, monkeypatch, stretch: int):
+    model, _ = tiny
+    tokenizer = byte_tokenizer()
+    prompts = [[{"role": "user", "content": q}] for q in QUESTIONS]
+    whole = generate(model, tokenizer, prompts, max_new_tokens=40)
+    ends = [index for index in range(40) if len({text[index : index + 1] for text in whole}) > 1]
+    tokenizer.eos_token = whole[0][ends[0]]  # some answers now end before others
+    monkeypatch.setattr(generate_module, "STRETCH", 1000)
+    ended = generate(model, tokenizer, prompts, max_new_tokens=40)
+    assert len({len(text) for text in ended}) > 1
+    monkeypatch.setattr(generate_module, "STRETCH", stretch)
+    assert generate(model, tokenizer, prompts, max_new_tokens=40, batch_size=5) == ended
+    rows = [chat(q, "three", "d") for q in QUESTIONS]
+    assert [a.text for a in answer_examples(model, tokenizer, rows, 40, batch_size=5)] == ended
+    limits = [3, 40, 1, 17, 8]
+    cut = [answer_examples(model, tokenizer, [row], limit)[0].text for row, limit in zip(rows, limits, strict=True)]
+    assert [a.text for a in answer_examples(model, tokenizer, rows, limits, batch_size=5)] == cut
+
+
 def test_answer_losses_are_those_of_the_full_forward(tiny):
     model, tokenizer = tiny
     rows = [chat(q, a, "d") for q, a in zip(QUESTIONS, reversed(QUESTIONS), strict=True)]
