@@ -37,8 +37,10 @@ class Adapter:
             for name in names
             if name.endswith(".lora_A.weight")
         }
-        if len(names) != 2 * len(self.targets):
-            odd = next(name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight")))
+        pairs = {_PREFIX + t.removesuffix(".weight") + f".lora_{side}.weight" for t in self.targets for side in "AB"}
+        if missing := sorted(pairs - set(names)):
+            raise UserError(f"{folder} holds no {missing[0]}: save the adapter again")
+        if odd := next((name for name in names if name not in pairs), None):
             raise UserError(f"{folder} holds {odd}, which is no LoRA on a linear layer: merge it with PEFT first")
 
     def check_targets(self, names: Iterable[str]) -> None:

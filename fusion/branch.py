@@ -159,7 +159,10 @@ def _mixed(train: Sequence[ChatExample], general: Sequence[ChatExample], setting
     share = settings.general_share
     if share and not general:
         raise UserError(f"branch.general_share is {share} but there are no general rows: give the general domain data")
-    return [*train, *general[: round(len(train) * share / (1 - share))]]
+    wanted = round(len(train) * share / (1 - share))
+    if len(general) < wanted:
+        console.print(f"  {len(general)} general rows are fewer than the {wanted} of branch.general_share {share}")
+    return [*train, *general[:wanted]]
 
 
 def _trainable_model(start: Path, settings: BranchSettings, layers: Sequence[int] | None) -> Any:

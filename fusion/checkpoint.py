@@ -141,10 +141,13 @@ def resolve_model(model: str, allow_download: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES, local_files_only=True))
+        cached = Path(snapshot_download(model, allow_patterns=HUB_FILES, local_files_only=True))
+        if _has_weights(cached):  # `plan` and tokenizers leave snapshots without them
+            return cached
     except Exception:  # not in the cache, in whichever way the hub library says it
-        if not allow_download:
-            raise UserError(f"model '{model}' is not on this machine: download it first, or name a folder") from None
+        cached = None
+    if not allow_download:
+        raise UserError(f"model '{model}' is not on this machine: download it first, or name a folder")
     from fusion import registry_weights
 
     if registry_weights.available(model):
@@ -158,6 +161,14 @@ def resolve_model(model: str, allow_download: bool = True) -> Path:
     except Exception as error:  # network, licence gate, unknown id: the user's to mend, in the hub's words
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"model '{model}' is not on this machine and cannot be downloaded: {reason}") from error
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a snapshot holds all shards of a model, or an adapter."""
+    if any((folder / name).is_file() for name in ("model.safetensors", "adapter_model.safetensors")):
+        return True
+    index = folder / INDEX
+    return index.is_file() and all((folder / shard).is_file() for shard in read_json(index)["weight_map"].values())
 
 
 def is_hub_id(model: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from safetensors import SafetensorError
 
 from fusion.errors import UserError
 from fusion.recipe import Question, Recipe, load_recipe
@@ -209,6 +210,9 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         what = (error.strerror or str(error)).lower()
         sys.stderr.write(f"error: {where}{what}; name another place, or mend this one\n")
+        sys.exit(2)
+    except SafetensorError as error:  # a full disk, or weights that are none
+        sys.stderr.write(f"error: {error}; see that the disk has room and the model's files are whole\n")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted; finished steps are kept\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.recipe import SCORE_NAMES, DataSource
+from fusion.recipe import SCORE_NAMES, BranchSettings, DataSource, Recipe, general_domain
 
 Message = dict[str, str]
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}  # of ShareGPT's conversations
@@ -80,6 +80,13 @@ def load_examples(source: DataSource, domain: str, count: int | None = None, see
     if not rows:
         raise UserError(f"no rows in the data of domain '{domain}' ({source.describe()}): check its split and columns")
     return rows
+
+
+def general_rows(recipe: Recipe, settings: BranchSettings) -> list[ChatExample]:
+    """The rows of the general domain that a branch mixes into its own: `general_share` of all."""
+    share, name = settings.general_share, general_domain(recipe.domains)
+    count = round(settings.rows * share / (1 - share))
+    return load_examples(recipe.domains[name].train, name, count, settings.seed) if count else []
 
 
 def trained_on(rows: Sequence[ChatExample]) -> Callable[[ChatExample], bool]:
@@ -181,7 +188,7 @@ def _row(row: dict[str, Any], source: DataSource, domain: str) -> ChatExample:
                 messages=tuple({"role": m["role"], "content": m["content"]} for m in messages),
                 domain=domain,
                 score=row.get("score", source.score),
-                reference=row.get("reference"),
+                reference=row.get(source.reference or "reference"),
                 schema=row.get("schema"),
             )
         )
@@ -196,12 +203,27 @@ def _checked(row: ChatExample) -> ChatExample:
         raise ValueError("a message's content is not text")
     if row.score not in SCORE_NAMES:
         raise ValueError(f"score '{row.score}' is none of {', '.join(SCORE_NAMES)}")
-    form = row.reference.get("format") if isinstance(row.reference, dict) else "json"
-    if row.score == "exact_values" and form not in ("json", "yaml", "xml"):
+    if row.score == "exact_values" and row.reference is not None and not _is_document(row.reference):
         raise ValueError(
             "the reference of 'exact_values' has a 'format' (json, yaml, xml) and a 'value', or is JSON text"
         )
+    tests = [row.reference] if isinstance(row.reference, str) else row.reference
+    if row.score == "tests_passed" and not (
+        isinstance(tests, list) and tests and all(isinstance(t, str) for t in tests)
+    ):
+        raise ValueError("the reference of 'tests_passed' is Python text with assertions, or a list of such")
     return row
+
+
+def _is_document(reference: Any) -> bool:
+    """Whether 'exact_values' can compare with `reference`."""
+    if isinstance(reference, dict):
+        return "value" in reference and reference.get("format") in ("json", "yaml", "xml")
+    try:
+        json.loads(reference)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def _text(row: dict[str, Any], column: str) -> str:

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch.multiprocessing.spawn import start_processes
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from fusion.checkpoint import put_in_place, read_json, write_json
 from fusion.data import load_examples
 from fusion.encoding import QWEN2_SPLIT
+from fusion.errors import UserError
 from fusion.packing import answer_loss, pack, training_row
 from fusion.progress import progress_bar
 from fusion.recipe import DEMO_ROPE_THETA, PretrainSettings
@@ -112,7 +113,10 @@ def pretrain_anchor(out: Path, settings: PretrainSettings) -> dict[str, Any]:
     tokenizer = build_tokenizer(partial, settings.vocab_size, settings.max_position_embeddings)
     examples = load_examples(settings.data, "anchor", settings.rows, settings.seed)
     rows = [training_row(tokenizer, example) for example in examples]
-    start_processes(_pretrain_worker, (partial, settings, rows), settings.workers, start_method=method)
+    try:
+        start_processes(_pretrain_worker, (partial, settings, rows), settings.workers, start_method=method)
+    except ProcessExitedException as error:
+        raise UserError(f"a pretraining worker was killed ({error}), as a rule for want of memory") from error
     result = read_json(partial / RESULT)
     (partial / RENDEZVOUS).unlink(missing_ok=True)
     put_in_place(partial, out)

@@ -151,7 +151,6 @@ class QwenSparseMoE(MoEOutputArchitecture):
             def shared_parts() -> Iterator[tuple[str, torch.Tensor]]:
                 for name, tensor in reading(anchor, shared):
                     for number, reader in enumerate(experts):
-                        # embeddings may be padded differently; everything else is compared bit for bit
                         other = reader.tensor(name)
                         if other.shape != tensor.shape or not torch.equal(other.to(dtype), tensor):
                             self.differing[self.expert_names[number]] = (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
 from fusion.errors import UserError
 
@@ -205,7 +205,9 @@ class Routing(Section):
 
     top_k: int = Field(1, gt=0)
     shared_expert: str | None = None  # 'anchor', an expert's name, or another model's path or hub id
-    moe_layers: tuple[int, ...] | None = None  # None: every layer; the others keep the anchor's dense MLP
+    moe_layers: tuple[NonNegativeInt, ...] | None = Field(
+        None, min_length=1
+    )  # None: every layer; the others keep the anchor's dense MLP
 
 
 class GateTraining(Section):
@@ -293,6 +295,9 @@ class Recipe(Section):
                 raise Misfit(("experts", i, "name"), "'anchor' names the anchor: give the expert another name")
             if expert.name in names[:i]:
                 raise Misfit(("experts", i, "name"), f"two experts are called '{expert.name}'")
+            if expert.domain in [other.domain for other in self.experts[:i]]:
+                message = f"two experts are for domain '{expert.domain}': give each its own, with its own data"
+                raise Misfit(("experts", i, "domain"), message)
             if expert.domain not in self.domains:
                 message = f"expert '{expert.name}' is for domain '{expert.domain}', which 'domains' does not have"
                 raise Misfit(("experts", i, "domain"), message)
@@ -305,6 +310,13 @@ class Recipe(Section):
             raise Misfit(("serving", "tensor_parallel_size"), message)
         for name in self.domains:
             self.expert_of(name)
+            if name in self.evaluation.extra:
+                raise Misfit(("evaluation", "extra", name), f"'{name}' is a domain already: give the task another name")
+        shared = self.routing.shared_expert
+        known = shared in (None, "anchor", *names) or "/" in str(shared) or Path(str(shared)).is_dir()
+        if not known:
+            message = f"'{shared}' is neither 'anchor' nor an expert of the recipe, nor a model's folder or hub id"
+            raise Misfit(("routing", "shared_expert"), message)
         for i, question in enumerate(self.serving.questions):
             if question.domain is not None and question.domain not in self.domains:
                 message = f"the question is for domain '{question.domain}', which 'domains' does not have"
@@ -372,6 +384,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"{path}: not YAML ({error}): quote the value") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}, line 1: a recipe is a mapping of sections, see configs/demo.yaml")
+    data = _unshared(data)
     touched = [_override(data, override) for override in overrides or []]
     try:
         return Recipe.model_validate(data)
@@ -388,6 +401,13 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         by_override = next((o for o, place in reversed(touched) if location[: len(place)] == place), None)
         where = f"--set {by_override}" if by_override else f"{path}, line {_line(root, location)}"
         raise UserError(f"{where}: {key}: {message}") from error
+
+
+def _unshared(value: Any) -> Any:
+    """The tree with every YAML alias written out, so that an override changes one place alone."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -8,7 +8,6 @@ they were.
 
 import json
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from fusion.architecture import sparse_layers
-from fusion.checkpoint import read_json, write_json
-from fusion.data import ChatExample, load_examples, source_files, trained_on
+from fusion.checkpoint import INDEX, read_json, write_json, write_text
+from fusion.data import general_rows, load_examples, source_files, trained_on
 from fusion.errors import UserError
 from fusion.plan.budget import budget
 from fusion.plan.preflight import check, describe_anchor, raise_on_error
@@ -106,7 +105,7 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
 
     settings, anchor, out = expert.branch, anchor_source(recipe), trained_expert(recipe, expert)
     assert settings is not None
-    source, general = _branch_data(recipe, expert)
+    source, _ = _branch_data(recipe, expert)
     rows = load_examples(settings.data, expert.domain, settings.rows, settings.seed)
     count = max(settings.held_out_rows, settings.score_rows)
     held_out = load_examples(source, expert.domain, count, settings.seed + 1)  # evaluate draws with another seed
@@ -115,9 +114,7 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
             f"expert '{expert.name}': the held-out prompt {row.question[:60]!r} is also in its training data: "
             "use another split or file"
         )
-    mixed: Sequence[ChatExample] = ()
-    if general:
-        mixed = load_examples(general, general_domain(recipe.domains), settings.rows, settings.seed)
+    mixed = general_rows(recipe, settings)
     layers = None
     if recipe.routing.moe_layers is not None:
         count = read_json(anchor.folder / "config.json")["num_hidden_layers"]
@@ -134,10 +131,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     findings = check(recipe)
     raise_on_error(findings)
     for name, domain in recipe.domains.items():
-        branches = [expert.branch.data for expert in recipe.experts if expert.branch and expert.domain == name]
-        for source in (domain.train, domain.held_out, *branches):
-            if _data_files(source):  # here already: a broken row is better told now than after hours
-                load_examples(source, name, 1)
+        branches = [expert.branch for expert in recipe.experts if expert.branch and expert.domain == name]
+        own = [source for branch in branches for source in (branch.data, branch.held_out) if source]
+        for source in (domain.train, domain.held_out, *own):
+            _try(source, name)
+    for name, extra in recipe.evaluation.extra.items():
+        _try(extra, name)
     sizes = budget(recipe, describe_anchor(recipe).config)
     console.print(
         f"[bold]plan[/bold]: {sizes.parameters:,} parameters ({sizes.active_parameters:,} active per token), "
@@ -150,6 +149,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     for finding in findings:
         console.print(f"  {finding.severity}: {finding.sentence()}", highlight=False, soft_wrap=True)
     return {"budget": sizes.as_dict(), "findings": [finding.__dict__ for finding in findings]}
+
+
+def _try(source: DataSource, name: str) -> None:
+    """Reads local data once: a broken row is better told now than after hours. Raises UserError."""
+    if _data_files(source):
+        load_examples(source, name, 1)
 
 
 def merge(recipe: Recipe, force: bool = False) -> None:
@@ -168,7 +173,7 @@ def merge(recipe: Recipe, force: bool = False) -> None:
 
     experts = [expert.model_dump(mode="json", exclude={"branch"}) for expert in recipe.experts]
     parts = [recipe.name, recipe.license, experts, recipe.shared, recipe.routing, recipe.gate_training.seed]
-    run_step(Step("merge", parts, folders, [out / "config.json"], action), recipe.folder, force)
+    run_step(Step("merge", parts, folders, _merged_files(out), action), recipe.folder, force)
     from fusion.merge import write_papers
 
     write_papers(recipe, out)
@@ -205,7 +210,7 @@ def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     """Measures the fused model beside its experts; returns the figures."""
     from fusion.evaluation.evaluate import evaluate as measure
     from fusion.evaluation.evaluate import result_path
-    from fusion.evaluation.table import draw_routing
+    from fusion.evaluation.table import draw_routing, markdown
     from fusion.merge import gates_are_trained
 
     folder, path = _fused(recipe), result_path(recipe)
@@ -215,6 +220,7 @@ def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     def action() -> None:
         result = measure(recipe)
         draw_routing(result, recipe.folder / "routing.png")
+        write_text(recipe.folder / "evaluation.md", markdown(result))
         write_json(path, result)
 
     data = _data_files(*recipe.evaluation.extra.values(), *(domain.held_out for domain in recipe.domains.values()))
@@ -222,7 +228,8 @@ def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     experts = [path for source in sources for path in (source.folder, source.adapter) if path]
     parts = [recipe.evaluation, recipe.domains, recipe.gate_training]
     inputs = [*_checkpoint_files(folder), *experts, *data]
-    step = Step("evaluate", parts, inputs, [path, recipe.folder / "routing.png"], action)
+    outputs = [path, *(recipe.folder / name for name in ("evaluation.md", "routing.png"))]
+    step = Step("evaluate", parts, inputs, outputs, action)
     run_step(step, recipe.folder, force)
     result: dict[str, Any] = read_json(path)
     return result
@@ -248,6 +255,13 @@ def report(recipe: Recipe) -> Path:
     from fusion.report import write_report
 
     return write_report(recipe)
+
+
+def _merged_files(folder: Path) -> list[Path]:
+    """What a complete merge has left in `folder`."""
+    index = folder / INDEX
+    shards = set(read_json(index)["weight_map"].values()) if index.is_file() else set()
+    return [folder / "config.json", index, *(folder / shard for shard in sorted(shards))]
 
 
 def _fused(recipe: Recipe) -> Path:

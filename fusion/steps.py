@@ -8,11 +8,13 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusion.checkpoint import file_hash, write_json
+from fusion.errors import UserError
 from fusion.progress import console, track
 from fusion.recipe import Section
 from fusion.workers import one_thread, worker_context
@@ -68,6 +70,9 @@ def _side_by_side(due: dict[str, tuple[Step, str]], folder: Path, at_once: int) 
             for future in track(as_completed(running), f"{at_once} side by side", len(due), "steps"):
                 step, digest = running[future]
                 _record(folder, step.name, digest, future.result())
+        except BrokenProcessPool:
+            why = "a worker process was killed, as a rule for want of memory: lower branches_at_once"
+            raise UserError(why) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -14,7 +14,7 @@ import torch
 
 from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint
-from fusion.data import ChatExample, load_examples, trained_on
+from fusion.data import ChatExample, general_rows, load_examples, trained_on
 from fusion.encoding import encode_batches, load_tokenizer, prompt_text
 from fusion.errors import UserError
 from fusion.evaluation.baselines import hidden_gates, random_gates
@@ -161,6 +161,7 @@ def _leave_out_trained(
     for expert in recipe.experts:
         if expert.branch:
             trained += load_examples(expert.branch.data, expert.domain, expert.branch.rows, expert.branch.seed)
+            trained += general_rows(recipe, expert.branch)
     seen = trained_on(trained)
     for name, rows in held_out.items():
         kept = [row for row in rows if not seen(row)]

@@ -3,7 +3,6 @@
 qwen-fusion plan configs/demo.yaml
 """
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -72,7 +71,10 @@ def describe(name: str, model: str | Path) -> Described:
         if not is_hub_id(str(model)):
             raise
         return Described(name, known_models().get(str(model)) or hub_config(str(model)), None)
-    return Described(name, read_json(folder / "config.json"), folder)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'} holds no model config: name a complete model folder")
+    return Described(name, config, folder)
 
 
 def describe_anchor(recipe: Recipe) -> Described:
@@ -97,7 +99,11 @@ def check(recipe: Recipe, trained: bool = False) -> list[Finding]:
     """
     anchor = describe_anchor(recipe)
     found = _architecture(anchor)
-    if anchor.folder is None and recipe.anchor.model:
+    if found:
+        return found
+    if anchor.folder is not None:
+        found += _conversation(anchor.folder)
+    elif recipe.anchor.model:
         found.append(Finding("note", "anchor", f"{recipe.anchor.model} is not here: planned from its config"))
     for expert in recipe.experts:
         found += _check_expert(recipe, expert, anchor, trained)
@@ -177,11 +183,26 @@ def _shapes(model: Described, anchor: Described) -> list[Finding]:
 
 def _architecture(model: Described) -> list[Finding]:
     kind = model.config.get("model_type")
+    missing = [key for key in SHAPES if key not in model.config]
     if "quantization_config" in model.config:
         return [Finding("error", model.name, "the checkpoint is quantised", "name the full-precision one")]
-    if kind == "qwen2":
-        return []
-    return [Finding("error", model.name, f"is a '{kind}' model", "only Qwen2-architecture models are fused")]
+    if kind != "qwen2":
+        return [Finding("error", model.name, f"is a '{kind}' model", "only Qwen2-architecture models are fused")]
+    if missing:
+        return [Finding("error", model.name, f"its config.json has no {missing[0]}", "download it again")]
+    return []
+
+
+def _conversation(folder: Path) -> list[Finding]:
+    """What the anchor needs to read a chat: a tokenizer and a chat template."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return [Finding("error", "anchor", f"{folder} has no tokenizer.json", "add the model's tokenizer files")]
+    settings = folder / "tokenizer_config.json"
+    template = settings.is_file() and read_json(settings).get("chat_template")
+    if not template and not (folder / "chat_template.jinja").is_file():
+        what = f"{folder} has no chat template, neither chat_template.jinja nor one in tokenizer_config.json"
+        return [Finding("error", "anchor", what, "add the one that its experts were trained with")]
+    return []
 
 
 def _headers(where: str, folder: Path, anchor: Path) -> list[Finding]:
@@ -214,7 +235,7 @@ def _vocabulary(folder: Path) -> dict[str, int] | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path)
     vocabulary: dict[str, int] = dict(data["model"]["vocab"])
     vocabulary.update({token["content"]: token["id"] for token in data.get("added_tokens", [])})
     return vocabulary

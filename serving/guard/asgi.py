@@ -23,6 +23,7 @@ SendEvent = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, SendEvent], Awaitable[None]]
 
 CHAT = "/v1/chat/completions"
+NUMBERS = ("n", "max_tokens", "max_completion_tokens", "temperature", "seed")
 ATTEMPTS_HEADER = "x-qwen-fusion-attempts"
 # RFC 9110 7.6.1, and what this side of the proxy sets itself
 HOP_BY_HOP = frozenset(
@@ -168,6 +169,9 @@ class _Guard:
         if ladder is None:
             await self._pass_through(scope, body if filled == request else json.dumps(filled).encode(), send)
             return
+        for key in NUMBERS:  # a repair computes with them
+            if isinstance(filled.get(key), bool) or not isinstance(filled.get(key), int | float | None):
+                raise Refusal(400, f"'{key}' is not a number.", "invalid_request_error", "invalid_value", key)
         async with asyncio.timeout(self._settings.deadline_s):
             await self._guarded(scope, ladder, request, send)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
 from fusion.adapter import Adapter
@@ -129,6 +130,16 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, anchor: Path, sha
 def test_what_is_not_plain_lora_is_refused(tmp_path: Path, anchor: Path, changes: dict[str, Any]) -> None:
     write_adapter(tmp_path / "adapter", anchor, **changes)
     with pytest.raises(UserError, match="merge it with PEFT first"):
+        Reader(ModelSource("own", anchor, tmp_path / "adapter"))
+
+
+def test_an_adapter_with_half_a_pair_is_refused(tmp_path: Path, anchor: Path) -> None:
+    write_adapter(tmp_path / "adapter", anchor)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    gone = next(name for name in tensors if name.endswith("lora_B.weight"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, path)
+    with pytest.raises(UserError, match=f"holds no {gone}"):
         Reader(ModelSource("own", anchor, tmp_path / "adapter"))
 
 

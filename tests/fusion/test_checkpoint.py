@@ -173,3 +173,18 @@ def test_a_hub_id_that_is_not_here_is_not_downloaded_unless_allowed() -> None:
 
 def test_a_folder_is_taken_as_it_is(anchor: Path) -> None:
     assert resolve_model(str(anchor)) == anchor
+
+
+def test_a_snapshot_without_weights_is_not_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `plan` leaves in the hub's cache is a config alone."""
+    snapshot = tmp_path / "models--nobody--nothing" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    refs = tmp_path / "models--nobody--nothing" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="is not on this machine"):
+        resolve_model("nobody/nothing", allow_download=False)
+    (snapshot / "model.safetensors").write_bytes(b"")
+    assert resolve_model("nobody/nothing", allow_download=False) == snapshot

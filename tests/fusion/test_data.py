@@ -57,6 +57,24 @@ def test_what_was_trained_on_is_known_by_its_prompt(tmp_path: Path) -> None:
             },
             "'format'",
         ),
+        *(
+            (
+                {
+                    "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}],
+                    "score": score,
+                    "reference": reference,
+                },
+                words,
+            )
+            for score, reference, words in (
+                ("exact_values", {"format": "json"}, "'format'"),
+                ("exact_values", [1], "'format'"),
+                ("exact_values", "{not JSON", "'format'"),
+                ("tests_passed", 3, "assertions"),
+                ("tests_passed", None, "assertions"),
+                ("tests_passed", [], "assertions"),
+            )
+        ),
     ],
 )
 def test_a_row_that_cannot_be_scored_is_refused_on_loading(tmp_path: Path, row: dict, words: str) -> None:
@@ -69,3 +87,9 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8 text"):
         load_examples(DataSource(path=str(path)), "math")
+
+
+def test_the_column_of_references_counts_for_conversations_too(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}], "tests": "assert a"}
+    source = written(tmp_path, row).model_copy(update={"reference": "tests", "score": "tests_passed"})
+    assert load_examples(source, "coding")[0].reference == "assert a"

@@ -228,3 +228,39 @@ def test_an_anchor_to_be_trained_is_planned_from_its_section(tmp_path: Path, anc
     planned = Recipe.model_validate(data)
     assert describe_anchor(planned).config["hidden_size"] == 64
     assert [finding.severity for finding in check(planned)] == ["note", "note"]
+
+
+def test_an_anchor_of_another_architecture_is_one_error(tmp_path: Path, anchor: Path, other: Path) -> None:
+    foreign = Path(shutil.copytree(anchor, tmp_path / "foreign"))
+    (foreign / "config.json").write_text('{"model_type": "gpt2"}')
+    assert errors(findings(tmp_path, foreign, other)) == [
+        "anchor: is a 'gpt2' model; only Qwen2-architecture models are fused"
+    ]
+    (foreign / "config.json").write_text('{"model_type": "qwen2"}')
+    assert errors(findings(tmp_path, foreign, other)) == [
+        "anchor: its config.json has no hidden_size; download it again"
+    ]
+    (foreign / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="holds no model config"):
+        findings(tmp_path, foreign, other)
+
+
+def test_an_anchor_that_cannot_read_a_chat_is_an_error(tmp_path: Path, anchor: Path, other: Path) -> None:
+    mute = Path(shutil.copytree(anchor, tmp_path / "mute"))
+    (mute / "chat_template.jinja").unlink()
+    assert any("has no chat template" in error for error in errors(findings(tmp_path, mute, other)))
+    (mute / "tokenizer.json").unlink()
+    assert any("has no tokenizer.json" in error for error in errors(findings(tmp_path, mute, other)))
+
+
+def test_a_broken_tokenizer_is_a_user_error(tmp_path: Path, anchor: Path, other: Path) -> None:
+    (other / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
+        findings(tmp_path, anchor, other)
+
+
+def test_data_that_are_not_there_are_told_by_the_plan(tmp_path: Path, anchor: Path, other: Path) -> None:
+    extra = {"extra": {"more": {"path": str(tmp_path / "nowhere.jsonl")}}}
+    recipe = make_recipe(tmp_path, anchor, {"general": anchor, "math": other}, evaluation=extra)
+    with pytest.raises(UserError, match=r"nowhere.jsonl does not exist"):
+        road.plan(recipe)

@@ -122,6 +122,22 @@ WRONG = {
         [("train: {generated: demo.math}", "train: {path: a.jsonl, score: tests_passed}  # here")],
         "needs 'reference'",
     ),
+    "two experts for one domain": (
+        [("  - name: math\n    domain: math", "  - name: math\n    domain: general  # here")],
+        "two experts are for domain 'general'",
+    ),
+    "an extra task called like a domain": (
+        [("routing:", "evaluation:\n  extra:\n    math: {generated: demo.mixed}  # here\nrouting:")],
+        "'math' is a domain already",
+    ),
+    "a shared expert that is nothing": (
+        [("  top_k: 1", "  top_k: 1\n  shared_expert: maths  # here")],
+        "'maths' is neither 'anchor' nor an expert",
+    ),
+    "a layer before the first": (
+        [("  top_k: 1", "  top_k: 1\n  moe_layers: [-1]  # here")],
+        "routing.moe_layers.0: ",
+    ),
     "an expert called anchor": (
         [("  - name: math", "  - name: anchor  # here")],
         "'anchor' names the anchor",
@@ -270,3 +286,12 @@ def test_an_innocent_override_is_not_blamed_for_the_file(tmp_path: Path) -> None
     sentence = refused(path, "serving.port=9000")
     assert "--set" not in sentence
     assert str(path) in sentence
+
+
+def test_an_override_reaches_one_place_where_yaml_shares_many(tmp_path: Path) -> None:
+    text = edited(
+        ("train: {generated: demo.math}", "train: &rows {generated: demo.math}"),
+        ("held_out: {generated: demo.math, split: held_out}", "held_out: *rows"),
+    )
+    recipe = load_recipe(write(tmp_path, text), ["domains.math.held_out.split=held_out"])
+    assert (recipe.domains["math"].train.split, recipe.domains["math"].held_out.split) == ("train", "held_out")

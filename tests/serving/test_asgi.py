@@ -87,6 +87,14 @@ def test_a_bad_schema_is_400_before_any_generation(guarded: Start) -> None:
     assert guard.upstream.requests == []
 
 
+@pytest.mark.parametrize("field", [{"n": "2"}, {"temperature": "0.5"}, {"seed": True}])
+def test_a_number_that_is_none_is_400_before_any_generation(guarded: Start, field: dict[str, Any]) -> None:
+    guard = guarded(BAD, GOOD)
+    with pytest.raises(openai.BadRequestError, match="is not a number"):
+        ask(guard, response_format=FORMAT, **field)
+    assert guard.upstream.requests == []
+
+
 def test_a_guarded_stream_is_validated_and_then_streamed(guarded: Start) -> None:
     guard = guarded(BAD, GOOD)
     stream = ask(guard, response_format=FORMAT, stream=True, stream_options={"include_usage": True})
