@@ -255,7 +255,7 @@ def test_an_anchor_that_cannot_read_a_chat_is_an_error(tmp_path: Path, anchor: P
 
 def test_a_broken_tokenizer_is_a_user_error(tmp_path: Path, anchor: Path, other: Path) -> None:
     (other / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
         findings(tmp_path, anchor, other)
 
 
