@@ -8,12 +8,13 @@ reference answer serves twice: its loss is measured, and it is the draft from wh
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, pad, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, linear, pad, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StoppingCriteria
 from transformers.masking_utils import sdpa_mask
 
@@ -23,6 +24,7 @@ from fusion.progress import progress_bar
 
 GROUPED = "sdpa_grouped"
 DRAFT_TOKENS = 4096  # a pass over references, with its padding
+FEW_ROWS = 64
 STRETCH = 16  # tokens decoded between two looks at which rows have ended
 
 
@@ -90,6 +92,17 @@ AttentionInterface.register(GROUPED, _grouped_attention)
 AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
+class _FewRows(TorchFunctionMode):
+    """Products of few rows as (W xᵀ)ᵀ: on a CPU BLAS reads the weights 1.1 to 1.6 times as fast that way (LOG)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is linear and args[1].numel() and args[0].numel() <= FEW_ROWS * args[0].shape[-1]:
+            x, weight, *bias = (*args, *(kwargs or {}).values())
+            out = (weight @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], -1)  # (..., out)
+            return out if not bias or bias[0] is None else out + bias[0]
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """Inference mode; on a CPU with attention over grouped keys as they are (GPU kernels want them copied out)."""
@@ -97,9 +110,10 @@ def _evaluating(model: Any) -> Iterator[None]:
     attention = inner.config._attn_implementation
     model.eval()
     try:
-        if attention == "sdpa" and inner.device.type == "cpu":
+        on_cpu = inner.device.type == "cpu"
+        if attention == "sdpa" and on_cpu:
             inner.set_attn_implementation(GROUPED)
-        with torch.inference_mode():
+        with torch.inference_mode(), _FewRows() if on_cpu else nullcontext():
             yield
     finally:
         inner.set_attn_implementation(attention)
