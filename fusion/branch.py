@@ -40,6 +40,7 @@ from fusion.hardware import compute_dtype
 from fusion.packing import answer_loss, pack, training_row
 from fusion.progress import console, progress_bar
 from fusion.recipe import BranchSettings
+from fusion.teacher import Teacher
 
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BEST, RESULT = "best.safetensors", "branch.json"
@@ -70,10 +71,12 @@ def train_expert(
     settings: BranchSettings,
     layers: Sequence[int] | None = None,
     general: Sequence[ChatExample] = (),
+    teacher: Teacher | None = None,
 ) -> TrainResult:
     """Trains the model in folder `start` on `train` and writes the expert to folder `out`, with `branch.json`.
 
-    `layers` restricts what is trained to these decoder layers. `general` rows are mixed in until they are
+    `layers` restricts what is trained to these decoder layers. With a `teacher` the answers are learnt as it sees
+    them, and an adapter is merged into the result. `general` rows are mixed in until they are
     `settings.general_share` of all. The first `held_out_rows` of `held_out` pick the best step, the first
     `score_rows` judge the result. An interrupted call goes on from its last evaluation when it is made again.
     Raises UserError where a row is too long, a layer does not exist, or the expert scores no better than `start`.
@@ -81,15 +84,17 @@ def train_expert(
     began = time.monotonic()
     partial = out.with_name(f".{out.name}.branch")
     decisive = settings.model_copy(update={"allow_no_gain": False})
-    _claim(partial, _fingerprint(start, train, held_out, general, decisive, layers))
+    _claim(partial, _fingerprint(start, train, held_out, general, decisive, layers, teacher))
     tokenizer = AutoTokenizer.from_pretrained(start)
     rows = _fitting(tokenizer, _mixed(train, general, settings), settings.max_length)
-    model = _trainable_model(start, settings, layers)
+    if teacher is not None:
+        teacher.teach(rows, partial / "teacher.safetensors", settings.batch_rows)
+    model = trainable_model(start, settings, layers)
     judged, watched = held_out[: settings.score_rows], held_out[: settings.held_out_rows]
 
     before_file = partial / "before.json"
     if not before_file.is_file():
-        write_json(before_file, _judge(model, tokenizer, judged, watched, settings, "anchor"))
+        write_json(before_file, judge(model, tokenizer, judged, watched, settings, "anchor"))
     before = read_json(before_file)
 
     progress = _Progress(
@@ -108,7 +113,7 @@ def train_expert(
         trainer.train(resume_from_checkpoint=_last_checkpoint(partial))
 
     _restore(model, load_file(partial / BEST), torch.float32 if settings.lora_rank else _saved_dtype(start))
-    after = _judge(model, tokenizer, judged, watched, settings, "expert")
+    after = judge(model, tokenizer, judged, watched, settings, "expert")
     result = TrainResult(
         loss_before=before["loss"],
         loss_after=after["loss"],
@@ -127,6 +132,10 @@ def train_expert(
             f"start's {before['score']:.3f} (loss {before['loss']:.3f} -> {after['loss']:.3f}): change its data or "
             "steps, or set branch.allow_no_gain"
         )
+    if teacher is not None and settings.lora_rank:
+        model = model.merge_and_unload()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = ".mlp." in name
     _write(model, start, out, partial, {**asdict(result), "settings": settings.model_dump(mode="json")})
     return result
 
@@ -165,7 +174,7 @@ def _mixed(train: Sequence[ChatExample], general: Sequence[ChatExample], setting
     return [*train, *general[:wanted]]
 
 
-def _trainable_model(start: Path, settings: BranchSettings, layers: Sequence[int] | None) -> Any:
+def trainable_model(start: Path, settings: BranchSettings, layers: Sequence[int] | None) -> Any:
     """The anchor in float32, with gradients only where the expert may differ from it."""
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu and settings.lora_rank else torch.float32
@@ -310,7 +319,7 @@ def _per_token(losses: Sequence[tuple[float, int]]) -> float:
     return sum(nats for nats, _ in losses) / max(1, sum(tokens for _, tokens in losses))
 
 
-def _judge(
+def judge(
     model: Any,
     tokenizer: Any,
     judged: Sequence[ChatExample],
@@ -339,13 +348,13 @@ def _write(model: Any, start: Path, out: Path, partial: Path, record: dict[str, 
         model.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)
     else:
-        _write_full(model, start, folder)
+        write_full(model, start, folder)
     write_json(folder / RESULT, record)
     put_in_place(folder, out)
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_full(model: Any, start: Path, folder: Path) -> None:
+def write_full(model: Any, start: Path, folder: Path) -> None:
     checkpoint = Checkpoint(start)
     tied = dict(model.named_parameters(remove_duplicate=False))  # the head too, where it is the embedding
     for file in sorted(set(checkpoint.weight_map.values())):

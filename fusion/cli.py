@@ -81,6 +81,21 @@ def branch(
 
 
 @app.command()
+def anchor(
+    recipe: RecipePath,
+    expert: Annotated[str | None, typer.Option(help="anchor this expert alone")] = None,
+    set_: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Lead drifted experts back to the anchor: distil them into the MLPs alone, so that a merge keeps them."""
+    loaded = _load(recipe, set_, quiet)
+    _begin_workers(loaded)
+    from fusion import road
+
+    road.anchor(loaded, expert, force=expert is not None)
+
+
+@app.command()
 def plan(
     recipe: RecipePath,
     json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
@@ -106,9 +121,16 @@ def merge(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> N
 
 
 @app.command(name="train-gates")
-def train_gates(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> None:
+def train_gates(
+    recipe: RecipePath,
+    method: Annotated[
+        str | None, typer.Option(help="ridge, cross-entropy, likelihood, regression or auto: the best on held-out rows")
+    ] = None,
+    set_: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
     """Fit the gate of every layer on routing examples, layer by layer, and put the gates in place."""
-    loaded = _load(recipe, set_, quiet)
+    loaded = _load(recipe, [*(set_ or []), *([f"gate_training.method={method}"] if method else [])], quiet)
     from fusion import road
 
     road.train_gates(loaded, force=True)

@@ -15,7 +15,7 @@ attention and rotary modules and the MoE block's formula, checked against both m
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from fusion.hardware import stream_device
 from fusion.progress import progress_bar
 
 STORE_BYTES = 2 * 2**30  # hidden states beyond this lie in a file
+HEAD_TOKENS = 512  # whose logits over the vocabulary are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,17 @@ def make_batches(
     return batches
 
 
+def joined(groups: Sequence[list[Batch]]) -> list[Batch]:
+    """Groups of batches as one list over one store, the rows of each group numbered after those of the one before."""
+    found: list[Batch] = []
+    rows = start = 0
+    for group in groups:
+        found += [replace(b, rows=b.rows + rows, start=b.start + start) for b in group]
+        rows += sum(len(b.rows) for b in group)
+        start += sum(b.ids.numel() for b in group)
+    return found
+
+
 def normalised_top_k(logits: torch.Tensor, k: int) -> Choice:
     """Qwen2MoE's router on logits `(tokens, experts)`: softmax, top-k, weights scaled to sum 1."""
     probabilities = torch.softmax(logits.float(), dim=-1)
@@ -137,6 +149,7 @@ class Layer:
 
     def __init__(self, stream: "LayerStream", index: int):
         self.index = index
+        self.device = stream.device
         self._stream = stream
         prefix = f"model.layers.{index}."
         weights = {
@@ -176,14 +189,21 @@ class Layer:
         return normed[batch.real]
 
     @torch.no_grad()
-    def mix(self, route: Route) -> None:
-        """Sends every batch through the MLPs that `route` picks and adds the result to the states, in place."""
+    def mix(self, route: Route, inputs: Callable[[Batch], torch.Tensor] | None = None) -> None:
+        """Sends every batch through the MLPs that `route` picks and adds the result to the states, in place.
+
+        `inputs` gives gate inputs that the caller has kept; otherwise they are made here.
+        """
         for batch in self._stream.passing():
-            x = self.gate_input(batch)
+            x = (inputs or self.gate_input)(batch).to(self._stream.device)
             output = self.experts(x, route(self.index, x, batch)) if self.sparse else self._mlp("mlp.", x)
-            states = self._stream.load(batch)
-            states[batch.real] += output
-            self._stream.store(batch, states)
+            self._stream.add(batch, output)
+
+    @torch.no_grad()
+    def every_expert(self, x: torch.Tensor) -> torch.Tensor:
+        """What each routed expert makes of gate input `x`, `(experts, tokens, hidden)`."""
+        count = sum(name.endswith("gate_proj.weight") and ".experts." in name for name in self._weights)
+        return torch.stack([self._mlp(f"mlp.experts.{expert}.", x) for expert in range(count)])
 
     def experts(self, x: torch.Tensor, choice: Choice) -> torch.Tensor:
         """The MoE block's output `(tokens, hidden)` for gate input `x` and a choice of experts."""
@@ -261,6 +281,11 @@ class LayerStream:
         """Puts the batch's states back."""
         self._states[batch.span] = states.reshape(-1, self.hidden).to(self._states.device)
 
+    def add(self, batch: Batch, update: torch.Tensor) -> None:
+        """Adds `update` `(tokens, hidden)` to the states of the batch's real tokens."""
+        index = batch.start + batch.real.flatten().nonzero()[:, 0]  # (tokens,)
+        self._states.index_add_(0, index, update.to(self._states.device, self._states.dtype))
+
     def run(self, route: Route, observe: Callable[[Layer, Batch, torch.Tensor, Choice], None] | None = None) -> None:
         """All layers under one routing rule; `observe` sees each sparse layer's gate inputs and choices."""
 
@@ -292,6 +317,26 @@ class LayerStream:
         norm, head = self._final()
         for batch in self.batches:
             yield batch, F.linear(norm(self.load(batch)), head)
+
+    @torch.no_grad()
+    def token_nats(self, answers: bool = False) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """After the last layer: each batch with the loss in nats of each token given those before, `(rows, length)`.
+
+        0 for first tokens and padding, and with `answers` for all but the answers' tokens.
+        """
+        norm, head = self._final()
+        for batch in self.batches:
+            wanted = (batch.answer & batch.real if answers else batch.real).clone()
+            wanted[:, 0] = False
+            states = norm(self.load(batch))[:, :-1][wanted[:, 1:].to(self.device)]  # (predictions, hidden)
+            ids = batch.ids[wanted].to(self.device)
+            losses = [
+                F.cross_entropy(F.linear(x, head).float(), y, reduction="none").cpu()
+                for x, y in zip(states.split(HEAD_TOKENS), ids.split(HEAD_TOKENS), strict=True)
+            ]
+            nats = torch.zeros(batch.ids.shape)
+            nats[wanted] = torch.cat(losses) if losses else torch.zeros(0)
+            yield batch, nats
 
 
 def attention_config(config: dict[str, object]) -> Qwen2Config:

@@ -101,12 +101,11 @@ class PretrainSettings(Section):
         return self
 
 
-class BranchSettings(Section):
-    """How an expert is trained from the anchor (fusion/branch.py)."""
+class TrainingSettings(Section):
+    """What training an expert's weights takes, whatever it learns from (fusion/branch.py)."""
 
     data: DataSource
     held_out: DataSource | None = None  # None: the domain's own held_out
-    trainable: Literal["mlp", "all"] = "mlp"
     lora_rank: int | None = Field(None, gt=0)  # None: full weights
     rows: int = Field(1000, gt=0)
     steps: int = Field(200, gt=0)
@@ -115,7 +114,6 @@ class BranchSettings(Section):
     max_length: int = Field(1024, gt=0)  # tokens a packed sequence
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(10, ge=0)
-    general_share: float = Field(0.0, ge=0, lt=1)  # of the rows, drawn from the general domain's train data
     evaluate_every: int = Field(50, gt=0)  # steps
     held_out_rows: int = Field(64, gt=0)  # for the loss that picks the best step
     score_rows: int = Field(32, gt=0)  # for the task score before and after
@@ -124,12 +122,20 @@ class BranchSettings(Section):
     seed: int = 0
 
 
-class AnchoringSettings(Section):
-    """How a drifted expert is led back to the anchor before the merge."""
+class BranchSettings(TrainingSettings):
+    """How an expert is trained from the anchor."""
+
+    trainable: Literal["mlp", "all"] = "mlp"
+    general_share: float = Field(0.0, ge=0, lt=1)  # of the rows, drawn from the general domain's train data
+
+
+class AnchoringSettings(TrainingSettings):
+    """How a drifted expert is led back to the anchor before the merge (fusion/anchor.py): its MLPs alone learn."""
 
     method: Literal["logits", "text"]
-    teacher: str | None = None
-    data: DataSource
+    teacher: str | None = None  # path or hub id with the anchor's vocabulary; None: the drifted expert itself
+    start: Literal["best", "expert", "halfway", "anchor"] = "best"  # whose MLPs the training starts from
+    top_logits: int = Field(64, gt=0)  # of the teacher's, kept for every answer token
 
 
 class AnchorModel(Section):
@@ -161,8 +167,10 @@ class Expert(Section):
     def _one_origin(self) -> "Expert":
         if bool(self.model) == bool(self.branch):
             raise ValueError(f"expert '{self.name}' needs exactly one of 'model' and 'branch'")
-        if self.branch and (self.adapter or self.anchor):
-            raise ValueError(f"expert '{self.name}' is branched from the anchor: 'adapter' and 'anchor' do not apply")
+        if self.branch and self.adapter:
+            raise ValueError(f"expert '{self.name}' is branched from the anchor: 'adapter' does not apply")
+        if self.branch and self.anchor and self.branch.trainable == "mlp":
+            raise ValueError(f"expert '{self.name}' is branched with its MLPs alone: there is nothing to anchor")
         return self
 
 
@@ -213,7 +221,7 @@ class Routing(Section):
 class GateTraining(Section):
     """How the gates are fitted (gate_training/)."""
 
-    method: Literal["ridge", "cross-entropy"] = "cross-entropy"
+    method: Literal["ridge", "cross-entropy", "likelihood", "regression", "auto"] = "cross-entropy"
     labels: Literal["data", "rules"] = "data"  # the rows' own domain, or what the rules say of the question
     rows: int = Field(200, gt=0)  # a domain
     held_out_rows: int = Field(50, gt=0)  # a domain
@@ -221,6 +229,7 @@ class GateTraining(Section):
     batch_tokens: int = Field(4096, gt=0)
     ridge: float = Field(1e-3, gt=0)  # relative to the mean diagonal of the Gram matrix
     iterations: int = Field(100, gt=0)
+    window: int = Field(8, ge=0)  # tokens to each side whose likelihoods decide a token's label (method likelihood)
     seed: int = 0
 
 

@@ -1,4 +1,4 @@
-"""The whole road of a recipe, step by step: plan, branch, merge, train-gates, evaluate, ask.
+"""The whole road of a recipe, step by step: plan, branch, anchor, merge, train-gates, evaluate, ask.
 
     qwen-fusion run configs/demo.yaml
 
@@ -15,17 +15,20 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from fusion.architecture import sparse_layers
-from fusion.checkpoint import INDEX, read_json, write_json, write_text
-from fusion.data import general_rows, load_examples, source_files, trained_on
+from fusion.checkpoint import INDEX, read_json, resolve_model, write_json, write_text
+from fusion.data import ChatExample, general_rows, load_examples, source_files, trained_on
 from fusion.errors import UserError
 from fusion.plan.budget import budget
 from fusion.plan.preflight import check, describe_anchor, raise_on_error
 from fusion.progress import console
-from fusion.recipe import DataSource, Expert, Recipe, general_domain
+from fusion.recipe import DataSource, Expert, Recipe, TrainingSettings, general_domain
 from fusion.sources import (
+    ModelSource,
     anchor_source,
+    anchored_expert,
     expert_sources,
-    refuse_anchoring,
+    original_source,
+    refuse_text_anchoring,
     shared_expert_source,
     trained_anchor,
     trained_expert,
@@ -43,8 +46,10 @@ LATER = ("merge", "train-gates", "evaluate", "ask")
 def run(recipe: Recipe) -> None:
     """Every step in order, those with unchanged inputs skipped, and the report."""
     plan(recipe)
-    refuse_anchoring(recipe)
+    refuse_text_anchoring(recipe)
     branch(recipe)
+    if any(expert.anchor for expert in recipe.experts):
+        anchor(recipe)
     merge(recipe)
     train_gates(recipe)
     evaluate(recipe)
@@ -106,24 +111,90 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
     settings, anchor, out = expert.branch, anchor_source(recipe), trained_expert(recipe, expert)
     assert settings is not None
     source, _ = _branch_data(recipe, expert)
+    rows, held_out = _rows(expert, settings, source)
+    mixed = general_rows(recipe, settings)
+    result = train_expert(anchor.folder, out, rows, held_out, settings, _trained_layers(recipe), mixed)
+    return (
+        f"{expert.name}: {result.score_name} {result.score_before:.3f} -> {result.score_after:.3f}, "
+        f"loss {result.loss_before:.3f} -> {result.loss_after:.3f}, {result.tokens:,} tokens in {result.seconds:.0f} s"
+    )
+
+
+def _rows(
+    expert: Expert, settings: TrainingSettings, held_out_source: DataSource
+) -> tuple[list[ChatExample], list[ChatExample]]:
+    """An expert's training rows and its held-out ones. Raises UserError where a prompt is in both."""
     rows = load_examples(settings.data, expert.domain, settings.rows, settings.seed)
     count = max(settings.held_out_rows, settings.score_rows)
-    held_out = load_examples(source, expert.domain, count, settings.seed + 1)  # evaluate draws with another seed
+    held_out = load_examples(held_out_source, expert.domain, count, settings.seed + 1)  # evaluate draws with another
     for row in filter(trained_on(rows), held_out):
         raise UserError(
             f"expert '{expert.name}': the held-out prompt {row.question[:60]!r} is also in its training data: "
             "use another split or file"
         )
-    mixed = general_rows(recipe, settings)
-    layers = None
-    if recipe.routing.moe_layers is not None:
-        count = read_json(anchor.folder / "config.json")["num_hidden_layers"]
-        layers = sparse_layers(count, recipe.routing.moe_layers)
-    result = train_expert(anchor.folder, out, rows, held_out, settings, layers, mixed)
-    return (
-        f"{expert.name}: {result.score_name} {result.score_before:.3f} -> {result.score_after:.3f}, "
-        f"loss {result.loss_before:.3f} -> {result.loss_after:.3f}, {result.tokens:,} tokens in {result.seconds:.0f} s"
+    return rows, held_out
+
+
+def _trained_layers(recipe: Recipe) -> list[int] | None:
+    """The layers whose MLPs an expert may change: the sparse ones; None for all."""
+    if recipe.routing.moe_layers is None:
+        return None
+    count = read_json(anchor_source(recipe).folder / "config.json")["num_hidden_layers"]
+    return sparse_layers(count, recipe.routing.moe_layers)
+
+
+def anchor(recipe: Recipe, only: str | None = None, force: bool = False) -> None:
+    """Leads the recipe's drifted experts back to the anchor. Raises UserError where it names none."""
+    refuse_text_anchoring(recipe)
+    experts = [expert for expert in recipe.experts if expert.anchor and only in (None, expert.name)]
+    if not experts:
+        raise UserError(f"the recipe has no expert{f' {only!r}' if only else ''} with an 'anchor' section")
+    steps = [_anchor_step(recipe, expert) for expert in experts]
+    run_steps(steps, recipe.folder, force, recipe.branches_at_once)
+
+
+def _anchor_step(recipe: Recipe, expert: Expert) -> Step:
+    settings = expert.anchor
+    assert settings is not None
+    source = settings.held_out or recipe.domains[expert.domain].held_out
+    models = [anchor_source(recipe), original_source(recipe, expert), _teacher(recipe, expert)]
+    inputs = [path for model in models for path in (model.folder, model.adapter) if path]
+    inputs += _data_files(settings.data, source)
+    parts = [settings, source, recipe.routing.moe_layers]
+    out = anchored_expert(recipe, expert)
+    return Step(f"anchor {expert.name}", parts, inputs, [out], partial(_anchor_expert, recipe, expert))
+
+
+def _teacher(recipe: Recipe, expert: Expert) -> ModelSource:
+    """Whom an anchored expert learns from: the drifted one, or the model that the recipe names."""
+    assert expert.anchor is not None
+    if expert.anchor.teacher is None:
+        return original_source(recipe, expert)
+    return ModelSource("teacher", resolve_model(expert.anchor.teacher))
+
+
+def _anchor_expert(recipe: Recipe, expert: Expert) -> str:
+    from fusion.anchor import anchor_expert
+
+    settings = expert.anchor
+    assert settings is not None
+    rows, held_out = _rows(expert, settings, settings.held_out or recipe.domains[expert.domain].held_out)
+    result = anchor_expert(
+        anchor_source(recipe),
+        original_source(recipe, expert),
+        _teacher(recipe, expert),
+        anchored_expert(recipe, expert),
+        rows,
+        held_out,
+        settings,
+        _trained_layers(recipe),
     )
+    share = "no gain to retain" if result.retained_share is None else f"{result.retained_share:.2f} of the gain kept"
+
+    def row(figures: dict[str, float]) -> str:
+        return ", ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
+
+    return f"{expert.name}: {result.score_name} {row(result.scores)}; loss {row(result.losses)} ({share})"
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -131,8 +202,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     findings = check(recipe)
     raise_on_error(findings)
     for name, domain in recipe.domains.items():
-        branches = [expert.branch for expert in recipe.experts if expert.branch and expert.domain == name]
-        own = [source for branch in branches for source in (branch.data, branch.held_out) if source]
+        sections = [section for e in recipe.experts if e.domain == name for section in (e.branch, e.anchor) if section]
+        own = [source for section in sections for source in (section.data, section.held_out) if source]
         for source in (domain.train, domain.held_out, *own):
             _try(source, name)
     for name, extra in recipe.evaluation.extra.items():
@@ -159,7 +230,7 @@ def _try(source: DataSource, name: str) -> None:
 
 def merge(recipe: Recipe, force: bool = False) -> None:
     """Merges the experts into the recipe's fused folder."""
-    refuse_anchoring(recipe)
+    refuse_text_anchoring(recipe)
     out = recipe.fused
     sources = [anchor_source(recipe), *expert_sources(recipe), shared_expert_source(recipe)]
     raise_on_error(check(recipe, trained=True))  # once more, now that every model is here
@@ -171,7 +242,7 @@ def merge(recipe: Recipe, force: bool = False) -> None:
         merge_models(recipe, out)
         forget(recipe.folder, LATER[1:])  # the gates are random again
 
-    experts = [expert.model_dump(mode="json", exclude={"branch"}) for expert in recipe.experts]
+    experts = [expert.model_dump(mode="json", exclude={"branch", "anchor"}) for expert in recipe.experts]
     parts = [recipe.name, recipe.license, experts, recipe.shared, recipe.routing, recipe.gate_training.seed]
     run_step(Step("merge", parts, folders, _merged_files(out), action), recipe.folder, force)
     from fusion.merge import write_papers
@@ -224,7 +295,7 @@ def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
         write_json(path, result)
 
     data = _data_files(*recipe.evaluation.extra.values(), *(domain.held_out for domain in recipe.domains.values()))
-    sources = [anchor_source(recipe), *expert_sources(recipe)]
+    sources = [anchor_source(recipe), *(original_source(recipe, expert) for expert in recipe.experts)]
     experts = [path for source in sources for path in (source.folder, source.adapter) if path]
     parts = [recipe.evaluation, recipe.domains, recipe.gate_training]
     inputs = [*_checkpoint_files(folder), *experts, *data]

@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from fusion.checkpoint import resolve_model
 from fusion.errors import UserError
+from fusion.hardware import attention_implementation, compute_dtype
 from fusion.recipe import Expert, Recipe
 
 
@@ -37,18 +41,23 @@ def anchor_source(recipe: Recipe) -> ModelSource:
     return ModelSource("anchor", folder)
 
 
-def refuse_anchoring(recipe: Recipe) -> None:
-    """Raises UserError where an expert is to be anchored, which is not implemented yet."""
+def anchored_expert(recipe: Recipe, expert: Expert) -> Path:
+    """The folder of an expert that the recipe leads back to the anchor."""
+    return recipe.folder / "anchored" / expert.name
+
+
+def refuse_text_anchoring(recipe: Recipe) -> None:
+    """Raises UserError where an expert is to be anchored through text, which is not implemented yet."""
     for expert in recipe.experts:
-        if expert.anchor:
+        if expert.anchor and expert.anchor.method == "text":
             raise UserError(
-                f"expert '{expert.name}' has an 'anchor' section, which this version cannot carry out yet: "
-                "remove the section to merge the expert as it is, with what its drift costs"
+                f"expert '{expert.name}': anchor.method 'text' cannot be carried out by this version yet: "
+                "use 'logits' with a teacher of the anchor's vocabulary, or remove the section"
             )
 
 
-def expert_source(recipe: Recipe, expert: Expert) -> ModelSource:
-    """One expert. Raises UserError where it has yet to be branched or cannot be had."""
+def original_source(recipe: Recipe, expert: Expert) -> ModelSource:
+    """One expert as it is before anchoring. Raises UserError where it has yet to be branched or cannot be had."""
     if expert.model:
         adapter = resolve_model(expert.adapter) if expert.adapter else None
         return ModelSource(expert.name, resolve_model(expert.model), adapter)
@@ -59,6 +68,18 @@ def expert_source(recipe: Recipe, expert: Expert) -> ModelSource:
         )
     if expert.branch and expert.branch.lora_rank:
         return ModelSource(expert.name, anchor_source(recipe).folder, folder)
+    return ModelSource(expert.name, folder)
+
+
+def expert_source(recipe: Recipe, expert: Expert) -> ModelSource:
+    """One expert as it is merged. Raises UserError where it has yet to be made or cannot be had."""
+    if expert.anchor is None:
+        return original_source(recipe, expert)
+    folder = anchored_expert(recipe, expert)
+    if not folder.is_dir():
+        raise UserError(
+            f"expert '{expert.name}' has not been anchored yet: run `qwen-fusion anchor` on the recipe first"
+        )
     return ModelSource(expert.name, folder)
 
 
@@ -78,3 +99,21 @@ def shared_expert_source(recipe: Recipe) -> ModelSource | None:
         if expert.name == name:
             return expert_source(recipe, expert)
     return ModelSource("shared", resolve_model(name))
+
+
+def load_model(source: ModelSource, attention: str = "auto", dtype: torch.dtype | None = None) -> Any:
+    """The whole model for inference in `dtype` (None: what is fast here), its adapter merged in."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder,
+        dtype=dtype or compute_dtype(),
+        attn_implementation=attention_implementation(attention),
+        device_map="auto" if torch.cuda.is_available() else None,
+        use_safetensors=True,
+    ).eval()
+    if source.adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload()
+    return model

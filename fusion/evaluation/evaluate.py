@@ -21,12 +21,11 @@ from fusion.evaluation.baselines import hidden_gates, random_gates
 from fusion.evaluation.generate import answer_examples
 from fusion.evaluation.intervals import difference, mean_interval, retained_share
 from fusion.evaluation.scores import score
-from fusion.hardware import attention_implementation, compute_dtype
 from fusion.layers import checkpoint_gates
 from fusion.progress import console
 from fusion.recipe import Recipe
 from fusion.served import routed_weight
-from fusion.sources import ModelSource, anchor_source, expert_sources
+from fusion.sources import ModelSource, anchor_source, load_model, original_source
 
 ROWS = ("anchor", "own_expert", "fused_random", "fused_hidden", "fused_trained")
 Gates = dict[int, torch.Tensor]
@@ -58,7 +57,8 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     Raises UserError where a model or data set is missing.
     """
     settings = recipe.evaluation
-    folder, anchor, experts = recipe.fused, anchor_source(recipe), expert_sources(recipe)
+    folder, anchor = recipe.fused, anchor_source(recipe)
+    experts = [original_source(recipe, expert) for expert in recipe.experts]
     checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
     names = sorted(recipe.domains, key=recipe.expert_of)  # in the experts' order, as the pictures show them
     held_out = {n: load_examples(recipe.domains[n].held_out, n, settings.rows, settings.seed) for n in names}
@@ -85,7 +85,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         figures["own_expert"].update({name: found[name] for name in own})
         cross[expert.name] = {name: mean_interval(f.scores).value for name, f in found.items()}
     fewer = {name: rows[: settings.baseline_rows] for name, rows in held_out.items()}
-    fused = _load(recipe, ModelSource("fused", folder))
+    fused = load_model(ModelSource("fused", folder), recipe.attn_implementation)
     for name, gate in gates.items():
         _set_gates(fused, gate)
         wanted = scored if name == "fused_trained" else fewer
@@ -153,14 +153,16 @@ def _extra(recipe: Recipe) -> dict[str, list[ChatExample]]:
 def _leave_out_trained(
     recipe: Recipe, gate_rows: dict[str, list[ChatExample]], held_out: dict[str, list[ChatExample]]
 ) -> None:
-    """Takes out of the rows to be scored, with a note, those that an expert's branch or the gates were trained on.
+    """Takes out of the rows to be scored, with a note, those that an expert or the gates were trained on.
 
     Raises UserError where that leaves none.
     """
     trained = [row for rows in gate_rows.values() for row in rows]
     for expert in recipe.experts:
+        for section in (expert.branch, expert.anchor):
+            if section:
+                trained += load_examples(section.data, expert.domain, section.rows, section.seed)
         if expert.branch:
-            trained += load_examples(expert.branch.data, expert.domain, expert.branch.rows, expert.branch.seed)
             trained += general_rows(recipe, expert.branch)
     seen = trained_on(trained)
     for name, rows in held_out.items():
@@ -181,24 +183,6 @@ def _hidden_prompts(recipe: Recipe, gate_rows: dict[str, list[ChatExample]], tok
     return [texts[:: max(1, len(texts) // count)][:count] for texts in prompts]
 
 
-def _load(recipe: Recipe, source: ModelSource) -> Any:
-    """A whole model for generation, its adapter merged in."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        source.folder,
-        dtype=compute_dtype(),
-        attn_implementation=attention_implementation(recipe.attn_implementation),
-        device_map="auto" if torch.cuda.is_available() else None,
-        use_safetensors=True,
-    ).eval()
-    if source.adapter:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload()
-    return model
-
-
 def _set_gates(model: Any, gates: Gates) -> None:
     """Puts gates `(experts, hidden)` into a loaded fused model."""
     state = {gate_tensor(layer): gate for layer, gate in gates.items()}
@@ -209,7 +193,7 @@ def _set_gates(model: Any, gates: Gates) -> None:
 def _scores(
     recipe: Recipe, source: ModelSource, tokenizer: Any, examples: dict[str, list[ChatExample]]
 ) -> dict[str, Figures]:
-    return _score_model(recipe, _load(recipe, source), tokenizer, examples, source.name)
+    return _score_model(recipe, load_model(source, recipe.attn_implementation), tokenizer, examples, source.name)
 
 
 def _score_model(

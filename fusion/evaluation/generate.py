@@ -97,9 +97,10 @@ class _FewRows(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is linear and args[1].numel() and args[0].numel() <= FEW_ROWS * args[0].shape[-1]:
-            x, weight, *bias = (*args, *(kwargs or {}).values())
+            x, weight = args[:2]
+            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
             out = (weight @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], -1)  # (..., out)
-            return out if not bias or bias[0] is None else out + bias[0]
+            return out if bias is None else out + bias
         return func(*args, **(kwargs or {}))
 
 

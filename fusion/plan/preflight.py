@@ -151,7 +151,7 @@ def _check_expert(recipe: Recipe, expert: Expert, anchor: Described, trained: bo
         if not (folder / "adapter_config.json").is_file():
             found.append(Finding("error", where, f"adapter {folder} has no adapter_config.json", "correct its path"))
     if expert.anchor:
-        found.append(Finding("warning", where, "needs anchoring, which this version cannot carry out yet"))
+        found.append(Finding("note", where, f"is led back to the anchor before the merge ({expert.anchor.method})"))
     if described.folder is None:
         found.append(Finding("note", where, f"{expert.model} is not here: planned from its config"))
     elif anchor.folder is not None:

@@ -80,7 +80,7 @@ def test_layers_restrict_what_is_trained(anchor: Path, tmp_path: Path):
 
 
 def test_backward_stops_below_the_lowest_trained_layer(anchor: Path):
-    model = branch._trainable_model(anchor, settings(), layers=(2,))
+    model = branch.trainable_model(anchor, settings(), layers=(2,))
     states: list[bool] = []
     for layer in model.model.layers:
         layer.register_forward_hook(

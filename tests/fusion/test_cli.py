@@ -17,7 +17,7 @@ from fusion.cli import main
 from tests.recipes import recipe_data
 
 VERBS = ("run", "branch", "plan", "merge", "train-gates", "evaluate", "serve", "ask")
-ANCHORING = {"method": "logits", "data": {"generated": "demo.math"}}
+ANCHORING = {"method": "text", "data": {"generated": "demo.math"}}
 BRANCH = {"data": {"generated": "demo.math"}}
 
 
@@ -140,9 +140,9 @@ def test_asking_before_the_merge(here: Call, tmp_path: Path, anchor: Path) -> No
 
 
 @pytest.mark.parametrize("verb", ["merge", "run"])
-def test_an_expert_that_needs_anchoring(here: Call, tmp_path: Path, anchor: Path, verb: str) -> None:
+def test_an_expert_to_be_anchored_through_text(here: Call, tmp_path: Path, anchor: Path, verb: str) -> None:
     sentence, _ = refused(here, tmp_path, verb, write_recipe(tmp_path, anchor, {"anchor": ANCHORING}))
-    assert "expert 'math' has an 'anchor' section, which this version cannot carry out yet" in sentence
+    assert "expert 'math': anchor.method 'text' cannot be carried out by this version yet" in sentence
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""Leads a drifted expert back to the anchor: its MLPs learn behind the anchor's attention what the expert knew.
+
+    qwen-fusion anchor configs/demo-drifted.yaml
+
+Everything but the MLPs is the anchor's and stays so, which makes the result an anchored expert that a merge loses
+nothing of. The training starts from the expert's own MLPs, the anchor's, or halfway, whichever has the least held-out
+loss, and follows the drifted expert's (or another teacher's) distribution at every answer token (knowledge
+distillation: Hinton et al., 2015; forward KL). rope_theta may differ, and the teacher's size; the vocabulary may not.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from fusion.architecture import is_mlp
+from fusion.branch import RESULT, judge, train_expert, trainable_model, write_full
+from fusion.checkpoint import put_in_place, read_json, write_json
+from fusion.data import ChatExample
+from fusion.errors import UserError
+from fusion.merge import Reader
+from fusion.progress import console
+from fusion.recipe import AnchoringSettings, BranchSettings
+from fusion.sources import ModelSource, load_model
+from fusion.teacher import Teacher
+
+STARTS = {"expert": 1.0, "halfway": 0.5, "anchor": 0.0}  # the expert's share of the first MLPs
+ANCHORING = "anchoring.json"
+
+
+@dataclass(frozen=True)
+class AnchorResult:
+    """What anchoring kept: losses in nats a held-out answer token and task scores of all concerned.
+
+    `losses` and `scores` have the rows anchor, expert (the drifted one) and anchored; `starts` the loss of each start
+    that was tried. `retained_share` is (L_anchor - L_anchored) / (L_anchor - L_expert), None without a gain.
+    """
+
+    losses: dict[str, float]
+    scores: dict[str, float]
+    score_name: str
+    start: str
+    starts: dict[str, float]
+    tokens: int
+    seconds: float
+
+    @property
+    def retained_share(self) -> float | None:
+        """The share of the drifted expert's gain in loss over the anchor that is left."""
+        gain = self.losses["anchor"] - self.losses["expert"]
+        return (self.losses["anchor"] - self.losses["anchored"]) / gain if gain > 0 else None
+
+
+def anchor_expert(
+    anchor: ModelSource,
+    expert: ModelSource,
+    teacher: ModelSource,
+    out: Path,
+    train: Sequence[ChatExample],
+    held_out: Sequence[ChatExample],
+    settings: AnchoringSettings,
+    layers: Sequence[int] | None = None,
+) -> AnchorResult:
+    """Trains the MLPs of `layers` (None: all) and writes the anchored expert to folder `out`, with `anchoring.json`.
+
+    An interrupted call goes on when it is made again. Raises UserError where the result scores no better than the
+    anchor, or the teacher's vocabulary is another.
+    """
+    as_branch = BranchSettings(
+        **settings.model_dump(include=set(BranchSettings.model_fields) & set(AnchoringSettings.model_fields)),
+        trainable="mlp",
+    ).model_copy(update={"allow_no_gain": True})  # against the start; against the anchor it is checked here
+    partial = out.with_name(f".{out.name}.anchor")
+    prepared = _prepared(anchor, expert, partial, held_out, settings, as_branch, layers)
+    before = prepared["before"]
+    vocabulary = read_json(anchor.folder / "config.json")["vocab_size"]
+    learnt_from = Teacher(teacher, settings.top_logits, vocabulary)
+    start, done = partial / "start", partial / "done"
+    trained = train_expert(start, done, train, held_out, as_branch, layers, (), learnt_from)
+    result = AnchorResult(
+        losses={**{name: found["loss"] for name, found in before.items()}, "anchored": trained.loss_after},
+        scores={**{name: found["score"] for name, found in before.items()}, "anchored": trained.score_after},
+        score_name=trained.score_name,
+        start=prepared["start"],
+        starts=prepared["starts"],
+        tokens=trained.tokens,
+        seconds=trained.seconds,
+    )
+    if result.scores["anchored"] <= result.scores["anchor"] and not settings.allow_no_gain:
+        raise UserError(
+            f"expert {expert.name} scores {result.scores['anchored']:.3f} on held-out {result.score_name} once "
+            f"anchored, no better than the anchor's {result.scores['anchor']:.3f} (the drifted expert: "
+            f"{result.scores['expert']:.3f}): change anchor.data or steps, or set anchor.allow_no_gain"
+        )
+    (done / RESULT).unlink()
+    write_json(done / ANCHORING, {**asdict(result), "retained_share": result.retained_share})
+    put_in_place(done, out)
+    shutil.rmtree(partial, ignore_errors=True)
+    return result
+
+
+def _prepared(
+    anchor: ModelSource,
+    expert: ModelSource,
+    partial: Path,
+    held_out: Sequence[ChatExample],
+    settings: AnchoringSettings,
+    as_branch: BranchSettings,
+    layers: Sequence[int] | None,
+) -> dict[str, Any]:
+    """What comes before the training, done once: `before`, what anchor and expert score and lose, and folder `start`.
+
+    `start` names the row of STARTS that the folder holds, `starts` has the loss of each that was tried.
+    """
+    note = partial / "prepared.json"
+    stamps = [path.stat().st_mtime_ns for source in (anchor, expert) for path in source.folder.glob("*.safetensors")]
+    key = repr((anchor, expert, stamps, settings.start, as_branch, layers, [(r.question, r.answer) for r in held_out]))
+    if note.is_file() and (noted := read_json(note))["key"] == key:
+        return dict(noted)
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "start").mkdir(parents=True)
+    tokenizer = AutoTokenizer.from_pretrained(anchor.folder)
+    judged, watched = held_out[: settings.score_rows], held_out[: settings.held_out_rows]
+    before = {}
+    for name, source in (("anchor", anchor), ("expert", expert)):
+        before[name] = judge(load_model(source, "sdpa"), tokenizer, judged, watched, as_branch, source.name)
+
+    model = trainable_model(anchor.folder, as_branch.model_copy(update={"lora_rank": None}), layers)
+    starts = {}
+    for name in STARTS if settings.start == "best" else [settings.start]:
+        _blend(model, anchor, expert, STARTS[name])
+        starts[name] = judge(model, tokenizer, (), watched, as_branch, f"start {name}")["loss"]
+    best = min(starts, key=starts.__getitem__)
+    tried = ", ".join(f"{name} {loss:.3f}" for name, loss in starts.items())
+    console.print(f"  {expert.name} starts from: {best} (held-out loss {tried})", highlight=False)
+    _blend(model, anchor, expert, STARTS[best])
+    write_full(model, anchor.folder, partial / "start")
+    prepared = {"key": key, "before": before, "start": best, "starts": starts}
+    write_json(note, prepared)
+    return prepared
+
+
+@torch.no_grad()
+def _blend(model: Any, anchor: ModelSource, expert: ModelSource, share: float) -> None:
+    """Puts (1 - share) x anchor + share x expert into the MLPs that the model may change."""
+    ours, theirs = Reader(anchor), Reader(expert)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and is_mlp(name):
+            parameter.copy_(torch.lerp(ours.tensor(name).float(), theirs.tensor(name).float(), share))
