@@ -53,7 +53,7 @@ def main(path: str) -> None:
     for _ in range(ROUNDS):
         plain.append(forward_seconds(expert_sources(recipe)[0].folder, batches))
         start = time.perf_counter()
-        fit_gates(recipe, recipe.fused, train, held_out)
+        fit_gates(recipe, recipe.fused, train, held_out, settings.method)
         trained.append(time.perf_counter() - start)
     rates = [tokens / statistics.median(seconds) for seconds in (plain, trained)]
     print(f"forward pass of one dense expert: {rates[0]:,.0f} tokens/s; gate training: {rates[1]:,.0f} tokens/s")

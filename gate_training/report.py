@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fusion.checkpoint import write_json, write_text, written_aside
+from gate_training.compare import LABELLED, mean_loss
 from gate_training.trainer import GateReport
 
 
@@ -31,6 +32,8 @@ def markdown(report: GateReport) -> str:
         cells = [f"{row.accuracy:.3f} / {row.answer_accuracy:.3f}"]
         cells += [f"{row.accuracy_by_domain[d]:.3f} / {row.answer_accuracy_by_domain[d]:.3f}" for d in domains]
         lines.append(f"| {row.layer} | " + " | ".join(cells) + " |")
+    if report.compared:
+        lines += ["", *_compared(report.compared)]
     lines += [
         "",
         "Share of held-out tokens per expert:",
@@ -41,6 +44,21 @@ def markdown(report: GateReport) -> str:
     for row in report.layers:
         lines.append(f"| {row.layer} | " + " | ".join(f"{row.share_by_expert[e]:.3f}" for e in experts) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _compared(losses: dict[str, dict[str, float]]) -> list[str]:
+    """The methods side by side, the best first, under perfect routing (LABELLED)."""
+    domains = list(next(iter(losses.values())))
+    lines = [
+        "Loss in nats per held-out answer token by method (`labelled`: every token to its label's expert):",
+        "",
+        "| gates | mean | " + " | ".join(domains) + " |",
+        "| --- " * (len(domains) + 2) + "|",
+    ]
+    for name in sorted(losses, key=lambda name: (name != LABELLED, mean_loss(losses[name]))):
+        cells = [f"{loss:.4f}" for loss in (mean_loss(losses[name]), *(losses[name][d] for d in domains))]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def draw(report: GateReport, path: Path) -> None:

@@ -4,26 +4,35 @@
 
 At every layer the tokens pass the attention, the gate is fitted on the exact input it will see when served (the output
 of post_attention_layernorm, chat template applied), and the tokens move on through the experts that the fresh gate
-picks. Held-out examples travel along and are only measured.
+picks. Held-out examples travel along and are only measured. `auto` fits with every method and keeps the one with the
+least answer loss on them.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import one_hot
 
 from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint
 from fusion.encoding import encode_batches, load_tokenizer
-from fusion.layers import Batch, Layer, LayerStream, gated, normalised_top_k, state_store
+from fusion.layers import Batch, Layer, LayerStream, gated, joined, state_store
 from fusion.merge import checkpoint_dtype, record_gates, write_gates
 from fusion.recipe import Recipe
+from gate_training.compare import Gates, held_out_losses, mean_loss
 from gate_training.examples import RoutingExample, expert_labels, routing_examples, rules_agreement
-from gate_training.methods import cross_entropy, ridge
+from gate_training.labelling.likelihood import token_targets
+from gate_training.methods import Tokens, cross_entropy, regression, ridge
 
-METHODS = {"ridge": ridge.fit, "cross-entropy": cross_entropy.fit}
+METHODS = {
+    "ridge": ridge.fit,
+    "cross-entropy": cross_entropy.fit,
+    "likelihood": cross_entropy.fit,  # on the experts' own likelihoods in the place of labels
+    "regression": regression.fit,
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ class GateReport:
     held_out_tokens: int
     rules_agreement: dict[str, float]  # per domain, of held-out examples
     layers: list[LayerReport]
+    # nats per held-out answer token, {gates: {domain: loss}}, where methods were compared
+    compared: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -62,94 +73,113 @@ def train_gates(recipe: Recipe, folder: Path) -> GateReport:
     settings = recipe.gate_training
     train = routing_examples(recipe, "train", settings.rows)
     held_out = routing_examples(recipe, "held_out", settings.held_out_rows)
-    gates, report = fit_gates(recipe, folder, train, held_out)
+    if settings.method == "auto":
+        gates, report = _best(recipe, folder, train, held_out)
+    else:
+        gates, report = fit_gates(recipe, folder, train, held_out, settings.method)
     install_gates(folder, gates)
     record_gates(folder, report.method, report.labels, report.tokens)
     return report
 
 
-def fit_gates(
+def _best(
     recipe: Recipe, folder: Path, train: list[RoutingExample], held_out: list[RoutingExample]
-) -> tuple[dict[int, torch.Tensor], GateReport]:
+) -> tuple[Gates, GateReport]:
+    """The gates of the method with the least held-out answer loss, in the mean over domains; all losses reported."""
+    fitted = {name: fit_gates(recipe, folder, train, held_out, name) for name in METHODS}
+    compared = held_out_losses(recipe, folder, held_out, {name: gates for name, (gates, _) in fitted.items()})
+    best = min(METHODS, key=lambda name: mean_loss(compared[name]))
+    gates, report = fitted[best]
+    return gates, replace(report, compared=compared)
+
+
+def fit_gates(
+    recipe: Recipe, folder: Path, train: list[RoutingExample], held_out: list[RoutingExample], method: str
+) -> tuple[Gates, GateReport]:
     """The gates by layer, `(experts, hidden)` in the checkpoint's dtype, and the report on `held_out`."""
     settings, checkpoint = recipe.gate_training, Checkpoint(folder)
-    examples = [*train, *held_out]
-    domains = [example.domain for example in examples]
-    batches = encode_batches(
-        load_tokenizer(folder),
-        [example.example for example in examples],
-        expert_labels(recipe, examples),
-        settings.max_length,
-        settings.batch_tokens,
+    tokenizer, lengths = load_tokenizer(folder), (settings.max_length, settings.batch_tokens)
+    trained, measured = (
+        encode_batches(tokenizer, [row.example for row in rows], expert_labels(recipe, rows), *lengths)
+        for rows in (train, held_out)
     )
+    domains = [example.domain for example in (*train, *held_out)]
     dtype = getattr(torch, checkpoint_dtype(folder))
     experts, hidden = len(recipe.experts), checkpoint.config["hidden_size"]
-    stream = LayerStream(checkpoint, batches, description="gates")
-    inputs = _GateInputs(batches, len(train), hidden)
-    gates: dict[int, torch.Tensor] = {}
+    top_k = checkpoint.config["num_experts_per_tok"]
+    if method == "likelihood":
+        targets = token_targets(checkpoint, trained, experts, settings.window)
+    else:
+        targets = [one_hot(batch.token_labels(), experts).float() for batch in trained]
+    batches = joined([trained, measured])
+    stream = LayerStream(checkpoint, batches, description=f"gates by {method}")
+    inputs = _GateInputs(batches, targets, hidden, top_k if method == "regression" else None)
+    gates: Gates = {}
     reports = []
     for layer in stream:
         layer.attend()
         if layer.sparse:
             inputs.fill(layer)
-            gate = METHODS[settings.method](inputs, experts, hidden, settings)
+            gate = METHODS[method](inputs, experts, hidden, settings)
             gates[layer.index] = gate.to(dtype)  # tokens move on through what will be served, rounding included
-            reports.append(_measure(layer, gates[layer.index], batches, len(train), domains, recipe))
-        layer.mix(gated(gates, checkpoint.config["num_experts_per_tok"]))
-    counts = [0, 0]
-    for batch in batches:
-        for row, real in zip(batch.rows.tolist(), batch.real, strict=True):
-            counts[row >= len(train)] += int(real.sum())
+            reports.append(_measure(layer.index, gates[layer.index], inputs, batches[len(trained) :], domains, recipe))
+        layer.mix(gated(gates, top_k), inputs.of if layer.sparse else None)
+    counts = [sum(int(batch.real.sum()) for batch in part) for part in (trained, measured)]
     agreement = rules_agreement(recipe, held_out)
-    return gates, GateReport(settings.method, settings.labels, counts[0], counts[1], agreement, reports)
+    return gates, GateReport(method, settings.labels, counts[0], counts[1], agreement, reports)
 
 
-def install_gates(folder: Path, gates: dict[int, torch.Tensor]) -> None:
+def install_gates(folder: Path, gates: Gates) -> None:
     """Replaces the checkpoint's gate shard; a reader sees the old gates or the new ones, never half of either."""
     dtype = getattr(torch, checkpoint_dtype(folder))
     write_gates(folder, {gate_tensor(layer): gate for layer, gate in gates.items()}, dtype)
 
 
 class _GateInputs:
-    """The training tokens' gate inputs at one layer, kept because a fit passes over them many times."""
+    """All tokens' gate inputs at one layer, kept because a fit passes over them many times."""
 
-    def __init__(self, batches: list[Batch], trained: int, hidden: int):
-        chosen = [batch for batch in batches if bool((batch.rows < trained).any())]
-        kept = [(batch.rows < trained)[:, None].expand_as(batch.ids)[batch.real] for batch in chosen]  # (tokens,) each
-        labels = [batch.token_labels()[tokens] for batch, tokens in zip(chosen, kept, strict=True)]
-        counts = [len(part) for part in labels]
-        self._parts = list(zip(chosen, kept, state_store(sum(counts), hidden).split(counts), labels, strict=True))
+    def __init__(self, batches: list[Batch], targets: list[torch.Tensor], hidden: int, top_k: int | None):
+        """The first batches are trained on `targets`, `(tokens, experts)` each; with `top_k` their costs are kept."""
+        counts = [int(batch.real.sum()) for batch in batches]
+        parts = state_store(sum(counts), hidden).split(counts)
+        self._batches, self._targets, self._top_k = batches, targets, top_k
+        self._inputs = {batch.start: part for batch, part in zip(batches, parts, strict=True)}
+        self._costs: list[torch.Tensor | None] = [None] * len(targets)
 
     def fill(self, layer: Layer) -> None:
-        """Takes the inputs of `layer`, after its attention."""
-        for batch, kept, inputs, _ in self._parts:
-            inputs.copy_(layer.gate_input(batch)[kept])
+        """Takes the inputs of `layer`, after its attention, and what each expert makes of them where that counts."""
+        for batch in self._batches:
+            self.of(batch).copy_(layer.gate_input(batch))
+        if self._top_k is not None:
+            for i, targets in enumerate(self._targets):
+                outputs = layer.every_expert(self.of(self._batches[i]).to(layer.device))
+                self._costs[i] = regression.costs(outputs.cpu(), targets, self._top_k)
 
-    def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """One pass: (gate inputs (tokens, hidden), expert labels (tokens,)) batch by batch."""
-        for _, _, inputs, labels in self._parts:
-            yield inputs, labels
+    def of(self, batch: Batch) -> torch.Tensor:
+        """The gate inputs of a batch, `(tokens, hidden)`."""
+        return self._inputs[batch.start]
+
+    def __call__(self) -> Iterator[Tokens]:
+        """One pass over the tokens to be trained on, batch by batch."""
+        for batch, targets, costs in zip(self._batches, self._targets, self._costs, strict=False):
+            yield Tokens(self.of(batch), targets, costs)
 
 
 def _measure(
-    layer: Layer, gate: torch.Tensor, batches: list[Batch], trained: int, domains: list[str], recipe: Recipe
+    layer: int, gate: torch.Tensor, inputs: _GateInputs, batches: list[Batch], domains: list[str], recipe: Recipe
 ) -> LayerReport:
     """Held-out routing of one layer, by first choice."""
     names = sorted(set(domains), key=list(recipe.domains).index)
     right = {name: [0, 0, 0, 0] for name in names}  # tokens, right, answer tokens, right
     chosen_by_expert = torch.zeros(len(recipe.experts))
     for batch in batches:
-        held_out = batch.rows >= trained
-        if not held_out.any():
-            continue
-        first = normalised_top_k(layer.gate_input(batch).cpu() @ gate.float().T, 1).experts[:, 0]  # (tokens,)
+        first = (inputs.of(batch) @ gate.float().T).argmax(dim=1)  # (tokens,)
         hit = torch.zeros(batch.ids.shape, dtype=torch.bool)
         hit[batch.real] = first == batch.token_labels()
-        used = held_out[:, None].expand_as(batch.ids)[batch.real]
-        chosen_by_expert += torch.bincount(first[used], minlength=len(recipe.experts))
+        chosen_by_expert += torch.bincount(first, minlength=len(recipe.experts))
         answer = batch.answer & batch.real
-        for line in held_out.nonzero().flatten().tolist():
-            counts = right[domains[int(batch.rows[line])]]
+        for line, row in enumerate(batch.rows.tolist()):
+            counts = right[domains[row]]
             counts[0] += int(batch.real[line].sum())
             counts[1] += int(hit[line].sum())
             counts[2] += int(answer[line].sum())
@@ -157,7 +187,7 @@ def _measure(
     total = [sum(counts[i] for counts in right.values()) for i in range(4)]
     shares = chosen_by_expert / chosen_by_expert.sum().clamp_min(1)
     return LayerReport(
-        layer=layer.index,
+        layer=layer,
         accuracy=total[1] / max(total[0], 1),
         answer_accuracy=total[3] / max(total[2], 1),
         accuracy_by_domain={name: c[1] / max(c[0], 1) for name, c in right.items()},

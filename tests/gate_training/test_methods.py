@@ -1,4 +1,4 @@
-"""Ridge against the direct solution, cross-entropy against ridge, both on awkward data."""
+"""Ridge against the direct solution, cross-entropy against ridge, regression against its costs, all on awkward data."""
 
 from collections.abc import Iterator
 
@@ -7,18 +7,20 @@ import torch
 import torch.nn.functional as F
 
 from fusion.recipe import GateTraining
-from gate_training.methods import TokenPass, cross_entropy, ridge
+from gate_training.methods import TokenPass, Tokens, cross_entropy, regression, ridge
 from gate_training.methods.ridge import TEMPERATURES, best_temperature
 
 HIDDEN, EXPERTS = 12, 3
-METHODS = {"ridge": ridge.fit, "cross-entropy": cross_entropy.fit}
+METHODS = {"ridge": ridge.fit, "cross-entropy": cross_entropy.fit, "regression": regression.fit}
 
 
 def passes(x: torch.Tensor, labels: torch.Tensor, parts: int = 1) -> TokenPass:
-    """The tokens in `parts` batches, afresh on every call."""
+    """The tokens in `parts` batches, afresh on every call; any expert but the label's costs 1."""
+    targets = F.one_hot(labels, EXPERTS).float()
 
-    def tokens() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        yield from zip(x.chunk(parts), labels.chunk(parts), strict=True)
+    def tokens() -> Iterator[Tokens]:
+        for inputs, wanted in zip(x.chunk(parts), targets.chunk(parts), strict=True):
+            yield Tokens(inputs, wanted, 1 - wanted)
 
     return tokens
 
@@ -69,8 +71,8 @@ def test_statistics_in_parts_are_those_of_one_pass(method: str) -> None:
 def test_cross_entropy_fits_better_than_ridge(noise: float) -> None:
     x, labels = toy(noise)
     settings = GateTraining()
-    fitted = {name: loss(fit(passes(x, labels), EXPERTS, HIDDEN, settings), x, labels) for name, fit in METHODS.items()}
-    assert fitted["cross-entropy"] < fitted["ridge"]
+    fitted = [loss(m.fit(passes(x, labels), EXPERTS, HIDDEN, settings), x, labels) for m in (cross_entropy, ridge)]
+    assert fitted[0] < fitted[1]
 
 
 def test_cross_entropy_ends_at_the_optimum() -> None:
@@ -129,3 +131,48 @@ def test_fewer_tokens_than_features(method: str) -> None:
     gate = METHODS[method](passes(x, labels), EXPERTS, HIDDEN, GateTraining())
     assert gate.isfinite().all()
     assert ((x @ gate.T).argmax(dim=1) == labels).all()
+
+
+def test_soft_labels_are_shares_not_choices() -> None:
+    x, _ = toy()
+    wanted = torch.softmax(x[:, :EXPERTS] / x[:, :EXPERTS].std(dim=0), dim=1)  # a gate that exists
+    gate = cross_entropy.fit(lambda: iter([Tokens(x, wanted)]), EXPERTS, HIDDEN, GateTraining(ridge=1e-6))
+    assert (torch.softmax(x @ gate.T, dim=1) - wanted).abs().max() < 0.02
+
+
+def outputs(count: int = 40, width: int = 7) -> torch.Tensor:
+    return torch.randn(EXPERTS, count, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_costs_are_those_of_the_outputs() -> None:
+    made = outputs()
+    labels = torch.arange(made.shape[1]) % EXPERTS
+    targets = F.one_hot(labels, EXPERTS).float()
+    wanted = made[labels, torch.arange(len(labels))]  # (tokens, width)
+    single = regression.costs(made, targets, top_k=1)
+    for expert in range(EXPERTS):
+        direct = (made[expert] - wanted).square().sum(dim=1) / wanted.square().sum(dim=1)
+        assert torch.allclose(single[:, expert], direct, atol=1e-5)
+    scores = torch.randn(len(labels), EXPERTS)
+    weights = torch.softmax(scores, dim=1)
+    mixture = torch.einsum("te,eth->th", weights, made)
+    direct = (mixture - wanted).square().sum(dim=1) / wanted.square().sum(dim=1)
+    part = Tokens(torch.zeros(len(labels), 1), targets, regression.costs(made, targets, top_k=2))
+    assert torch.allclose(regression.output_loss(scores, part), direct, atol=1e-4)
+    expected = (weights * single).sum(dim=1)
+    assert torch.allclose(regression.output_loss(scores, Tokens(part.inputs, targets, single)), expected)
+
+
+def test_regression_does_not_mind_experts_that_agree() -> None:
+    """Experts 0 and 1 are the same where their labels cannot be told apart; expert 2's tokens are worth more."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(900, HIDDEN, generator=generator)
+    labels = torch.where(x[:, 0] + 0.8 * torch.randn(900, generator=generator) > 1, 2, torch.arange(900) % 2)
+    targets = F.one_hot(labels, EXPERTS).float()
+    costs = torch.tensor([[0.0, 0.0, 0.2], [0.0, 0.0, 0.2], [3.0, 3.0, 0.0]])[labels]
+    gates = {
+        m: m.fit(lambda: iter([Tokens(x, targets, costs)]), EXPERTS, HIDDEN, GateTraining())
+        for m in (cross_entropy, regression)
+    }
+    paid = {m: float(costs.gather(1, (x @ g.T).argmax(dim=1, keepdim=True)).mean()) for m, g in gates.items()}
+    assert paid[regression] < 0.8 * paid[cross_entropy]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,13 @@ from fusion.layers import checkpoint_gates
 from fusion.merge import GATES_FILE, merge
 from fusion.recipe import Recipe
 from gate_training import trainer
+from gate_training.compare import LABELLED, held_out_losses, mean_loss
 from gate_training.examples import expert_labels, routing_examples
-from gate_training.methods import TokenPass, ridge
-from gate_training.trainer import fit_gates, install_gates, train_gates
+from gate_training.labelling.likelihood import token_targets
+from gate_training.methods import TokenPass, Tokens, ridge
+from gate_training.methods.regression import costs
+from gate_training.report import markdown
+from gate_training.trainer import METHODS, fit_gates, install_gates, train_gates
 from tests.recipes import make_recipe
 
 SETTINGS = {"rows": 4, "held_out_rows": 3, "batch_tokens": 128}
@@ -85,25 +90,25 @@ def test_gates_are_fitted_on_what_transformers_will_feed_them(
     fitted_on: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def watched(tokens: TokenPass, *rest: object) -> torch.Tensor:
-        batches = list(tokens())
-        fitted_on.append((torch.cat([x for x, _ in batches]), torch.cat([labels for _, labels in batches])))
+        parts = list(tokens())
+        fitted_on.append((torch.cat([p.inputs for p in parts]), torch.cat([p.targets.argmax(1) for p in parts])))
         return ridge.fit(tokens, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setitem(trainer.METHODS, "cross-entropy", watched)
     train, held_out = routing_examples(recipe, "train", 4), routing_examples(recipe, "held_out", 3)
-    gates, _ = fit_gates(recipe, folder, train, held_out)
+    gates, _ = fit_gates(recipe, folder, train, held_out, "cross-entropy")
     install_gates(folder, gates)  # earlier layers now route by their trained gates, as when served
 
     layers = moe_layers or [0, 1, 2]
     assert list(gates) == layers
     tokenizer = load_tokenizer(folder)
-    examples = [example.example for example in [*train, *held_out]]
+    examples = [example.example for example in train]
     rows = [encode(tokenizer, example).ids for example in examples]
     expected = gate_inputs(folder, rows)
-    labels = expert_labels(recipe, [*train, *held_out])
+    labels = expert_labels(recipe, train)
     batches = encode_batches(tokenizer, examples, labels, batch_tokens=SETTINGS["batch_tokens"])
     assert len(batches) > 3
-    order = [row for batch in batches for row in batch.rows.tolist() if row < len(train)]
+    order = [row for batch in batches for row in batch.rows.tolist()]
     for layer, (x, y) in zip(layers, fitted_on, strict=True):
         assert torch.allclose(x, torch.cat([expected[row][layer] for row in order]), atol=1e-4)
         assert y.tolist() == [labels[row] for row in order for _ in rows[row]]
@@ -148,7 +153,7 @@ def test_trained_gates_tell_the_domains_apart(recipe: Recipe, folder: Path) -> N
     assert all(row.answer_accuracy > 0.9 for row in report.layers)
 
 
-@pytest.mark.parametrize("method", ["ridge", "cross-entropy"])
+@pytest.mark.parametrize("method", METHODS)
 def test_training_twice_gives_the_same_bytes(recipe: Recipe, folder: Path, method: str) -> None:
     chosen = recipe.gate_training.model_copy(update={"method": method})
     recipe = recipe.model_copy(update={"gate_training": chosen})
@@ -243,3 +248,93 @@ def test_a_failing_training_leaves_the_gates_and_no_record(
 def test_gates_before_the_merge_are_a_user_error(recipe: Recipe) -> None:
     with pytest.raises(UserError, match="run `qwen-fusion merge`"):
         road.train_gates(recipe)
+
+
+def with_settings(recipe: Recipe, **changes: object) -> Recipe:
+    return recipe.model_copy(update={"gate_training": recipe.gate_training.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_regression_is_fitted_on_what_the_experts_make_of_the_tokens(
+    tmp_path: Path,
+    anchor: Path,
+    anchored_experts: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    top_k: int,
+) -> None:
+    recipe = make_recipe(tmp_path, anchor, anchored_experts, gate_training=SETTINGS, routing={"top_k": top_k})
+    folder = merge(recipe)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    seen: list[Tokens] = []
+
+    def watched(tokens: TokenPass, *rest: object) -> torch.Tensor:
+        part = next(tokens())
+        seen.append(replace(part, inputs=part.inputs.clone()))  # the next layer's take its place
+        return ridge.fit(tokens, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(METHODS, "regression", watched)
+    fit_gates(recipe, folder, *(routing_examples(recipe, split, 3) for split in ("train", "held_out")), "regression")
+    for layer, part in zip(model.model.layers, seen, strict=True):
+        with torch.no_grad():
+            made = [_expert(layer.mlp.experts, e, part.inputs) for e in range(3)]
+        assert torch.allclose(part.costs, costs(torch.stack(made), part.targets, top_k), atol=1e-4)
+
+
+def _expert(experts: torch.nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
+    """One expert of transformers' fused weights on `x` `(tokens, hidden)`."""
+    gate, up = (experts.gate_up_proj[number] @ x.T).chunk(2)
+    return (experts.down_proj[number] @ (torch.nn.functional.silu(gate) * up)).T
+
+
+def test_auto_takes_the_method_with_the_least_held_out_loss(recipe: Recipe, folder: Path) -> None:
+    report = train_gates(with_settings(recipe, method="auto"), folder)
+    means = {name: mean_loss(losses) for name, losses in report.compared.items()}
+    assert set(means) == {*METHODS, LABELLED}
+    assert report.method == min(METHODS, key=lambda name: means[name])
+    installed = checkpoint_gates(Checkpoint(folder))
+    held_out = routing_examples(recipe, "held_out", SETTINGS["held_out_rows"])
+    again = held_out_losses(recipe, folder, held_out, {"installed": installed})
+    assert again["installed"] == pytest.approx(report.compared[report.method], rel=1e-5)
+    assert "| labelled |" in markdown(report)
+
+
+def test_compared_losses_are_transformers_own(recipe: Recipe, folder: Path) -> None:
+    held_out = routing_examples(recipe, "held_out", 3)
+    found = held_out_losses(recipe, folder, held_out, {"random": checkpoint_gates(Checkpoint(folder))})["random"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(folder)
+    for domain in found:
+        nats = tokens = 0.0
+        for example in (row.example for row in held_out if row.domain == domain):
+            row = encode(tokenizer, example)
+            with torch.no_grad():
+                logits = model(torch.tensor([row.ids])).logits[0, row.answer_start - 1 : -1]
+            nats += float(torch.nn.functional.cross_entropy(logits, torch.tensor(row.ids[row.answer_start :]))) * len(
+                logits
+            )
+            tokens += len(logits)
+        assert found[domain] == pytest.approx(nats / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_likelihood_labels_are_the_experts_own(
+    recipe: Recipe, folder: Path, anchored_experts: dict[str, Path], window: int
+) -> None:
+    tokenizer = load_tokenizer(folder)
+    examples = [row.example for row in routing_examples(recipe, "train", 2)]
+    batches = encode_batches(tokenizer, examples, batch_tokens=128)
+    targets = token_targets(Checkpoint(folder), batches, 3, window)
+    models = [AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval() for p in anchored_experts.values()]
+    for batch, found in zip(batches, targets, strict=True):
+        assert torch.allclose(found.sum(dim=1), torch.ones(len(found)))
+        done = 0
+        for row in batch.rows.tolist():
+            ids = torch.tensor([encode(tokenizer, examples[row]).ids])
+            scores = torch.zeros(ids.shape[1], 3)
+            for number, model in enumerate(models):
+                with torch.no_grad():
+                    logs = model(ids).logits[0, :-1].log_softmax(dim=1)
+                scores[:-1, number] = logs.gather(1, ids[0, 1:, None])[:, 0]
+            summed = torch.stack([scores[max(0, t - window) : t + window + 1].sum(dim=0) for t in range(ids.shape[1])])
+            assert torch.allclose(found[done : done + ids.shape[1]], torch.softmax(summed, dim=1), atol=1e-4)
+            done += ids.shape[1]

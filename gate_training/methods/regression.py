@@ -1,0 +1,42 @@
+"""Output regression: the weights whose experts' output comes closest to the labelled expert's output.
+
+Where experts agree on a token, sending it to another one costs nothing, so the gate spends itself on the tokens where
+they differ. At top-1 an expert costs ‖E_e(x) - E_label(x)‖², and the gate's softmax is charged its expectation
+(cost-sensitive classification); with more experts a token the mixture costs ‖Σ w_e E_e(x) - E_label(x)‖². Both are
+relative to ‖E_label(x)‖², token by token. Starts from the cross-entropy gate, as the problem is not convex.
+"""
+
+import torch
+
+from fusion.recipe import GateTraining
+from gate_training.methods import TokenPass, Tokens, cross_entropy, ridge
+from gate_training.methods.solver import minimise
+
+
+def costs(outputs: torch.Tensor, targets: torch.Tensor, top_k: int) -> torch.Tensor:
+    """What the experts' `outputs` `(experts, tokens, hidden)` cost against labels `targets` `(tokens, experts)`.
+
+    `(tokens, experts)` at top-1, otherwise the quadratic form `(tokens, experts, experts)` of a mixture's weights.
+    """
+    wanted = torch.einsum("te,eth->th", targets, outputs)  # (tokens, hidden)
+    size = wanted.norm(dim=1, keepdim=True).clamp_min(1e-12)  # (tokens, 1)
+    off = (outputs - wanted) / size  # (experts, tokens, hidden)
+    if top_k == 1:
+        return off.square().sum(dim=2).T.contiguous()
+    return torch.einsum("ath,bth->tab", off, off)
+
+
+def output_loss(scores: torch.Tensor, part: Tokens) -> torch.Tensor:
+    """What the softmax of `scores` `(tokens, experts)` costs, `(tokens,)`."""
+    assert part.costs is not None
+    weights = torch.softmax(scores, dim=1)
+    if part.costs.ndim == 2:
+        return (weights * part.costs).sum(dim=1)
+    return torch.einsum("ta,tab,tb->t", weights, part.costs, weights)
+
+
+def fit(tokens: TokenPass, experts: int, hidden: int, settings: GateTraining) -> torch.Tensor:
+    """The gate `(experts, hidden)` in float32 after at most `settings.iterations` L-BFGS steps."""
+    start = cross_entropy.fit(tokens, experts, hidden, settings)
+    sums = ridge.statistics(tokens, experts, hidden)
+    return minimise(tokens, start, sums.gram, sums.count, output_loss, settings.ridge, settings.iterations)
