@@ -348,6 +348,7 @@ def _manifest(recipe: Recipe, experts: list[ModelSource], differing: dict[str, i
                 "purpose": expert.purpose,
                 "model": expert.model or recipe.anchor.model or "branched from the recipe's own anchor",
                 "branched": expert.branch is not None,
+                "distilled": expert.anchor is not None,
                 "adapter": source.adapter is not None,
                 "license": expert.license,
                 "anchored": differing[expert.name] == 0,

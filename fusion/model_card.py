@@ -25,7 +25,8 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
     for row in manifest["experts"]:
         shard = next((h for f, h in manifest["sha256"].items() if f.startswith(f"expert-{row['name']}.")), "")
         drift = "the anchor's" if row["anchored"] else f"{row['shared_tensors_differing']} tensors differ (drifted)"
-        origin = f"{row['model']}{', branched' if row['branched'] else ''}"
+        made = "".join(f", {how}" for how in ("branched", "distilled") if row.get(how))
+        origin = f"{row['model']}{made}"
         adapter = "LoRA" if row["adapter"] else ""
         cells = (row["name"], row["domain"], origin, adapter, row["license"] or "not stated", drift, f"`{shard[:16]}`")
         lines.append("| " + " | ".join(cells) + " |")
@@ -33,8 +34,11 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
     for name, domain in recipe.domains.items():
         expert = recipe.experts[recipe.expert_of(name)]
         what = f"{name} ({domain.description})" if domain.description else name
-        branched = f", branched on {_data(expert.branch.data)}" if expert.branch and expert.domain == name else ""
-        lines.append(f"- {what}: {expert.name}{branched}")
+        learnt = ""
+        if expert.domain == name:
+            for how, section in (("branched", expert.branch), ("led back to the anchor", expert.anchor)):
+                learnt += f", {how} on {_data(section.data)}" if section else ""
+        lines.append(f"- {what}: {expert.name}{learnt}")
     versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
     lines += [
         "",
