@@ -13,7 +13,4 @@ from gate_training.methods.solver import label_loss, minimise
 
 def fit(tokens: TokenPass, experts: int, hidden: int, settings: GateTraining) -> torch.Tensor:
     """The gate `(experts, hidden)` in float32 after at most `settings.iterations` L-BFGS steps."""
-    sums = ridge.statistics(tokens, experts, hidden)
-    start = ridge.solve(sums, settings.ridge)
-    start = start * ridge.best_temperature(tokens, start)
-    return minimise(tokens, start, sums.gram, sums.count, label_loss, settings.ridge, settings.iterations)
+    return minimise(tokens, ridge.fit(tokens, experts, hidden, settings), label_loss, settings)

@@ -9,7 +9,7 @@ relative to ‖E_label(x)‖², token by token. Starts from the cross-entropy ga
 import torch
 
 from fusion.recipe import GateTraining
-from gate_training.methods import TokenPass, Tokens, cross_entropy, ridge
+from gate_training.methods import TokenPass, Tokens, cross_entropy
 from gate_training.methods.solver import minimise
 
 
@@ -37,6 +37,4 @@ def output_loss(scores: torch.Tensor, part: Tokens) -> torch.Tensor:
 
 def fit(tokens: TokenPass, experts: int, hidden: int, settings: GateTraining) -> torch.Tensor:
     """The gate `(experts, hidden)` in float32 after at most `settings.iterations` L-BFGS steps."""
-    start = cross_entropy.fit(tokens, experts, hidden, settings)
-    sums = ridge.statistics(tokens, experts, hidden)
-    return minimise(tokens, start, sums.gram, sums.count, output_loss, settings.ridge, settings.iterations)
+    return minimise(tokens, cross_entropy.fit(tokens, experts, hidden, settings), output_loss, settings)
