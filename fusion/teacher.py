@@ -59,7 +59,8 @@ def _columns(rows: Sequence[dict[str, Any]], teacher: Teacher, batch_rows: int) 
     ids: list[torch.Tensor] = []
     logs: list[torch.Tensor] = []
     for start in track(range(0, len(rows), batch_rows), f"answers as {teacher.source.name} sees them", unit="batches"):
-        logits, _ = answer_logits(model, _padded(rows[start : start + batch_rows]))
+        batch = {name: part.to(model.device) for name, part in _padded(rows[start : start + batch_rows]).items()}
+        logits, _ = answer_logits(model, batch)
         top = torch.log_softmax(logits[:, : teacher.vocabulary], dim=1).topk(k, dim=1)  # padding cut off
         ids.append(top.indices.int().cpu())
         logs.append(top.values.half().cpu())
