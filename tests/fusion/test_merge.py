@@ -180,7 +180,7 @@ def test_layers_that_are_left_out_keep_the_anchors_mlp(
     assert all(model.get_parameter(name).numel() == 0 for name in info["missing_keys"])
 
 
-@pytest.mark.parametrize("layers", [[], [3], [-1, 0]])
+@pytest.mark.parametrize("layers", [[3], [0, 7]])
 def test_layers_that_the_anchor_lacks_are_refused(tmp_path: Path, anchor: Path, layers: list[int]) -> None:
     recipe = make_recipe(tmp_path, anchor, {"general": anchor, "math": anchor}, routing={"moe_layers": layers})
     for step in (road.plan, road.merge, merge):

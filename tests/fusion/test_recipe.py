@@ -134,6 +134,10 @@ WRONG = {
         [("  top_k: 1", "  top_k: 1\n  shared_expert: maths  # here")],
         "'maths' is neither 'anchor' nor an expert",
     ),
+    "no layer at all": (
+        [("  top_k: 1", "  top_k: 1\n  moe_layers: []  # here")],
+        "routing.moe_layers: ",
+    ),
     "a layer before the first": (
         [("  top_k: 1", "  top_k: 1\n  moe_layers: [-1]  # here")],
         "routing.moe_layers.0: ",
