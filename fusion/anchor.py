@@ -24,7 +24,7 @@ from fusion.data import ChatExample
 from fusion.errors import UserError
 from fusion.merge import Reader
 from fusion.progress import console
-from fusion.recipe import AnchoringSettings, BranchSettings
+from fusion.recipe import AnchoringSettings, BranchSettings, TrainingSettings
 from fusion.sources import ModelSource, load_model
 from fusion.teacher import Teacher
 
@@ -70,10 +70,9 @@ def anchor_expert(
     An interrupted call goes on when it is made again. Raises UserError where the result scores no better than the
     anchor, or the teacher's vocabulary is another.
     """
-    as_branch = BranchSettings(
-        **settings.model_dump(include=set(BranchSettings.model_fields) & set(AnchoringSettings.model_fields)),
-        trainable="mlp",
-    ).model_copy(update={"allow_no_gain": True})  # against the start; against the anchor it is checked here
+    training = settings.model_dump(include=set(TrainingSettings.model_fields))
+    # the gain over the start may be none: the one over the anchor is checked here
+    as_branch = BranchSettings(**{**training, "trainable": "mlp", "allow_no_gain": True})
     partial = out.with_name(f".{out.name}.anchor")
     prepared = _prepared(anchor, expert, partial, held_out, settings, as_branch, layers)
     before = prepared["before"]

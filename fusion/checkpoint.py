@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +140,10 @@ def resolve_model(model: str, allow_download: bool = True) -> Path:
         raise UserError(f"model '{model}' is neither a folder nor a hub id: correct its path in the recipe")
     from huggingface_hub import snapshot_download
 
-    try:
+    with suppress(Exception):  # not in the cache, in whichever way the hub library says it
         cached = Path(snapshot_download(model, allow_patterns=HUB_FILES, local_files_only=True))
         if _has_weights(cached):  # `plan` and tokenizers leave snapshots without them
             return cached
-    except Exception:  # not in the cache, in whichever way the hub library says it
-        cached = None
     if not allow_download:
         raise UserError(f"model '{model}' is not on this machine: download it first, or name a folder")
     from fusion import registry_weights

@@ -64,6 +64,7 @@ class Choice:
     weights: torch.Tensor
 
 
+Gates = dict[int, torch.Tensor]  # {layer: (experts, hidden)}
 Route = Callable[[int, torch.Tensor, Batch], Choice]  # (layer, gate input (tokens, hidden), batch) -> Choice
 
 
@@ -129,8 +130,8 @@ def forced(expert: int | None = None) -> Route:
     return route
 
 
-def gated(gates: dict[int, torch.Tensor], top_k: int) -> Route:
-    """Each token to the top-k experts of `gates`, {layer: `(experts, hidden)`}."""
+def gated(gates: Gates, top_k: int) -> Route:
+    """Each token to the top-k experts of `gates`."""
 
     def route(layer: int, x: torch.Tensor, batch: Batch) -> Choice:
         return normalised_top_k(x.float() @ gates[layer].to(x.device).float().T, top_k)
@@ -138,8 +139,8 @@ def gated(gates: dict[int, torch.Tensor], top_k: int) -> Route:
     return route
 
 
-def checkpoint_gates(checkpoint: Checkpoint) -> dict[int, torch.Tensor]:
-    """The gates of a fused checkpoint by layer, `(experts, hidden)` each."""
+def checkpoint_gates(checkpoint: Checkpoint) -> Gates:
+    """The gates of a fused checkpoint."""
     layers = range(checkpoint.config["num_hidden_layers"])
     return {i: checkpoint.tensor(gate_tensor(i)) for i in layers if gate_tensor(i) in checkpoint}
 

@@ -274,7 +274,7 @@ def mergekit_config(
 
     def named(source: ModelSource) -> str:
         """The model's hub id where the recipe names one, otherwise its folder; an adapter follows after a plus."""
-        paths = [str(path) for path in (source.folder, source.adapter) if path]
+        paths = map(str, source.paths)
         return "+".join(ids.get(path, path) for path in paths)
 
     def reference(source: ModelSource) -> ModelReference:

@@ -53,7 +53,7 @@ def pack(rows: Sequence[dict[str, Any]], max_length: int, pad: int) -> dict[str,
         "position_ids": laid_out([[p for row in bin_ for p in range(len(row["input_ids"]))] for bin_ in bins], 0),
     }
     for column in TEACHER_COLUMNS:
-        if rows and column in rows[0]:
+        if column in rows[0]:
             packed[column] = torch.cat([row[column] for bin_ in bins for row in bin_])
     return packed
 

@@ -90,19 +90,17 @@ def _pretrain(recipe: Recipe) -> None:
 def _branch_step(recipe: Recipe, expert: Expert) -> Step:
     settings = expert.branch
     assert settings is not None
-    source, general = _branch_data(recipe, expert)
+    source = _held_out(recipe, expert, settings)
+    general = recipe.domains[general_domain(recipe.domains)].train if settings.general_share else None
     inputs = [anchor_source(recipe).folder, *_data_files(settings.data, source, general)]
     parts = [settings, source, general, recipe.routing.moe_layers]
     outputs = [trained_expert(recipe, expert)]
     return Step(f"branch {expert.name}", parts, inputs, outputs, partial(_branch_expert, recipe, expert))
 
 
-def _branch_data(recipe: Recipe, expert: Expert) -> tuple[DataSource, DataSource | None]:
-    """Where an expert's held-out rows come from, and the general rows that are mixed into its own."""
-    settings = expert.branch
-    assert settings is not None
-    general = recipe.domains[general_domain(recipe.domains)].train if settings.general_share else None
-    return settings.held_out or recipe.domains[expert.domain].held_out, general
+def _held_out(recipe: Recipe, expert: Expert, settings: TrainingSettings) -> DataSource:
+    """Where the rows that judge an expert's training come from."""
+    return settings.held_out or recipe.domains[expert.domain].held_out
 
 
 def _branch_expert(recipe: Recipe, expert: Expert) -> str:
@@ -110,8 +108,7 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
 
     settings, anchor, out = expert.branch, anchor_source(recipe), trained_expert(recipe, expert)
     assert settings is not None
-    source, _ = _branch_data(recipe, expert)
-    rows, held_out = _rows(expert, settings, source)
+    rows, held_out = _rows(recipe, expert, settings)
     mixed = general_rows(recipe, settings)
     result = train_expert(anchor.folder, out, rows, held_out, settings, _trained_layers(recipe), mixed)
     return (
@@ -120,13 +117,12 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
     )
 
 
-def _rows(
-    expert: Expert, settings: TrainingSettings, held_out_source: DataSource
-) -> tuple[list[ChatExample], list[ChatExample]]:
+def _rows(recipe: Recipe, expert: Expert, settings: TrainingSettings) -> tuple[list[ChatExample], list[ChatExample]]:
     """An expert's training rows and its held-out ones. Raises UserError where a prompt is in both."""
     rows = load_examples(settings.data, expert.domain, settings.rows, settings.seed)
     count = max(settings.held_out_rows, settings.score_rows)
-    held_out = load_examples(held_out_source, expert.domain, count, settings.seed + 1)  # evaluate draws with another
+    source = _held_out(recipe, expert, settings)
+    held_out = load_examples(source, expert.domain, count, settings.seed + 1)  # evaluate draws with another seed
     for row in filter(trained_on(rows), held_out):
         raise UserError(
             f"expert '{expert.name}': the held-out prompt {row.question[:60]!r} is also in its training data: "
@@ -156,10 +152,9 @@ def anchor(recipe: Recipe, only: str | None = None, force: bool = False) -> None
 def _anchor_step(recipe: Recipe, expert: Expert) -> Step:
     settings = expert.anchor
     assert settings is not None
-    source = settings.held_out or recipe.domains[expert.domain].held_out
+    source = _held_out(recipe, expert, settings)
     models = [anchor_source(recipe), original_source(recipe, expert), _teacher(recipe, expert)]
-    inputs = [path for model in models for path in (model.folder, model.adapter) if path]
-    inputs += _data_files(settings.data, source)
+    inputs = [*(path for model in models for path in model.paths), *_data_files(settings.data, source)]
     parts = [settings, source, recipe.routing.moe_layers]
     out = anchored_expert(recipe, expert)
     return Step(f"anchor {expert.name}", parts, inputs, [out], partial(_anchor_expert, recipe, expert))
@@ -178,7 +173,7 @@ def _anchor_expert(recipe: Recipe, expert: Expert) -> str:
 
     settings = expert.anchor
     assert settings is not None
-    rows, held_out = _rows(expert, settings, settings.held_out or recipe.domains[expert.domain].held_out)
+    rows, held_out = _rows(recipe, expert, settings)
     result = anchor_expert(
         anchor_source(recipe),
         original_source(recipe, expert),
@@ -234,7 +229,7 @@ def merge(recipe: Recipe, force: bool = False) -> None:
     out = recipe.fused
     sources = [anchor_source(recipe), *expert_sources(recipe), shared_expert_source(recipe)]
     raise_on_error(check(recipe, trained=True))  # once more, now that every model is here
-    folders = [path for source in sources if source for path in (source.folder, source.adapter) if path]
+    folders = [path for source in sources if source for path in source.paths]
 
     def action() -> None:
         from fusion.merge import merge as merge_models
@@ -296,7 +291,7 @@ def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
 
     data = _data_files(*recipe.evaluation.extra.values(), *(domain.held_out for domain in recipe.domains.values()))
     sources = [anchor_source(recipe), *(original_source(recipe, expert) for expert in recipe.experts)]
-    experts = [path for source in sources for path in (source.folder, source.adapter) if path]
+    experts = [path for source in sources for path in source.paths]
     parts = [recipe.evaluation, recipe.domains, recipe.gate_training]
     inputs = [*_checkpoint_files(folder), *experts, *data]
     outputs = [path, *(recipe.folder / name for name in ("evaluation.md", "routing.png"))]

@@ -20,6 +20,11 @@ class ModelSource:
     folder: Path
     adapter: Path | None = None
 
+    @property
+    def paths(self) -> list[Path]:
+        """All that the source is read from."""
+        return [self.folder, self.adapter] if self.adapter else [self.folder]
+
 
 def trained_anchor(recipe: Recipe) -> Path:
     """The folder of an anchor that the recipe trains itself."""
@@ -101,13 +106,13 @@ def shared_expert_source(recipe: Recipe) -> ModelSource | None:
     return ModelSource("shared", resolve_model(name))
 
 
-def load_model(source: ModelSource, attention: str = "auto", dtype: torch.dtype | None = None) -> Any:
-    """The whole model for inference in `dtype` (None: what is fast here), its adapter merged in."""
+def load_model(source: ModelSource, attention: str = "auto") -> Any:
+    """The whole model for inference in the dtype that is fast here, its adapter merged in."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         source.folder,
-        dtype=dtype or compute_dtype(),
+        dtype=compute_dtype(),
         attn_implementation=attention_implementation(attention),
         device_map="auto" if torch.cuda.is_available() else None,
         use_safetensors=True,

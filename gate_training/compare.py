@@ -5,15 +5,12 @@
 
 from pathlib import Path
 
-import torch
-
 from fusion.checkpoint import Checkpoint
 from fusion.encoding import encode_batches, load_tokenizer
-from fusion.layers import LayerStream, Route, forced, gated
+from fusion.layers import Gates, LayerStream, Route, forced, gated
 from fusion.recipe import Recipe
 from gate_training.examples import RoutingExample, expert_labels
 
-Gates = dict[int, torch.Tensor]  # {layer: (experts, hidden)}
 LABELLED = "labelled"
 
 

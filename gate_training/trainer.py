@@ -19,10 +19,10 @@ from torch.nn.functional import one_hot
 from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint
 from fusion.encoding import encode_batches, load_tokenizer
-from fusion.layers import Batch, Layer, LayerStream, gated, joined, state_store
+from fusion.layers import Batch, Gates, Layer, LayerStream, gated, joined, state_store
 from fusion.merge import checkpoint_dtype, record_gates, write_gates
 from fusion.recipe import Recipe
-from gate_training.compare import Gates, held_out_losses, mean_loss
+from gate_training.compare import held_out_losses, mean_loss
 from gate_training.examples import RoutingExample, expert_labels, routing_examples, rules_agreement
 from gate_training.labelling.likelihood import token_targets
 from gate_training.methods import Tokens, cross_entropy, regression, ridge

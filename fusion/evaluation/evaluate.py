@@ -21,14 +21,13 @@ from fusion.evaluation.baselines import hidden_gates, random_gates
 from fusion.evaluation.generate import answer_examples
 from fusion.evaluation.intervals import difference, mean_interval, retained_share
 from fusion.evaluation.scores import score
-from fusion.layers import checkpoint_gates
+from fusion.layers import Gates, checkpoint_gates
 from fusion.progress import console
 from fusion.recipe import Recipe
 from fusion.served import routed_weight
 from fusion.sources import ModelSource, anchor_source, load_model, original_source
 
 ROWS = ("anchor", "own_expert", "fused_random", "fused_hidden", "fused_trained")
-Gates = dict[int, torch.Tensor]
 
 
 @dataclass

@@ -183,11 +183,11 @@ def _shapes(model: Described, anchor: Described) -> list[Finding]:
 
 def _architecture(model: Described) -> list[Finding]:
     kind = model.config.get("model_type")
-    missing = [key for key in SHAPES if key not in model.config]
     if "quantization_config" in model.config:
         return [Finding("error", model.name, "the checkpoint is quantised", "name the full-precision one")]
     if kind != "qwen2":
         return [Finding("error", model.name, f"is a '{kind}' model", "only Qwen2-architecture models are fused")]
+    missing = [key for key in SHAPES if key not in model.config]
     if missing:
         return [Finding("error", model.name, f"its config.json has no {missing[0]}", "download it again")]
     return []
