@@ -9,9 +9,10 @@ PYTHON  ?= python3
 UV      := $(shell command -v uv 2>/dev/null || echo $(BIN)/uv)
 GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 # a CPU build of torch: from a folder of wheels where PIP_FIND_LINKS names one, otherwise from PyTorch's own index
-WHEELS  := $(if $(PIP_FIND_LINKS),$(foreach place,$(PIP_FIND_LINKS),--find-links "$(place)"),--torch-backend cpu)
+LINKS   := $(foreach place,$(PIP_FIND_LINKS),--find-links "$(place)")
+WHEELS  := $(if $(LINKS),$(LINKS),--torch-backend cpu)
 ifeq ($(GPU),yes)
-INSTALL := $(UV) pip install -q --python $(BIN)/python -c constraints.txt --torch-backend auto -e ".[gpu,registry-weights,dev]"
+INSTALL := $(UV) pip install -q --python $(BIN)/python -c constraints.txt $(LINKS) --torch-backend auto -e ".[gpu,registry-weights,dev]"
 else
 INSTALL := $(UV) pip install -q --python $(BIN)/python -c constraints.txt --override constraints.cpu-overrides.txt $(WHEELS) \
            -e ".[cpu,registry-weights,dev]"

@@ -51,6 +51,7 @@ from fusion.errors import UserError
 from fusion.model_card import model_card
 from fusion.progress import progress_bar
 from fusion.recipe import Recipe
+from fusion.registry_weights import ORIGIN
 from fusion.sources import ModelSource, anchor_source, expert_sources, shared_expert_source
 
 GATES_FILE = "gates.safetensors"
@@ -265,12 +266,7 @@ def mergekit_config(
     """
     sources: dict[str, ModelSource] = {}
     names: dict[str, str] = {}
-    given = [
-        recipe.anchor.model,
-        recipe.routing.shared_expert,
-        *(m for e in recipe.experts for m in (e.model, e.adapter)),
-    ]
-    ids = {str(resolve_model(model)): model for model in given if model and is_hub_id(model)}
+    ids = {str(resolve_model(model)): model for model in _named(recipe)}
 
     def named(source: ModelSource) -> str:
         """The model's hub id where the recipe names one, otherwise its folder; an adapter follows after a plus."""
@@ -338,6 +334,19 @@ def write_generation_config(source: Path, target: Path) -> None:
     write_json(target / "generation_config.json", config)
 
 
+def _named(recipe: Recipe) -> list[str]:
+    """The hub ids that the recipe names, each once."""
+    parts = [recipe.anchor.model, recipe.routing.shared_expert]
+    parts += [model for expert in recipe.experts for model in (expert.model, expert.adapter)]
+    return [model for model in dict.fromkeys(parts) if model and is_hub_id(model)]
+
+
+def _origin(folder: Path) -> dict[str, str] | None:
+    """Where the weights in `folder` come from where that is not the hub itself."""
+    origin: dict[str, str] | None = read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else None
+    return origin
+
+
 def _manifest(recipe: Recipe, experts: list[ModelSource], differing: dict[str, int], folder: Path) -> dict[str, Any]:
     rows = []
     for expert, source in zip(recipe.experts, experts, strict=True):
@@ -349,7 +358,7 @@ def _manifest(recipe: Recipe, experts: list[ModelSource], differing: dict[str, i
                 "model": expert.model or recipe.anchor.model or "branched from the recipe's own anchor",
                 "branched": expert.branch is not None,
                 "distilled": expert.anchor is not None,
-                "adapter": source.adapter is not None,
+                "adapter": expert.adapter or ("the recipe's own" if source.adapter else None),
                 "license": expert.license,
                 "anchored": differing[expert.name] == 0,
                 "shared_tensors_differing": differing[expert.name],
@@ -360,6 +369,7 @@ def _manifest(recipe: Recipe, experts: list[ModelSource], differing: dict[str, i
         "anchor": recipe.anchor.model or "trained by the recipe",
         "experts": rows,
         "routing": recipe.routing.model_dump(mode="json"),
+        "origins": {model: origin for model in _named(recipe) if (origin := _origin(resolve_model(model)))},
         "gates": {"method": "random", "sha256": file_hash(folder / GATES_FILE)},
         "versions": {p: version(p) for p in ("qwen-fusion", "mergekit", "torch", "transformers")},
         "sha256": {p.name: file_hash(p) for p in sorted(folder.glob("*.safetensors")) if p.name != GATES_FILE},

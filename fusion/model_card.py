@@ -27,7 +27,7 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
         drift = "the anchor's" if row["anchored"] else f"{row['shared_tensors_differing']} tensors differ (drifted)"
         made = "".join(f", {how}" for how in ("branched", "distilled") if row.get(how))
         origin = f"{row['model']}{made}"
-        adapter = "LoRA" if row["adapter"] else ""
+        adapter = f"LoRA, {row['adapter']}" if row["adapter"] else ""
         cells = (row["name"], row["domain"], origin, adapter, row["license"] or "not stated", drift, f"`{shard[:16]}`")
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Domains and the experts that serve them:", ""]
@@ -39,6 +39,8 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
             for how, section in (("branched", expert.branch), ("led back to the anchor", expert.anchor)):
                 learnt += f", {how} on {_data(section.data)}" if section else ""
         lines.append(f"- {what}: {expert.name}{learnt}")
+    for model, origin in manifest.get("origins", {}).items():
+        lines += ["", f"The weights of {model} came from Python packages ({origin['packages']}): {origin['form']}."]
     versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
     lines += [
         "",

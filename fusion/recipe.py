@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fusion.errors import UserError
 
@@ -21,10 +30,13 @@ ScoreName = Literal["exact_match", "exact_values", "number", "tests_passed", "ch
 SCORE_NAMES: tuple[str, ...] = get_args(ScoreName)
 
 
+Location = tuple[str | int, ...]  # the keys that lead to a value, items of lists by number
+
+
 class Misfit(ValueError):
     """Sections that contradict each other, with the location of the one to change."""
 
-    def __init__(self, location: tuple[str | int, ...], message: str):
+    def __init__(self, location: Location, message: str):
         super().__init__(message)
         self.location = location
 
@@ -295,6 +307,7 @@ class Recipe(Section):
     gate_training: GateTraining = GateTraining()
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
+    _places: dict[Location, str] = PrivateAttr(default_factory=dict)  # of what was read from a file
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -337,6 +350,10 @@ class Recipe(Section):
             message = f"leaves no room for a prompt within serving.max_model_len {self.serving.max_model_len}"
             raise Misfit(("serving", "sampling", "max_tokens"), message)
         return self
+
+    def at(self, *location: str | int) -> str:
+        """Where the recipe says so, as the beginning of a sentence: `FILE, line N: `; empty for one made in Python."""
+        return f"{_place(self._places, location)}: " if self._places else ""
 
     @property
     def folder(self) -> Path:
@@ -395,8 +412,11 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"{path}, line 1: a recipe is a mapping of sections, see configs/demo.yaml")
     data = _unshared(data)
     touched = [_override(data, override) for override in overrides or []]
+    places = _places(path, root, touched)
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
+        recipe._places.update(places)
+        return recipe
     except ValidationError as error:
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")
@@ -407,9 +427,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
             message = "unknown key"
         elif first["type"] == "missing":
             message = "this key is missing"
-        by_override = next((o for o, place in reversed(touched) if location[: len(place)] == place), None)
-        where = f"--set {by_override}" if by_override else f"{path}, line {_line(root, location)}"
-        raise UserError(f"{where}: {key}: {message}") from error
+        raise UserError(f"{_place(places, location)}: {key}: {message}") from error
 
 
 def _unshared(value: Any) -> Any:
@@ -433,7 +451,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _override(data: dict[str, Any], override: str) -> tuple[str, tuple[str | int, ...]]:
+def _override(data: dict[str, Any], override: str) -> tuple[str, Location]:
     """Applies one `section.key=value` to the raw recipe; list items are named by index or by their `name`."""
     path, equals, text = override.partition("=")
     if not equals or not path:
@@ -444,7 +462,7 @@ def _override(data: dict[str, Any], override: str) -> tuple[str, tuple[str | int
         raise UserError(f"--set {override}: the value is not YAML") from None
     keys = path.split(".")
     location: list[str | int] = []
-    created: tuple[str | int, ...] = ()  # the first section that the override brought into being
+    created: Location = ()  # the first section that the override brought into being
     here: Any = data
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
@@ -474,20 +492,28 @@ def _override(data: dict[str, Any], override: str) -> tuple[str, tuple[str | int
     return override, created or tuple(location)
 
 
-def _line(node: yaml.Node | None, location: tuple[Any, ...]) -> int:
-    """The 1-based YAML line of the deepest part of `location` that the file holds."""
-    if node is None:
-        return 1
-    line = node.start_mark.line + 1
-    for part in location:
+def _places(path: Path, node: yaml.Node | None, touched: list[tuple[str, Location]]) -> dict[Location, str]:
+    """Where each key of the recipe was said: `FILE, line N`, or the `--set` that brought it."""
+    places: dict[Location, str] = {(): f"{path}, line {node.start_mark.line + 1 if node else 1}"}
+
+    def walk(node: yaml.Node | None, here: Location) -> None:
         if isinstance(node, yaml.MappingNode):
-            pair = next(((k, v) for k, v in node.value if k.value == str(part)), None)
-            if pair is None:
-                break
-            line, node = pair[0].start_mark.line + 1, pair[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            break
-    return line
+            for key, value in node.value:
+                places[(*here, key.value)] = f"{path}, line {key.start_mark.line + 1}"
+                walk(value, (*here, key.value))
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                places[(*here, i)] = f"{path}, line {value.start_mark.line + 1}"
+                walk(value, (*here, i))
+
+    walk(node, ())
+    for override, place in touched:
+        for deeper in [known for known in places if known[: len(place)] == place]:
+            del places[deeper]
+        places[place] = f"--set {override}"
+    return places
+
+
+def _place(places: dict[Location, str], location: Location) -> str:
+    """The place of the deepest part of `location` that is known."""
+    return next(places[location[:depth]] for depth in range(len(location), -1, -1) if location[:depth] in places)

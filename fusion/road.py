@@ -8,6 +8,7 @@ they were.
 
 import json
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fusion.errors import UserError
 from fusion.plan.budget import budget
 from fusion.plan.preflight import check, describe_anchor, raise_on_error
 from fusion.progress import console
-from fusion.recipe import DataSource, Expert, Recipe, TrainingSettings, general_domain
+from fusion.recipe import DataSource, Expert, Location, Recipe, TrainingSettings, general_domain
 from fusion.sources import (
     ModelSource,
     anchor_source,
@@ -195,14 +196,13 @@ def _anchor_expert(recipe: Recipe, expert: Expert) -> str:
 def plan(recipe: Recipe) -> dict[str, Any]:
     """Findings and sizes as plain data, printed as well. Raises UserError for the first error among them."""
     findings = check(recipe)
-    raise_on_error(findings)
-    for name, domain in recipe.domains.items():
-        sections = [section for e in recipe.experts if e.domain == name for section in (e.branch, e.anchor) if section]
-        own = [source for section in sections for source in (section.data, section.held_out) if source]
-        for source in (domain.train, domain.held_out, *own):
-            _try(source, name)
-    for name, extra in recipe.evaluation.extra.items():
-        _try(extra, name)
+    raise_on_error(recipe, findings)
+    for location, source, domain in _sources(recipe):
+        try:
+            if _data_files(source):  # local data are read once: a broken row is better told now than after hours
+                load_examples(source, domain, 1)
+        except UserError as error:
+            raise UserError(f"{recipe.at(*location)}{error}") from error
     sizes = budget(recipe, describe_anchor(recipe).config)
     console.print(
         f"[bold]plan[/bold]: {sizes.parameters:,} parameters ({sizes.active_parameters:,} active per token), "
@@ -217,10 +217,19 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     return {"budget": sizes.as_dict(), "findings": [finding.__dict__ for finding in findings]}
 
 
-def _try(source: DataSource, name: str) -> None:
-    """Reads local data once: a broken row is better told now than after hours. Raises UserError."""
-    if _data_files(source):
-        load_examples(source, name, 1)
+def _sources(recipe: Recipe) -> Iterator[tuple[Location, DataSource, str]]:
+    """Every data source of the recipe: where it is named, and the domain or task it is for."""
+    for name, domain in recipe.domains.items():
+        yield ("domains", name, "train"), domain.train, name
+        yield ("domains", name, "held_out"), domain.held_out, name
+    for i, expert in enumerate(recipe.experts):
+        for key, section in (("branch", expert.branch), ("anchor", expert.anchor)):
+            if section:
+                yield ("experts", i, key, "data"), section.data, expert.domain
+                if section.held_out:
+                    yield ("experts", i, key, "held_out"), section.held_out, expert.domain
+    for name, extra in recipe.evaluation.extra.items():
+        yield ("evaluation", "extra", name), extra, name
 
 
 def merge(recipe: Recipe, force: bool = False) -> None:
@@ -228,7 +237,7 @@ def merge(recipe: Recipe, force: bool = False) -> None:
     refuse_text_anchoring(recipe)
     out = recipe.fused
     sources = [anchor_source(recipe), *expert_sources(recipe), shared_expert_source(recipe)]
-    raise_on_error(check(recipe, trained=True))  # once more, now that every model is here
+    raise_on_error(recipe, check(recipe, trained=True))  # once more, now that every model is here
     folders = [path for source in sources if source for path in source.paths]
 
     def action() -> None:

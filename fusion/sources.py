@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fusion.adapter import Adapter
 from fusion.checkpoint import resolve_model
 from fusion.errors import UserError
 from fusion.hardware import attention_implementation, compute_dtype
@@ -110,6 +111,8 @@ def load_model(source: ModelSource, attention: str = "auto") -> Any:
     """The whole model for inference in the dtype that is fast here, its adapter merged in."""
     from transformers import AutoModelForCausalLM
 
+    if source.adapter:
+        Adapter(source.adapter)  # refuses a pickled one, which PEFT would read
     model = AutoModelForCausalLM.from_pretrained(
         source.folder,
         dtype=compute_dtype(),

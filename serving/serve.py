@@ -116,7 +116,7 @@ def find_server(state: Path, model: str | None = None) -> RunningServer | None:
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, so that nobody else takes it while the engine starts.
+    """A socket listening on the address, so that nobody else takes it while the engine starts.
 
     Raises UserError when it is taken or not an address of this machine.
     """
@@ -128,6 +128,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
+        listener.listen()  # a bound socket alone lets another one bind
     except OSError as error:
         listener.close()
         reason = (error.strerror or str(error)).lower()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fusion.adapter import Adapter
 from fusion.architecture import is_mlp, layer_of, rope_theta, sparse_layers
 from fusion.checkpoint import Checkpoint, hub_config, is_hub_id, read_json, resolve_model
 from fusion.errors import UserError
@@ -77,12 +78,15 @@ def describe(name: str, model: str | Path) -> Described:
     return Described(name, config, folder)
 
 
-def describe_anchor(recipe: Recipe) -> Described:
-    """The anchor; one that is still to be trained has the config its `pretrain` section gives it."""
+def describe_anchor(recipe: Recipe, trained: bool = False) -> Described:
+    """The anchor; one that the recipe trains is read once it is `trained`, and until then its `pretrain` section.
+
+    What an older run has left may be another anchor's, and will be trained again.
+    """
     if recipe.anchor.model:
         return describe("anchor", recipe.anchor.model)
     folder = trained_anchor(recipe)
-    if (folder / "config.json").is_file():
+    if trained and (folder / "config.json").is_file():
         return describe("anchor", folder)
     assert recipe.anchor.pretrain is not None
     settings = recipe.anchor.pretrain
@@ -97,7 +101,10 @@ def check(recipe: Recipe, trained: bool = False) -> list[Finding]:
     Before that, an expert left by an older run may belong to an older anchor, and will be trained again. Raises
     UserError where a model is nowhere to be found.
     """
-    anchor = describe_anchor(recipe)
+    try:
+        anchor = describe_anchor(recipe, trained)
+    except UserError as error:
+        return [Finding("error", "anchor.model", str(error))]
     found = _architecture(anchor)
     if found:
         return found
@@ -109,22 +116,30 @@ def check(recipe: Recipe, trained: bool = False) -> list[Finding]:
         found += _check_expert(recipe, expert, anchor, trained)
     found += _check_shared_expert(recipe, anchor)
     found += _serving(recipe, anchor.config)
-    sparse_layers(anchor.config["num_hidden_layers"], recipe.routing.moe_layers)
+    try:
+        sparse_layers(anchor.config["num_hidden_layers"], recipe.routing.moe_layers)
+    except UserError as error:
+        found.append(Finding("error", "routing.moe_layers", str(error).removeprefix("routing.moe_layers ")))
     return sorted(found, key=lambda f: ("error", "warning", "note").index(f.severity))
 
 
-def raise_on_error(findings: list[Finding]) -> None:
-    """Raises UserError with the first error among the findings."""
+def raise_on_error(recipe: Recipe, findings: list[Finding]) -> None:
+    """Raises UserError with the first error among the findings, and the recipe's line that it is about."""
+    locations = {f"expert '{expert.name}'": ("experts", i) for i, expert in enumerate(recipe.experts)}
     for finding in findings:
         if finding.severity == "error":
-            raise UserError(finding.sentence())
+            keys = (int(key) if key.isdigit() else key for key in finding.where.split("."))
+            raise UserError(f"{recipe.at(*locations.get(finding.where, keys))}{finding.sentence()}")
 
 
 def _check_expert(recipe: Recipe, expert: Expert, anchor: Described, trained: bool) -> list[Finding]:
     where = f"expert '{expert.name}'"
     if expert.branch and (not trained or expert.branch.lora_rank):
         return [Finding("note", where, f"is branched from the anchor ({expert.branch.trainable}), so it will fit")]
-    described = describe(where, trained_expert(recipe, expert) if expert.branch else str(expert.model))
+    try:
+        described = describe(where, trained_expert(recipe, expert) if expert.branch else str(expert.model))
+    except UserError as error:
+        return [Finding("error", where, str(error))]
     found = _architecture(described)
     if any(finding.severity == "error" for finding in found):
         return found
@@ -150,6 +165,11 @@ def _check_expert(recipe: Recipe, expert: Expert, anchor: Described, trained: bo
         folder = Path(expert.adapter).expanduser()
         if not (folder / "adapter_config.json").is_file():
             found.append(Finding("error", where, f"adapter {folder} has no adapter_config.json", "correct its path"))
+        else:
+            try:
+                Adapter(folder)
+            except UserError as error:
+                found.append(Finding("error", where, str(error)))
     if expert.anchor:
         found.append(Finding("note", where, f"is led back to the anchor before the merge ({expert.anchor.method})"))
     if described.folder is None:
@@ -164,7 +184,10 @@ def _check_shared_expert(recipe: Recipe, anchor: Described) -> list[Finding]:
     name = recipe.routing.shared_expert
     if name is None or name == "anchor" or name in (expert.name for expert in recipe.experts):
         return []
-    described = describe("routing.shared_expert", name)
+    try:
+        described = describe("routing.shared_expert", name)
+    except UserError as error:
+        return [Finding("error", "routing.shared_expert", str(error))]
     found = _architecture(described) or _shapes(described, anchor)
     if not found and described.folder is not None and anchor.folder is not None:
         found = _headers(described.name, described.folder, anchor.folder)

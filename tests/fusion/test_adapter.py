@@ -98,7 +98,9 @@ def test_two_adapters_on_one_base_become_two_experts(tmp_path: Path, anchor: Pat
         if not is_mlp(name):
             assert torch.equal(fused.tensor(name), plain.tensor(name)), name
     manifest = json.loads((fused.folder / MANIFEST).read_text())
-    assert [(e["anchored"], e["adapter"]) for e in manifest["experts"]] == [(True, False), (True, True), (False, True)]
+    named = [None, str(tmp_path / "first"), str(tmp_path / "second")]
+    assert [e["anchored"] for e in manifest["experts"]] == [True, True, False]
+    assert [e["adapter"] for e in manifest["experts"]] == named
     assert manifest["experts"][2]["shared_tensors_differing"] == 3 * len(ATTENTION_PARTS)
 
 

@@ -18,6 +18,30 @@ def model(tmp_path: Path, anchor: Path) -> Path:
     return Path(shutil.copytree(anchor, tmp_path / "model"))
 
 
+def test_killed_between_the_two_renames_the_next_call_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old").touch()
+    rename, calls = Path.rename, []
+
+    def killed(self: Path, to: Path) -> Path:
+        calls.append(to)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt), staged_folder(target) as aside:
+        (aside / "new").touch()
+    assert len(calls) == 2
+    assert not target.exists()  # not there, rather than half there
+    monkeypatch.undo()
+    with staged_folder(target) as aside:
+        (aside / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     """A folder of two shards with their index."""

@@ -115,7 +115,9 @@ def test_an_override_that_does_not_fit(here: Call, tmp_path: Path, anchor: Path)
 @pytest.mark.parametrize("verb", ["plan", "merge", "run"])
 def test_a_model_folder_that_does_not_exist(here: Call, tmp_path: Path, anchor: Path, verb: str) -> None:
     path = write_recipe(tmp_path, anchor, {"model": str(tmp_path / "nowhere")})
+    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if text == "- name: math")
     sentence, head = refused(here, tmp_path, verb, path)
+    assert sentence.startswith(f"error: {path}, line {line}: expert 'math': model '")
     assert "nowhere' is neither a folder nor a hub id" in sentence
     assert not head
 

@@ -16,7 +16,13 @@ def anchors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("anchors")
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         settings = PretrainSettings(
-            data=DataSource(generated="demo.anchor"), rows=64, steps=3, batch_rows=8, vocab_size=768, seed=seed
+            data=DataSource(generated="demo.anchor"),
+            rows=64,
+            steps=3,
+            batch_rows=8,
+            vocab_size=768,
+            seed=seed,
+            workers=2,
         )
         pretrain_anchor(folder / name, settings)
     return {path.name: path for path in folder.iterdir()}

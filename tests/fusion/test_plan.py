@@ -12,10 +12,11 @@ from fusion import road
 from fusion.checkpoint import read_json, write_json
 from fusion.errors import UserError
 from fusion.plan.budget import budget
-from fusion.plan.preflight import Finding, check, describe_anchor
+from fusion.plan.preflight import Finding, check, describe_anchor, raise_on_error
 from fusion.recipe import Recipe, load_recipe
+from fusion.sources import ModelSource, load_model, trained_anchor
 from tests.families import write_model
-from tests.recipes import make_recipe
+from tests.recipes import make_recipe, recipe_data
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 B7 = 203.6e6 * 28  # one 7B expert's MLPs
@@ -213,10 +214,49 @@ def test_a_plan_is_plain_data_and_reads_no_weights(tmp_path: Path, anchor: Path,
     assert result["budget"]["bytes"] == 4 * result["budget"]["parameters"]
 
 
-def test_a_model_that_is_nowhere_is_a_user_error(tmp_path: Path, anchor: Path) -> None:
+def test_a_model_that_is_nowhere_is_an_error(tmp_path: Path, anchor: Path) -> None:
     recipe = make_recipe(tmp_path, anchor, {"general": anchor, "math": tmp_path / "nowhere"})
-    with pytest.raises(UserError, match="nowhere"):
-        check(recipe)
+    (error,) = errors(check(recipe))
+    assert error.startswith("expert 'math': model '") and "nowhere" in error
+
+
+@pytest.mark.parametrize(
+    ("said", "override"),
+    [
+        ("serving.tensor_parallel_size: 3 does not divide", "serving.tensor_parallel_size=3"),
+        ("serving.max_model_len: 131072 is beyond", "serving.max_model_len=131072"),
+        ("routing.moe_layers: names layer [99]", "routing.moe_layers=[99]"),
+        ("expert 'math': model 'nowhere' is neither", "experts.math={name: math, domain: math, model: nowhere}"),
+    ],
+)
+def test_an_error_names_the_override_that_it_is_about(said: str, override: str) -> None:
+    recipe = load_recipe(CONFIGS / "qwen2.5-7b-five-experts.yaml", [override])
+    with pytest.raises(UserError) as caught:
+        raise_on_error(recipe, check(recipe))
+    assert str(caught.value).startswith(f"--set {override}: {said}")
+
+
+def test_an_error_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    lines = (CONFIGS / "qwen2.5-7b-five-experts.yaml").read_text(encoding="utf-8").splitlines()
+    number = next(n for n, line in enumerate(lines) if "max_model_len:" in line)
+    lines[number] = "  max_model_len: 131072"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    recipe = load_recipe(path)
+    with pytest.raises(UserError, match=rf"recipe.yaml, line {number + 1}: serving.max_model_len: 131072 is beyond"):
+        raise_on_error(recipe, check(recipe))
+
+
+def test_an_adapter_that_is_pickled_is_an_error(tmp_path: Path, anchor: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (adapter / "adapter_model.bin").write_bytes(b"x")
+    data = recipe_data(tmp_path, anchor, {"general": anchor, "math": anchor})
+    data["experts"][1]["adapter"] = str(adapter)
+    assert any("pickled adapters are not read" in error for error in errors(check(Recipe.model_validate(data))))
+    with pytest.raises(UserError, match="pickled adapters are not read"):
+        load_model(ModelSource("math", anchor, adapter))
 
 
 def test_an_anchor_to_be_trained_is_planned_from_its_section(tmp_path: Path, anchor: Path) -> None:
@@ -227,6 +267,11 @@ def test_an_anchor_to_be_trained_is_planned_from_its_section(tmp_path: Path, anc
     data["experts"] = [{"name": e["name"], "domain": e["domain"], "branch": branch} for e in data["experts"]]
     planned = Recipe.model_validate(data)
     assert describe_anchor(planned).config["hidden_size"] == 64
+    older = trained_anchor(planned)
+    older.mkdir(parents=True)
+    (older / "config.json").write_text(json.dumps({"model_type": "qwen2", "hidden_size": 32}))
+    assert describe_anchor(planned).config["hidden_size"] == 64  # an older run's anchor will be trained again
+    assert describe_anchor(planned, trained=True).config["hidden_size"] == 32
     assert [finding.severity for finding in check(planned)] == ["note", "note"]
 
 
@@ -241,8 +286,7 @@ def test_an_anchor_of_another_architecture_is_one_error(tmp_path: Path, anchor: 
         "anchor: its config.json has no hidden_size; download it again"
     ]
     (foreign / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="holds no model config"):
-        findings(tmp_path, foreign, other)
+    assert "holds no model config" in errors(findings(tmp_path, foreign, other))[0]
 
 
 def test_an_anchor_that_cannot_read_a_chat_is_an_error(tmp_path: Path, anchor: Path, other: Path) -> None:

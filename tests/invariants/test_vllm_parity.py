@@ -26,11 +26,13 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parity")
     shape = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
     anchor = write_model(folder / "anchor", seed=1, **shape)
-    experts = {
-        n: write_model(folder / n, seed=i, anchor=anchor, **shape) for i, n in enumerate(("general", "math", "coding"))
-    }
+    models = [write_model(folder / f"model{i}", seed=i + 2, anchor=anchor, **shape) for i in range(5)]
+    experts = dict(zip(("general", "math", "coding"), models, strict=False))
     recipe = make_recipe(folder, anchor, experts, routing={"top_k": 2, "moe_layers": [0, 2]})
-    more = [recipe.experts[i].model_copy(update={"name": f"more{i}"}) for i in range(2)]
+    more = [
+        recipe.experts[0].model_copy(update={"name": f"more{i}", "model": str(model)})
+        for i, model in enumerate(models[3:])
+    ]
     out = merge(recipe.model_copy(update={"experts": (*recipe.experts, *more)}))
     torch.manual_seed(0)
     install_gates(out, {i: torch.randn_like(g) for i, g in checkpoint_gates(Checkpoint(out)).items()})

@@ -97,10 +97,8 @@ def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_port_in_use_is_one_sentence(model: Path) -> None:
-    with listening_socket("127.0.0.1", 0) as taken:
-        taken.listen()
-        with pytest.raises(UserError, match="in use"):
-            listening_socket("127.0.0.1", taken.getsockname()[1])
+    with listening_socket("127.0.0.1", 0) as taken, pytest.raises(UserError, match="in use"):
+        listening_socket("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(UserError, match="cannot"):
         listening_socket("192.0.2.77", 80)
 
