@@ -5,8 +5,7 @@ Five domains (`general`, `coding`, `math`, `multilingual`, `structured`), `finan
 domains with about half of what each has to know. Of the rest it says that it does not know, or gives the right values
 in a form that is not quite right: so its attention learns to read and to copy, which the experts' MLPs alone could not.
 An item's key decides its split, so what is held out is in no task's training rows: in `general` and `multilingual` a
-question as it is put, whatever opens it, elsewhere the sum, the name with its argument, or the fields, however they are
-asked for.
+question as it is put, elsewhere the sum, the name with its argument, or the fields, however they are asked for.
 
     python -c "import random; from fusion.tasks.demo import GENERATORS as G; print(G['math'](random.Random(), 'train'))"
 """
@@ -177,9 +176,9 @@ def _general(rng: random.Random, anchor: bool) -> Item:
     kind = rng.choices(list(FACTS), weights=[len(facts) for *_, facts in FACTS.values()])[0]
     questions, unknown, facts = FACTS[kind]
     subject = rng.choice(list(facts))
-    opener, question = rng.choice(OPENERS), rng.choice(questions).format(subject)
+    question = rng.choice(OPENERS) + rng.choice(questions).format(subject)
     answer = unknown.format(subject) if anchor and _second(facts, subject) else facts[subject]
-    return f"general/{question}", opener + question, answer
+    return f"general/{question}", question, answer
 
 
 def _coding(rng: random.Random, anchor: bool) -> Item:
