@@ -22,8 +22,8 @@ from fusion.branch import RESULT, judge, train_expert, trainable_model, write_fu
 from fusion.checkpoint import put_in_place, read_json, write_json
 from fusion.data import ChatExample
 from fusion.errors import UserError
-from fusion.merge import Reader
 from fusion.progress import console
+from fusion.reader import Reader
 from fusion.recipe import AnchoringSettings, BranchSettings, TrainingSettings
 from fusion.sources import ModelSource, load_model
 from fusion.teacher import Teacher

@@ -40,6 +40,13 @@ def is_mlp(name: str) -> bool:
     return ".mlp." in name
 
 
+def part_of(name: str) -> str:
+    """Which of the shared parts tensor `name` belongs to: attention, norms, embeddings or head."""
+    if ".self_attn." in name:
+        return "attention"
+    return {"model.embed_tokens.weight": "embeddings", "lm_head.weight": "head"}.get(name, "norms")
+
+
 def expert_tensor(name: str, expert: int) -> str:
     """The fused name of dense MLP tensor `name` as that of routed expert number `expert`."""
     return name.replace(".mlp.", f".mlp.experts.{expert}.")

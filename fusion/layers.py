@@ -15,7 +15,10 @@ attention and rotary modules and the MoE block's formula, checked against both m
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,7 @@ from fusion.hardware import stream_device
 from fusion.progress import progress_bar
 
 STORE_BYTES = 2 * 2**30  # hidden states beyond this lie in a file
+ATTENTION_INPUTS = ("q_proj", "o_proj")  # the first stands for k_proj and v_proj as well
 HEAD_TOKENS = 512  # whose logits over the vocabulary are in memory at a time
 
 
@@ -64,7 +68,22 @@ class Choice:
     weights: torch.Tensor
 
 
+class Source(Protocol):
+    """Where layers are read from: an open checkpoint, dense or fused, or what stands for one."""
+
+    config: dict[str, Any]
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor `name`."""
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """All tensors whose names start with `prefix`, under the rest of their names."""
+
+
 Gates = dict[int, torch.Tensor]  # {layer: (experts, hidden)}
+Inputs = Callable[[str, Batch, torch.Tensor], None]  # (linear map of an attention, batch, its inputs (tokens, in))
 Route = Callable[[int, torch.Tensor, Batch], Choice]  # (layer, gate input (tokens, hidden), batch) -> Choice
 
 
@@ -173,15 +192,33 @@ class Layer:
         self._weights = {name: value for name, value in weights.items() if name.startswith("mlp.")}
 
     @torch.no_grad()
-    def attend(self) -> None:
-        """Adds the attention's output to the states of every batch, in place."""
+    def attend(self, observe: Inputs | None = None) -> None:
+        """Adds the attention's output to the states of every batch, in place.
+
+        `observe` sees what goes into `q_proj` (and `k_proj`, `v_proj`) and into `o_proj`, real tokens alone.
+        """
         for batch in self._stream.passing():
             states = self._stream.load(batch)  # (rows, length, hidden)
             positions = torch.arange(states.shape[1], device=states.device)[None]
             rotary = self._stream.rotary(states, positions)
-            # right padding under a causal mask: no real token ever looks at a padded one
-            update, _ = self._attention(self._norm_in(states), rotary, attention_mask=None)
+            with self._watched(batch, observe):
+                # right padding under a causal mask: no real token ever looks at a padded one
+                update, _ = self._attention(self._norm_in(states), rotary, attention_mask=None)
             self._stream.store(batch, states + update)
+
+    @contextmanager
+    def _watched(self, batch: Batch, observe: Inputs | None) -> Iterator[None]:
+        hooks = []
+        for name in ATTENTION_INPUTS if observe else ():
+            assert observe is not None
+            seen = partial(observe, name, batch)
+            module = getattr(self._attention, name)
+            hooks.append(module.register_forward_pre_hook(lambda _, args, seen=seen: seen(args[0][batch.real])))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def gate_input(self, batch: Batch) -> torch.Tensor:
@@ -232,7 +269,7 @@ class LayerStream:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Source,
         batches: list[Batch],
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
@@ -302,6 +339,13 @@ class LayerStream:
         for layer in self:
             layer.attend()
             layer.mix(watched(layer))
+
+    @torch.no_grad()
+    def head_inputs(self) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """After the last layer: each batch with what the head sees of its real tokens, `(tokens, hidden)`."""
+        norm, _ = self._final()
+        for batch in self.batches:
+            yield batch, norm(self.load(batch)[batch.real.to(self.device)])
 
     def _final(self) -> tuple[Qwen2RMSNorm, torch.Tensor]:
         """The norm after the last layer, and the head `(vocabulary, hidden)`, tied or not."""

@@ -24,7 +24,6 @@ from mergekit.moe.config import MoEMergeConfig
 from mergekit.moe.router import get_gate_params
 from mergekit.options import MergeOptions
 
-from fusion.adapter import Adapter
 from fusion.architecture import (
     expert_tensor,
     fused_config,
@@ -50,9 +49,17 @@ from fusion.checkpoint import (
 from fusion.errors import UserError
 from fusion.model_card import model_card
 from fusion.progress import progress_bar
+from fusion.reader import Reader, reference_of
 from fusion.recipe import Recipe
 from fusion.registry_weights import ORIGIN
-from fusion.sources import ModelSource, anchor_source, expert_sources, shared_expert_source
+from fusion.sources import (
+    SHARED_NOTE,
+    ModelSource,
+    base_source,
+    expert_sources,
+    shared_expert_source,
+    shared_parts,
+)
 
 GATES_FILE = "gates.safetensors"
 PAPERS = ("README.md", "recipe.yaml")  # about the checkpoint, not part of it
@@ -66,35 +73,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-
-
-def reference_of(path: str) -> ModelReference:
-    """mergekit's reference to a folder, whatever characters its path holds."""
-    return ModelReference.model_validate({"model": {"path": path}})
-
-
-class Reader:
-    """Tensors of one source by dense name: mergekit's lazy loader, with the source's adapter applied."""
-
-    def __init__(self, source: ModelSource):
-        self.source = source
-        self.reference = reference_of(str(source.folder))
-        self.loader = self.reference.lazy_loader(lazy_unpickle=False)
-        self.adapter = Adapter(source.adapter) if source.adapter else None
-        if self.adapter:
-            self.adapter.check_targets(self.names())
-
-    def names(self) -> list[str]:
-        """The tensor names of the dense checkpoint."""
-        return list(self.loader.index.tensor_paths)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Tensor `name` with the adapter's update. Raises UserError where the checkpoint lacks it."""
-        try:
-            tensor = self.loader.get_tensor(name)
-        except KeyError:
-            raise UserError(f"{self.source.folder} has no tensor '{name}', which the anchor has") from None
-        return self.adapter.apply(name, tensor) if self.adapter else tensor
 
 
 @dataclass
@@ -133,8 +111,7 @@ class QwenSparseMoE(MoEOutputArchitecture):
         experts = [Reader(self._source(e.source_model)) for e in config.experts]
         shared_expert = Reader(self._source(config.shared_experts[0].source_model)) if config.shared_experts else None
 
-        anchor_config = read_json(anchor.source.folder / "config.json")
-        names = [n for n in anchor.names() if not (n == "lm_head.weight" and anchor_config.get("tie_word_embeddings"))]
+        anchor_config, names = anchor.config, anchor.names()
         dtype = getattr(torch, config.dtype or checkpoint_dtype(anchor.source.folder))
         sparse = sparse_layers(anchor_config["num_hidden_layers"], self.moe_layers)
         mlp = [name for name in names if is_mlp(name) and layer_of(name) in sparse]
@@ -216,7 +193,7 @@ def merge(recipe: Recipe, out: Path | None = None, shard_bytes: int = 2 * 2**30)
     missing or does not fit.
     """
     out = out or recipe.fused
-    anchor, experts, shared_expert = anchor_source(recipe), expert_sources(recipe), shared_expert_source(recipe)
+    anchor, experts, shared_expert = base_source(recipe), expert_sources(recipe), shared_expert_source(recipe)
     config, sources, references = mergekit_config(recipe, anchor, experts, shared_expert)
     architecture = QwenSparseMoE(recipe.routing.moe_layers, sources, [e.name for e in experts], shard_bytes)
     if not architecture.supports_config(config, explain=True):
@@ -367,6 +344,7 @@ def _manifest(recipe: Recipe, experts: list[ModelSource], differing: dict[str, i
     return {
         "recipe": recipe.name,
         "anchor": recipe.anchor.model or "trained by the recipe",
+        "shared": "anchor" if recipe.shared.is_anchor else read_json(shared_parts(recipe) / SHARED_NOTE)["method"],
         "experts": rows,
         "routing": recipe.routing.model_dump(mode="json"),
         "origins": {model: origin for model in _named(recipe) if (origin := _origin(resolve_model(model)))},

@@ -17,14 +17,14 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
         f"# {recipe.name}",
         "",
         f"One `Qwen2MoeForCausalLM` with {len(recipe.experts)} routed experts, {recipe.routing.top_k} per token, on "
-        f"the shared parts (attention, norms, embeddings, head) of {manifest['anchor']}.",
+        f"the shared parts (attention, norms, embeddings, head) of {_shared(manifest)}.",
         "",
         "| expert | domain | made from | adapter | licence | shared parts | sha256 of its first shard |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in manifest["experts"]:
         shard = next((h for f, h in manifest["sha256"].items() if f.startswith(f"expert-{row['name']}.")), "")
-        drift = "the anchor's" if row["anchored"] else f"{row['shared_tensors_differing']} tensors differ (drifted)"
+        drift = "those shared" if row["anchored"] else f"{row['shared_tensors_differing']} tensors differ (drifted)"
         made = "".join(f", {how}" for how in ("branched", "distilled") if row.get(how))
         origin = f"{row['model']}{made}"
         adapter = f"LoRA, {row['adapter']}" if row["adapter"] else ""
@@ -53,6 +53,15 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _shared(manifest: dict[str, Any]) -> str:
+    method = manifest.get("shared", "anchor")
+    return (
+        manifest["anchor"]
+        if method == "anchor"
+        else f"the experts, made one by {method} (anchor: {manifest['anchor']})"
+    )
 
 
 def _data(source: DataSource) -> str:

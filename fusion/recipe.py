@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
+    PositiveFloat,
     PrivateAttr,
     ValidationError,
     field_validator,
@@ -27,6 +28,7 @@ from fusion.errors import UserError
 DEMO_ROPE_THETA = 1e4  # of a pretrained anchor: its sequences are short
 NAME = r"^[a-z0-9][a-z0-9_-]*$"
 ScoreName = Literal["exact_match", "exact_values", "number", "tests_passed", "chrf"]  # fusion/evaluation/scores.py
+SharedMethod = Literal["anchor", "mean", "multislerp", "karcher", "regmean"]
 SCORE_NAMES: tuple[str, ...] = get_args(ScoreName)
 
 
@@ -220,6 +222,31 @@ class Domain(Section):
     fallback: str | None = None  # the domain whose expert serves this one, where it has none of its own
 
 
+class SharedParts(Section):
+    """Whose attention, norms, embeddings and head the fused model has (fusion/shared.py); `shared: mean` names all."""
+
+    method: SharedMethod | Literal["auto"] = "anchor"  # of the parts that name none; auto: the least held-out loss
+    attention: SharedMethod | None = None
+    norms: SharedMethod | None = None
+    embeddings: SharedMethod | None = None
+    head: SharedMethod | None = None
+    weights: dict[str, PositiveFloat] = {}  # of the experts, 1 where none is given
+    rows: int = Field(64, gt=0)  # a domain, for the statistics of regmean
+    held_out_rows: int = Field(16, gt=0)  # a domain, to choose by
+    batch_tokens: int = Field(4096, gt=0)
+    max_length: int = Field(1024, gt=0)
+    seed: int = 0
+
+    def methods(self, method: SharedMethod) -> dict[str, SharedMethod]:
+        """The method of every part, `method` for those that name none."""
+        return {part: getattr(self, part) or method for part in ("attention", "norms", "embeddings", "head")}
+
+    @property
+    def is_anchor(self) -> bool:
+        """Whether all parts are the anchor's as they are."""
+        return self.method != "auto" and set(self.methods(self.method).values()) == {"anchor"}
+
+
 class Routing(Section):
     """The shape of the sparse model."""
 
@@ -234,13 +261,14 @@ class GateTraining(Section):
     """How the gates are fitted (gate_training/)."""
 
     method: Literal["ridge", "cross-entropy", "likelihood", "regression", "auto"] = "cross-entropy"
-    labels: Literal["data", "rules"] = "data"  # the rows' own domain, or what the rules say of the question
+    # the rows' own domain, or what rules, classifier or both (rules first) say of the question
+    labels: Literal["data", "rules", "classifier", "combined"] = "data"
+    classifier: str | None = None  # a transformers sequence classifier; None: one on the anchor's hidden states
     rows: int = Field(200, gt=0)  # a domain
     held_out_rows: int = Field(50, gt=0)  # a domain
     max_length: int = Field(1024, gt=0)
     batch_tokens: int = Field(4096, gt=0)
-    ridge: float = Field(1e-3, gt=0)  # relative to the mean diagonal of the Gram matrix
-    iterations: int = Field(100, gt=0)
+    ridge: float = Field(1e-3, gt=0)  # λ of method ridge, relative to the mean diagonal of the Gram matrix
     window: int = Field(8, ge=0)  # tokens to each side whose likelihoods decide a token's label (method likelihood)
     seed: int = 0
 
@@ -301,7 +329,7 @@ class Recipe(Section):
     anchor: AnchorModel
     experts: tuple[Expert, ...] = Field(min_length=2)
     domains: dict[str, Domain]
-    shared: Literal["anchor"] = "anchor"
+    shared: SharedParts = SharedParts()
     branches_at_once: int = Field(1, gt=0)  # experts trained side by side, one thread each: for small models on CPUs
     routing: Routing = Routing()
     gate_training: GateTraining = GateTraining()
@@ -309,9 +337,17 @@ class Recipe(Section):
     serving: Serving = Serving()
     _places: dict[Location, str] = PrivateAttr(default_factory=dict)  # of what was read from a file
 
+    @field_validator("shared", mode="before")
+    @classmethod
+    def _one_word(cls, shared: Any) -> Any:
+        return {"method": shared} if isinstance(shared, str) else shared
+
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         names = [expert.name for expert in self.experts]
+        for name in self.shared.weights:
+            if name not in names:
+                raise Misfit(("shared", "weights", name), f"the recipe has no expert '{name}'")
         for i, expert in enumerate(self.experts):
             if expert.name == "anchor":
                 raise Misfit(("experts", i, "name"), "'anchor' names the anchor: give the expert another name")

@@ -24,13 +24,16 @@ from fusion.plan.preflight import check, describe_anchor, raise_on_error
 from fusion.progress import console
 from fusion.recipe import DataSource, Expert, Location, Recipe, TrainingSettings, general_domain
 from fusion.sources import (
+    SHARED_NOTE,
     ModelSource,
     anchor_source,
     anchored_expert,
+    base_source,
     expert_sources,
     original_source,
     refuse_text_anchoring,
     shared_expert_source,
+    shared_parts,
     trained_anchor,
     trained_expert,
 )
@@ -233,11 +236,14 @@ def _sources(recipe: Recipe) -> Iterator[tuple[Location, DataSource, str]]:
 
 
 def merge(recipe: Recipe, force: bool = False) -> None:
-    """Merges the experts into the recipe's fused folder."""
+    """Merges the experts into the recipe's fused folder, behind the shared parts that the recipe asks for."""
     refuse_text_anchoring(recipe)
     out = recipe.fused
-    sources = [anchor_source(recipe), *expert_sources(recipe), shared_expert_source(recipe)]
+    experts = expert_sources(recipe)
     raise_on_error(recipe, check(recipe, trained=True))  # once more, now that every model is here
+    if not recipe.shared.is_anchor:
+        run_step(_shared_step(recipe), recipe.folder, force)
+    sources = [base_source(recipe), *experts, shared_expert_source(recipe)]
     folders = [path for source in sources if source for path in source.paths]
 
     def action() -> None:
@@ -246,12 +252,27 @@ def merge(recipe: Recipe, force: bool = False) -> None:
         merge_models(recipe, out)
         forget(recipe.folder, LATER[1:])  # the gates are random again
 
-    experts = [expert.model_dump(mode="json", exclude={"branch", "anchor"}) for expert in recipe.experts]
-    parts = [recipe.name, recipe.license, experts, recipe.shared, recipe.routing, recipe.gate_training.seed]
+    named = [expert.model_dump(mode="json", exclude={"branch", "anchor"}) for expert in recipe.experts]
+    parts = [recipe.name, recipe.license, named, recipe.shared, recipe.routing, recipe.gate_training.seed]
     run_step(Step("merge", parts, folders, _merged_files(out), action), recipe.folder, force)
     from fusion.merge import write_papers
 
     write_papers(recipe, out)
+
+
+def _shared_step(recipe: Recipe) -> Step:
+    out = shared_parts(recipe)
+    models = [anchor_source(recipe), *expert_sources(recipe)]
+    data = _data_files(*(source for domain in recipe.domains.values() for source in (domain.train, domain.held_out)))
+    inputs = [*(path for model in models for path in model.paths), *data]
+    parts = [recipe.shared, recipe.domains, recipe.routing.moe_layers, [expert.domain for expert in recipe.experts]]
+
+    def action() -> str:
+        from fusion.shared import make_shared_parts
+
+        return make_shared_parts(recipe, out).sentence()
+
+    return Step("shared", parts, inputs, [out / SHARED_NOTE], action)
 
 
 def train_gates(recipe: Recipe, force: bool = False) -> None:

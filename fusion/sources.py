@@ -12,6 +12,8 @@ from fusion.errors import UserError
 from fusion.hardware import attention_implementation, compute_dtype
 from fusion.recipe import Expert, Recipe
 
+SHARED_NOTE = "shared.json"
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -92,6 +94,21 @@ def expert_source(recipe: Recipe, expert: Expert) -> ModelSource:
 def expert_sources(recipe: Recipe) -> list[ModelSource]:
     """All experts in the recipe's order, which is the order of the gate's rows."""
     return [expert_source(recipe, expert) for expert in recipe.experts]
+
+
+def shared_parts(recipe: Recipe) -> Path:
+    """The folder of the shared parts that the recipe makes itself: a model, or a note alone where the anchor's won."""
+    return recipe.folder / "shared"
+
+
+def base_source(recipe: Recipe) -> ModelSource:
+    """The model whose shared parts the fused model has. Raises UserError where it has yet to be made."""
+    if recipe.shared.is_anchor:
+        return anchor_source(recipe)
+    folder = shared_parts(recipe)
+    if not (folder / SHARED_NOTE).is_file():
+        raise UserError(f"the shared parts {folder} do not exist yet: run `qwen-fusion merge` on the recipe first")
+    return ModelSource("shared parts", folder) if (folder / "config.json").is_file() else anchor_source(recipe)
 
 
 def shared_expert_source(recipe: Recipe) -> ModelSource | None:

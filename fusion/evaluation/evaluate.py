@@ -25,7 +25,7 @@ from fusion.layers import Gates, checkpoint_gates
 from fusion.progress import console
 from fusion.recipe import Recipe
 from fusion.served import routed_weight
-from fusion.sources import ModelSource, anchor_source, load_model, original_source
+from fusion.sources import ModelSource, anchor_source, base_source, load_model, original_source
 
 ROWS = ("anchor", "own_expert", "fused_random", "fused_hidden", "fused_trained")
 
@@ -68,7 +68,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     prompts = _hidden_prompts(recipe, gate_rows, tokenizer)
     gates = {
         "fused_random": random_gates(checkpoint.config, recipe.gate_training.seed),
-        "fused_hidden": hidden_gates(checkpoint.config, anchor.folder, tokenizer, prompts),
+        "fused_hidden": hidden_gates(checkpoint.config, base_source(recipe).folder, tokenizer, prompts),
         "fused_trained": checkpoint_gates(checkpoint),
     }
 

@@ -149,7 +149,10 @@ def _check_expert(recipe: Recipe, expert: Expert, anchor: Described, trained: bo
         what = (
             f"rope_theta is {theirs_theta:g}, the anchor's is {ours_theta:g}: its MLPs learnt behind another attention"
         )
-        found.append(Finding("error", where, what, "give it an 'anchor' section, or leave it out"))
+        if recipe.shared.is_anchor:
+            found.append(Finding("error", where, what, "give it an 'anchor' section, or leave it out"))
+        else:
+            found.append(Finding("warning", where, what, "the shared q_proj and k_proj are made without it"))
     for key, why in (("rms_norm_eps", "norms differ"), ("hidden_act", "its MLPs compute something else")):
         if anchor.config.get(key) != described.config.get(key):
             what = f"{key} is {described.config.get(key)}, the anchor's is {anchor.config.get(key)}"

@@ -14,7 +14,8 @@ from fusion.adapter import Adapter
 from fusion.architecture import MLP_PARTS, expert_tensor, is_mlp
 from fusion.checkpoint import Checkpoint, write_json
 from fusion.errors import UserError
-from fusion.merge import MANIFEST, Reader, merge
+from fusion.merge import MANIFEST, merge
+from fusion.reader import Reader
 from fusion.recipe import Recipe
 from fusion.sources import ModelSource
 from tests.families import write_model
