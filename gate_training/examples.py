@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from fusion.data import ChatExample, load_examples
 from fusion.errors import UserError
 from fusion.recipe import Recipe
+from gate_training.labelling.classifier import Classify, recipe_classifier
+from gate_training.labelling.combine import QuestionLabel, label_questions
 from gate_training.labelling.rules import label_by_rules
 
 
 @dataclass(frozen=True)
 class RoutingExample:
-    """One labelled conversation. `source` is the channel (data, rules), `evidence` what it went by."""
+    """One labelled conversation. `source` is the channel (data, rules, classifier), `evidence` what it went by."""
 
     example: ChatExample
     domain: str
@@ -25,15 +27,13 @@ def routing_examples(recipe: Recipe, split: str, rows: int) -> list[RoutingExamp
     Raises UserError where an expert is left without a single example.
     """
     settings = recipe.gate_training
-    found: list[RoutingExample] = []
-    for name, domain in recipe.domains.items():
-        source = domain.train if split == "train" else domain.held_out
-        for example in load_examples(source, name, rows, settings.seed):
-            if settings.labels == "rules":
-                rule = label_by_rules(example.question, recipe.domains)
-                found.append(RoutingExample(example, rule.domain, "rules", rule.evidence))
-            else:
-                found.append(RoutingExample(example, name, "data", source.describe()))
+    examples = _examples(recipe, split, rows)
+    if settings.labels == "data":
+        sources = {n: d.train if split == "train" else d.held_out for n, d in recipe.domains.items()}
+        found = [RoutingExample(e, e.domain, "data", sources[e.domain].describe()) for e in examples]
+    else:
+        labels = _question_labels(recipe, split, examples)
+        found = [RoutingExample(e, q.domain, q.source, q.evidence) for e, q in zip(examples, labels, strict=True)]
     served = set(expert_labels(recipe, found))
     for index, expert in enumerate(recipe.experts):
         if index not in served:
@@ -41,6 +41,35 @@ def routing_examples(recipe: Recipe, split: str, rows: int) -> list[RoutingExamp
                 f"expert '{expert.name}' has no routing example ({split}): give domain '{expert.domain}' data, "
                 "or rules that match its questions"
             )
+    return found
+
+
+def _examples(recipe: Recipe, split: str, rows: int) -> list[ChatExample]:
+    return [
+        example
+        for name, domain in recipe.domains.items()
+        for example in load_examples(
+            domain.train if split == "train" else domain.held_out, name, rows, recipe.gate_training.seed
+        )
+    ]
+
+
+def _question_labels(recipe: Recipe, split: str, examples: list[ChatExample]) -> list[QuestionLabel]:
+    """Labels of the examples' questions; a classifier that learns never labels a question it has learnt from."""
+    settings = recipe.gate_training
+    rules_first = settings.labels != "classifier"
+
+    def label(rows: list[ChatExample], classify: Classify | None) -> list[QuestionLabel]:
+        return label_questions([row.question for row in rows], recipe.domains, classify, rules_first)
+
+    if settings.labels == "rules":
+        return label(examples, None)
+    if split == "held_out" or settings.classifier:
+        return label(examples, recipe_classifier(recipe, _examples(recipe, "train", settings.rows)))
+    halves = examples[::2], examples[1::2]
+    labels = [label(half, recipe_classifier(recipe, other)) for half, other in zip(halves, halves[::-1], strict=True)]
+    found: list[QuestionLabel] = [labels[0][0]] * len(examples)
+    found[::2], found[1::2] = labels
     return found
 
 

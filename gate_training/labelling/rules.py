@@ -12,6 +12,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from fusion.recipe import Domain, Rule, general_domain
 
+NO_RULE = "no rule matched"
 SURE = 0.5  # probability from which a detected language counts; greetings and sums stay below
 LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff]"  # of a word with spaces around it; Chinese and Japanese are written without
 
@@ -31,7 +32,7 @@ def label_by_rules(question: str, domains: dict[str, Domain]) -> RuleLabel:
             evidence = match(rule, question)
             if evidence is not None:
                 return RuleLabel(name, evidence)
-    return RuleLabel(general_domain(domains), "no rule matched")
+    return RuleLabel(general_domain(domains), NO_RULE)
 
 
 def match(rule: Rule, text: str) -> str | None:

@@ -1,0 +1,63 @@
+"""How often the label channels are right on questions whose words point to the wrong domain (confusing.yaml).
+
+    python -m gate_training.labelling.measure configs/qwen2.5-0.5b-two-experts.yaml
+
+The classifier learns the questions of the recipe's training rows. Prints a table, every error of the combination, and
+one JSON object.
+"""
+
+import json
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from fusion.data import load_examples
+from fusion.errors import UserError
+from fusion.recipe import Recipe, load_recipe
+from gate_training.labelling.classifier import recipe_classifier
+from gate_training.labelling.combine import QuestionLabel, label_questions
+
+
+def confusing_questions(recipe: Recipe) -> list[tuple[str, str]]:
+    """(domain, question) of the shipped set, as far as the recipe has the domain."""
+    text = files("gate_training.labelling").joinpath("confusing.yaml").read_text(encoding="utf-8")
+    return [(domain, question) for domain, question in yaml.safe_load(text)["questions"] if domain in recipe.domains]
+
+
+def measure(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Shares right of each channel: {channel: {domain: share, "all": share}}; prints them and the errors."""
+    wanted = confusing_questions(recipe)
+    questions = [question for _, question in wanted]
+    settings = recipe.gate_training
+    rows = [r for n, d in recipe.domains.items() for r in load_examples(d.train, n, settings.rows, settings.seed)]
+    classify = recipe_classifier(recipe, rows)
+    channels = {
+        "rules": label_questions(questions, recipe.domains, None),
+        "classifier": label_questions(questions, recipe.domains, classify, rules_first=False),
+        "combined": label_questions(questions, recipe.domains, classify),
+    }
+    shares = {name: _shares([domain for domain, _ in wanted], labels) for name, labels in channels.items()}
+    for (domain, question), label in zip(wanted, channels["combined"], strict=True):
+        if label.domain != domain:
+            print(f"{domain}, labelled {label.domain} ({label.evidence}): {question}")
+    for name, row in shares.items():
+        print(f"{name}: " + ", ".join(f"{domain} {share:.2f}" for domain, share in row.items()))
+    disputed = sum(label.disputed for label in channels["combined"]) / len(wanted)
+    print(f"rules and classifier disagree on {disputed:.0%} of {len(wanted)} questions")
+    return shares
+
+
+def _shares(wanted: list[str], labels: list[QuestionLabel]) -> dict[str, float]:
+    hits = [label.domain == domain for label, domain in zip(labels, wanted, strict=True)]
+    of = {name: [hit for hit, domain in zip(hits, wanted, strict=True) if domain == name] for name in wanted}
+    return {**{name: sum(row) / len(row) for name, row in of.items()}, "all": sum(hits) / len(hits)}
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(measure(load_recipe(Path(sys.argv[1])))))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
