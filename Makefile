@@ -18,7 +18,7 @@ INSTALL := $(UV) pip install -q --python $(BIN)/python -c constraints.txt --over
            -e ".[cpu,registry-weights,dev]"
 endif
 
-.PHONY: help setup demo demo-real test check format bench constraints clean
+.PHONY: help setup demo demo-real test check format bench bench-gates constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,7 +49,9 @@ format: setup  ## mend what lint and format can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## gate training against a plain forward pass, on the demo's model (after make demo)
+bench: bench-gates  ## all benchmarks
+
+bench-gates: setup  ## gate training against a plain forward pass and the peers' way, on the demo's model (after make demo)
 	QWEN_FUSION_QUIET=1 $(BIN)/python -m gate_training.bench configs/demo.yaml
 
 constraints: setup  ## resolve constraints.txt anew, one set of versions for CPU and GPU

@@ -1,29 +1,34 @@
-"""How fast gates are trained: tokens/s of the gate trainer against one plain forward pass of one dense expert.
+"""How fast gates are trained, as ratios measured in one run: against a plain forward pass, and against the peers' way.
 
-    make bench            # python -m gate_training.bench configs/demo.yaml, after `make demo`
+    make bench-gates      # python -m gate_training.bench configs/demo.yaml, after `make demo`
 
-Every token has to pass every layer once, so the forward pass without head over the same tokens is the limit at top-1.
-Both are timed alternately in one run; the last line is one JSON object.
+Every token has to pass every layer once, so one dense expert's forward pass without head over the same tokens is the
+limit at top-1; at top-2 the MLPs count twice. The peers' way (gate_training/peer.py) trains the gates of the whole
+model in memory. The last line is one JSON object.
 """
 
 import json
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
-from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import UserError
-from fusion.layers import Batch
-from fusion.recipe import load_recipe
+from fusion.layers import Batch, Gates
+from fusion.recipe import Recipe, load_recipe
 from fusion.sources import expert_sources
-from gate_training.examples import expert_labels, routing_examples
-from gate_training.trainer import fit_gates
+from gate_training.examples import routing_examples
+from gate_training.peer import encoded, routing_accuracy
+from gate_training.trainer import METHODS, fit_gates
 
 ROUNDS = 3
+LEARNING_RATES = (3e-3, 1e-2, 3e-2)  # of the peers' way, the best counts
 
 
 def forward_seconds(folder: Path, batches: list[Batch]) -> float:
@@ -36,34 +41,100 @@ def forward_seconds(folder: Path, batches: list[Batch]) -> float:
         return time.perf_counter() - start
 
 
-def main(path: str) -> None:
-    """Prints the medians and their ratio for the recipe at `path`, whose fused model must exist."""
-    recipe = load_recipe(Path(path))
-    if not (recipe.fused / "config.json").is_file():
-        raise UserError(f"{recipe.fused} does not exist yet: run `qwen-fusion run {path}` first")
+def fit(recipe: Recipe, method: str, top_k: int) -> tuple[float, Gates]:
+    """The seconds that fitting all gates takes, from the checkpoint on disk, and the gates."""
     settings = recipe.gate_training
     train = routing_examples(recipe, "train", settings.rows)
     held_out = routing_examples(recipe, "held_out", settings.held_out_rows)
-    rows = [example.example for example in (*train, *held_out)]
-    labels = expert_labels(recipe, [*train, *held_out])
-    tokenizer = load_tokenizer(recipe.fused)
-    batches = encode_batches(tokenizer, rows, labels, settings.max_length, settings.batch_tokens)
+    start = time.perf_counter()
+    gates, _ = fit_gates(recipe, recipe.fused, train, held_out, method, top_k)
+    return time.perf_counter() - start, gates
+
+
+def throughput(recipe: Recipe) -> dict[str, float]:
+    """Gate training's tokens/s as a share of the forward pass's, by method and top-k, medians of alternating rounds."""
+    settings = recipe.gate_training
+    examples = [
+        *routing_examples(recipe, "train", settings.rows),
+        *routing_examples(recipe, "held_out", settings.held_out_rows),
+    ]
+    batches = encoded(recipe, examples, settings.batch_tokens)
     tokens = sum(int(batch.real.sum()) for batch in batches)
-    plain, trained = [], []
+    kinds = [("cross-entropy", 1), ("cross-entropy", 2), *((name, 1) for name in METHODS if name != "cross-entropy")]
+    plain: list[float] = []
+    taken: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
     for _ in range(ROUNDS):
         plain.append(forward_seconds(expert_sources(recipe)[0].folder, batches))
-        start = time.perf_counter()
-        fit_gates(recipe, recipe.fused, train, held_out, settings.method)
-        trained.append(time.perf_counter() - start)
-    rates = [tokens / statistics.median(seconds) for seconds in (plain, trained)]
-    print(f"forward pass of one dense expert: {rates[0]:,.0f} tokens/s; gate training: {rates[1]:,.0f} tokens/s")
-    result = {"tokens": tokens, "top_k": recipe.routing.top_k, "throughput_vs_forward": rates[1] / rates[0]}
+        for kind in kinds:
+            taken[kind].append(fit(recipe, *kind)[0])
+    limit = tokens / statistics.median(plain)
+    print(f"one dense expert's forward pass over {tokens:,} tokens: {limit:,.0f} tokens/s")
+    shares = {}
+    for (method, top_k), seconds in taken.items():
+        rate = tokens / statistics.median(seconds)
+        shares[f"{method}, top-{top_k}"] = rate / limit
+        print(f"gates by {method}, top-{top_k}: {rate:,.0f} tokens/s, {rate / limit:.2f} of it")
+    return shares
+
+
+def ours(recipe: Recipe) -> dict[str, Any]:
+    """Seconds, held-out routing accuracy and peak memory of one fit by cross-entropy; run in a process of its own."""
+    seconds, gates = fit(recipe, "cross-entropy", recipe.routing.top_k)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    model = AutoModelForCausalLM.from_pretrained(recipe.fused, dtype=torch.float32, use_safetensors=True)
+    with torch.no_grad():
+        for layer, gate in gates.items():
+            model.get_parameter(f"model.layers.{layer}.mlp.gate.weight").copy_(gate)
+    held_out = routing_examples(recipe, "held_out", recipe.gate_training.held_out_rows)
+    accuracy = routing_accuracy(model, encoded(recipe, held_out, recipe.gate_training.batch_tokens))
+    return {"seconds": seconds, "accuracy": accuracy, "peak_bytes": peak}
+
+
+def against_peers(path: str) -> dict[str, float]:
+    """Time and memory of the peers' way over ours, to 99% of the weaker side's final held-out routing accuracy."""
+    mine = _child("gate_training.bench", path, "ours")
+    runs = [_child("gate_training.peer", path, str(rate)) for rate in LEARNING_RATES]
+    best = max(runs, key=lambda run: run["curve"][-1][1])
+    goal = 0.99 * min(mine["accuracy"], best["curve"][-1][1])
+    reached = next(seconds for seconds, accuracy in best["curve"] if accuracy >= goal)
+    for name, seconds, accuracy, peak in (
+        ("gate training", mine["seconds"], mine["accuracy"], mine["peak_bytes"]),
+        (f"Trainer, rate {best['learning_rate']:g}", *best["curve"][-1], best["peak_bytes"]),
+    ):
+        print(f"{name}: held-out routing accuracy {accuracy:.4f} in {seconds:.1f} s, peak memory {peak / 1e9:.2f} GB")
+    print(f"Trainer at {goal:.4f}: {reached:.1f} s")
+    return {
+        "speedup_vs_trainer": reached / mine["seconds"],
+        "memory_vs_trainer": mine["peak_bytes"] / best["peak_bytes"],
+    }
+
+
+def _child(module: str, *arguments: str) -> Any:
+    """The JSON object that a module prints last, run in a process whose peak memory is its own."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(path: str) -> None:
+    """Prints all figures for the recipe at `path`, whose fused model must exist."""
+    recipe = load_recipe(Path(path))
+    if not (recipe.fused / "config.json").is_file():
+        raise UserError(f"{recipe.fused} does not exist yet: run `qwen-fusion run {path}` first")
+    shares = throughput(recipe)
+    result = {
+        "throughput_vs_forward_top1": shares["cross-entropy, top-1"],
+        "throughput_vs_forward_top2": shares["cross-entropy, top-2"],
+        **against_peers(path),
+    }
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
     try:
-        main(*(sys.argv[1:] or ["configs/demo.yaml"]))
+        if sys.argv[2:] == ["ours"]:
+            print(json.dumps(ours(load_recipe(Path(sys.argv[1])))))
+        else:
+            main(*(sys.argv[1:] or ["configs/demo.yaml"]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fusion.checkpoint import Checkpoint
 from fusion.encoding import encode_batches, load_tokenizer
-from fusion.layers import Gates, LayerStream, Route, forced, gated
+from fusion.evaluation.answer_loss import answer_losses
+from fusion.layers import Gates, Route, forced, gated
 from fusion.recipe import Recipe
 from gate_training.examples import RoutingExample, expert_labels
 
@@ -24,18 +25,11 @@ def held_out_losses(
     batches = encode_batches(load_tokenizer(folder), rows, labels, settings.max_length, settings.batch_tokens)
     top_k = checkpoint.config["num_experts_per_tok"]
     routes: dict[str, Route] = {LABELLED: forced(), **{name: gated(found, top_k) for name, found in gates.items()}}
-    losses = {}
-    for name, route in routes.items():
-        stream = LayerStream(checkpoint, batches, description=f"answer loss, {name} gates")
-        stream.run(route)
-        sums = {example.domain: [0.0, 0] for example in examples}
-        for batch, nats in stream.token_nats(answers=True):
-            for line, row in enumerate(batch.rows.tolist()):
-                entry = sums[examples[row].domain]
-                entry[0] += float(nats[line].sum())
-                entry[1] += int((batch.answer & batch.real)[line].sum())
-        losses[name] = {domain: nats / max(1, tokens) for domain, (nats, tokens) in sums.items()}
-    return losses
+    domains = [example.domain for example in examples]
+    return {
+        name: answer_losses(checkpoint, batches, domains, route, f"answer loss, {name} gates")
+        for name, route in routes.items()
+    }
 
 
 def mean_loss(losses: dict[str, float]) -> float:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fusion.checkpoint import write_json, write_text, written_aside
 from gate_training.compare import LABELLED, mean_loss
-from gate_training.trainer import GateReport
+from gate_training.trainer import BINS, Confidence, GateReport
 
 
 def write_report(report: GateReport, folder: Path) -> None:
@@ -43,7 +43,37 @@ def markdown(report: GateReport) -> str:
     ]
     for row in report.layers:
         lines.append(f"| {row.layer} | " + " | ".join(f"{row.share_by_expert[e]:.3f}" for e in experts) + " |")
+    last = report.layers[-1]
+    lines += ["", f"Answer tokens of each domain by expert, layer {last.layer}:", ""]
+    lines += ["| domain | " + " | ".join(experts) + " |", "| --- " * (len(experts) + 1) + "|"]
+    for domain, row_ in last.confusion.items():
+        lines.append(f"| {domain} | " + " | ".join(f"{row_[expert]:.3f}" for expert in experts) + " |")
+    lines += [
+        "",
+        "How sure the gates are of answer tokens (entropy in nats; ln of the number of experts is not at all), and how "
+        "often they are right where they are that sure (all tokens, mean over layers):",
+        "",
+        "| layer | " + " | ".join(str(row.layer) for row in report.layers) + " |",
+        "| --- " * (len(report.layers) + 1) + "|",
+        "| entropy | " + " | ".join(f"{row.entropy:.3f}" for row in report.layers) + " |",
+        "",
+        *_calibration(report),
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _calibration(report: GateReport) -> list[str]:
+    """Confidence against accuracy over all layers, in tenths of confidence."""
+    bins: dict[int, list[Confidence]] = {}
+    for row in report.layers:
+        for found in row.calibration:
+            bins.setdefault(min(int(found.confidence * BINS), BINS - 1), []).append(found)
+    lines = ["| confidence | right | share of tokens |", "| --- | --- | --- |"]
+    for _, members in sorted(bins.items()):
+        share = sum(found.share for found in members)
+        sure, right = (sum(getattr(f, key) * f.share for f in members) / share for key in ("confidence", "accuracy"))
+        lines.append(f"| {sure:.3f} | {right:.3f} | {share / len(report.layers):.4f} |")
+    return lines
 
 
 def _compared(losses: dict[str, dict[str, float]]) -> list[str]:

@@ -8,6 +8,7 @@ picks. Held-out examples travel along and are only measured. `auto` fits with ev
 least answer loss on them.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,14 +26,25 @@ from fusion.recipe import Recipe
 from gate_training.compare import held_out_losses, mean_loss
 from gate_training.examples import RoutingExample, expert_labels, routing_examples, rules_agreement
 from gate_training.labelling.likelihood import token_targets
-from gate_training.methods import Tokens, cross_entropy, regression, ridge
+from gate_training.methods import Tokens, cross_entropy, moments, regression, ridge
 
+BINS = 10  # of confidence
+HELD_BACK = 5  # one conversation of so many chooses the L2 penalty
 METHODS = {
     "ridge": ridge.fit,
     "cross-entropy": cross_entropy.fit,
     "likelihood": cross_entropy.fit,  # on the experts' own likelihoods in the place of labels
     "regression": regression.fit,
 }
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """Tokens of like confidence (the gate's softmax at its first choice): its mean, how many are right, their share."""
+
+    confidence: float
+    accuracy: float
+    share: float
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,9 @@ class LayerReport:
     accuracy_by_domain: dict[str, float]
     answer_accuracy_by_domain: dict[str, float]
     share_by_expert: dict[str, float]  # of held-out tokens, first choice
+    confusion: dict[str, dict[str, float]]  # {domain: {expert: share of its answer tokens}}
+    entropy: float  # of the gate's softmax on answer tokens, nats
+    calibration: list[Confidence]
 
 
 @dataclass(frozen=True)
@@ -94,9 +109,17 @@ def _best(
 
 
 def fit_gates(
-    recipe: Recipe, folder: Path, train: list[RoutingExample], held_out: list[RoutingExample], method: str
+    recipe: Recipe,
+    folder: Path,
+    train: list[RoutingExample],
+    held_out: list[RoutingExample],
+    method: str,
+    top_k: int | None = None,
 ) -> tuple[Gates, GateReport]:
-    """The gates by layer, `(experts, hidden)` in the checkpoint's dtype, and the report on `held_out`."""
+    """The gates by layer, `(experts, hidden)` in the checkpoint's dtype, and the report on `held_out`.
+
+    Tokens move on through their first `top_k` experts (None: the checkpoint's).
+    """
     settings, checkpoint = recipe.gate_training, Checkpoint(folder)
     tokenizer, lengths = load_tokenizer(folder), (settings.max_length, settings.batch_tokens)
     trained, measured = (
@@ -106,7 +129,7 @@ def fit_gates(
     domains = [example.domain for example in (*train, *held_out)]
     dtype = getattr(torch, checkpoint_dtype(folder))
     experts, hidden = len(recipe.experts), checkpoint.config["hidden_size"]
-    top_k = checkpoint.config["num_experts_per_tok"]
+    top_k = top_k or checkpoint.config["num_experts_per_tok"]
     if method == "likelihood":
         targets = token_targets(checkpoint, trained, experts, settings.window)
     else:
@@ -120,7 +143,7 @@ def fit_gates(
         layer.attend()
         if layer.sparse:
             inputs.fill(layer)
-            gate = METHODS[method](inputs, experts, hidden, settings)
+            gate = METHODS[method](inputs, moments(inputs), settings)
             gates[layer.index] = gate.to(dtype)  # tokens move on through what will be served, rounding included
             reports.append(_measure(layer.index, gates[layer.index], inputs, batches[len(trained) :], domains, recipe))
         layer.mix(gated(gates, top_k), inputs.of if layer.sparse else None)
@@ -142,6 +165,7 @@ class _GateInputs:
         """The first batches are trained on `targets`, `(tokens, experts)` each; with `top_k` their costs are kept."""
         counts = [int(batch.real.sum()) for batch in batches]
         parts = state_store(sum(counts), hidden).split(counts)
+        self._held_back = _held_back(batches[: len(targets)])
         self._batches, self._targets, self._top_k = batches, targets, top_k
         self._inputs = {batch.start: part for batch, part in zip(batches, parts, strict=True)}
         self._costs: list[torch.Tensor | None] = [None] * len(targets)
@@ -161,8 +185,22 @@ class _GateInputs:
 
     def __call__(self) -> Iterator[Tokens]:
         """One pass over the tokens to be trained on, batch by batch."""
-        for batch, targets, costs in zip(self._batches, self._targets, self._costs, strict=False):
-            yield Tokens(self.of(batch), targets, costs)
+        parts = zip(self._batches, self._targets, self._held_back, self._costs, strict=False)
+        for batch, targets, held_back, costs in parts:
+            yield Tokens(self.of(batch), targets, held_back, held_back & batch.answer[batch.real], costs)
+
+
+def _held_back(batches: list[Batch]) -> list[torch.Tensor]:
+    """The tokens of every fifth conversation of each label, `(tokens,)` a batch."""
+    labels = {row: label for b in batches for row, label in zip(b.rows.tolist(), b.labels.tolist(), strict=True)}
+    seen: Counter[int] = Counter()
+    chosen = set()
+    for row in sorted(labels):
+        seen[labels[row]] += 1
+        if seen[labels[row]] % HELD_BACK == 0:
+            chosen.add(row)
+    marks = [torch.tensor([row in chosen for row in batch.rows.tolist()]) for batch in batches]
+    return [mark[:, None].expand_as(batch.ids)[batch.real] for mark, batch in zip(marks, batches, strict=True)]
 
 
 def _measure(
@@ -170,27 +208,40 @@ def _measure(
 ) -> LayerReport:
     """Held-out routing of one layer, by first choice."""
     names = sorted(set(domains), key=list(recipe.domains).index)
-    right = {name: [0, 0, 0, 0] for name in names}  # tokens, right, answer tokens, right
-    chosen_by_expert = torch.zeros(len(recipe.experts))
+    number = torch.tensor([names.index(domain) for domain in domains])  # (rows,)
+    right = torch.tensor([recipe.expert_of(name) for name in names])
+    chosen = torch.zeros(2, len(names), len(recipe.experts))  # of all tokens, of answer tokens
+    bins = torch.zeros(BINS, 3)  # tokens, confidence, right ones
+    entropy = 0.0
     for batch in batches:
-        first = (inputs.of(batch) @ gate.float().T).argmax(dim=1)  # (tokens,)
-        hit = torch.zeros(batch.ids.shape, dtype=torch.bool)
-        hit[batch.real] = first == batch.token_labels()
-        chosen_by_expert += torch.bincount(first, minlength=len(recipe.experts))
-        answer = batch.answer & batch.real
-        for line, row in enumerate(batch.rows.tolist()):
-            counts = right[domains[row]]
-            counts[0] += int(batch.real[line].sum())
-            counts[1] += int(hit[line].sum())
-            counts[2] += int(answer[line].sum())
-            counts[3] += int((hit[line] & answer[line]).sum())
-    total = [sum(counts[i] for counts in right.values()) for i in range(4)]
-    shares = chosen_by_expert / chosen_by_expert.sum().clamp_min(1)
+        probabilities = torch.softmax(inputs.of(batch) @ gate.float().T, dim=1)  # (tokens, experts)
+        confidence, first = probabilities.max(dim=1)  # (tokens,)
+        domain = number[batch.rows][:, None].expand_as(batch.ids)[batch.real]
+        answer = batch.answer[batch.real]
+        for kind, kept in enumerate((torch.ones_like(answer), answer)):
+            chosen[kind].index_put_((domain[kept], first[kept]), torch.ones(()), accumulate=True)
+        entropy -= float(torch.special.xlogy(probabilities, probabilities)[answer].sum())
+        hit = (first == right[domain]).float()
+        place = (confidence * BINS).long().clamp_max(BINS - 1)
+        bins.index_add_(0, place, torch.stack([torch.ones_like(hit), confidence, hit], dim=1))
+    tokens = chosen.sum(dim=2)  # (2, domains)
+    hits = chosen[:, torch.arange(len(names)), right]
+    accuracy, by_domain = hits.sum(dim=1) / tokens.sum(dim=1).clamp_min(1), hits / tokens.clamp_min(1)
+    shares = chosen[0].sum(dim=0) / chosen[0].sum().clamp_min(1)
+    experts = [expert.name for expert in recipe.experts]
+    confusion = (chosen[1] / tokens[1, :, None].clamp_min(1)).tolist()
     return LayerReport(
         layer=layer,
-        accuracy=total[1] / max(total[0], 1),
-        answer_accuracy=total[3] / max(total[2], 1),
-        accuracy_by_domain={name: c[1] / max(c[0], 1) for name, c in right.items()},
-        answer_accuracy_by_domain={name: c[3] / max(c[2], 1) for name, c in right.items()},
-        share_by_expert={e.name: float(s) for e, s in zip(recipe.experts, shares, strict=True)},
+        accuracy=float(accuracy[0]),
+        answer_accuracy=float(accuracy[1]),
+        accuracy_by_domain=dict(zip(names, by_domain[0].tolist(), strict=True)),
+        answer_accuracy_by_domain=dict(zip(names, by_domain[1].tolist(), strict=True)),
+        share_by_expert=dict(zip(experts, shares.tolist(), strict=True)),
+        confusion={name: dict(zip(experts, row, strict=True)) for name, row in zip(names, confusion, strict=True)},
+        entropy=entropy / max(1.0, float(tokens[1].sum())),
+        calibration=[
+            Confidence(sure / count, found / count, count / float(bins[:, 0].sum()))
+            for count, sure, found in bins.tolist()
+            if count
+        ],
     )

@@ -9,7 +9,7 @@ relative to ‖E_label(x)‖², token by token. Starts from the cross-entropy ga
 import torch
 
 from fusion.recipe import GateTraining
-from gate_training.methods import TokenPass, Tokens, cross_entropy
+from gate_training.methods import Moments, TokenPass, Tokens, cross_entropy
 from gate_training.methods.solver import minimise
 
 
@@ -35,6 +35,6 @@ def output_loss(scores: torch.Tensor, part: Tokens) -> torch.Tensor:
     return torch.einsum("ta,tab,tb->t", weights, part.costs, weights)
 
 
-def fit(tokens: TokenPass, experts: int, hidden: int, settings: GateTraining) -> torch.Tensor:
-    """The gate `(experts, hidden)` in float32 after at most `settings.iterations` L-BFGS steps."""
-    return minimise(tokens, cross_entropy.fit(tokens, experts, hidden, settings), output_loss, settings)
+def fit(tokens: TokenPass, moments: Moments, settings: GateTraining) -> torch.Tensor:
+    """The gate `(experts, hidden)` in float32."""
+    return minimise(tokens, moments, cross_entropy.fit(tokens, moments, settings), output_loss)

@@ -7,21 +7,17 @@ sums XᵀX and XᵀY add up over data, experts and machines.
 import torch
 
 from fusion.recipe import GateTraining
-from gate_training.methods import TokenPass
+from gate_training.methods import Moments, TokenPass
 from gate_training.methods.solver import label_loss
 
-TEMPERATURES = torch.logspace(-1, 2, 31)
+TEMPERATURES = torch.logspace(-1, 2, 16)
 
 
-def fit(tokens: TokenPass, experts: int, hidden: int, settings: GateTraining) -> torch.Tensor:
+def fit(tokens: TokenPass, moments: Moments, settings: GateTraining) -> torch.Tensor:
     """The gate `(experts, hidden)` in float32; `settings.ridge` is λ relative to the mean diagonal of XᵀX."""
-    gram = torch.zeros(hidden, hidden, dtype=torch.float64)
-    target = torch.zeros(hidden, experts, dtype=torch.float64)
-    for part in tokens():
-        gram += (part.inputs.T @ part.inputs).double()
-        target += (part.inputs.T @ part.targets).double()
+    gram = moments.gram.clone()
     gram.diagonal().add_(settings.ridge * gram.diagonal().mean().clamp_min(1e-12))
-    weight = torch.cholesky_solve(target, torch.linalg.cholesky(gram)).T.float()  # (experts, hidden)
+    weight = torch.cholesky_solve(moments.cross, torch.linalg.cholesky(gram)).T.float()  # (experts, hidden)
     return weight * best_temperature(tokens, weight)
 
 

@@ -1,28 +1,36 @@
 """Ridge against the direct solution, cross-entropy against ridge, regression against its costs, all on awkward data."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fusion.recipe import GateTraining
-from gate_training.methods import TokenPass, Tokens, cross_entropy, regression, ridge
+from gate_training.methods import TokenPass, Tokens, cross_entropy, moments, regression, ridge
 from gate_training.methods.ridge import TEMPERATURES, best_temperature
+from gate_training.methods.solver import PENALTIES, _Problem, label_loss, minimise
 
 HIDDEN, EXPERTS = 12, 3
-METHODS = {"ridge": ridge.fit, "cross-entropy": cross_entropy.fit, "regression": regression.fit}
+METHODS = {"ridge": ridge, "cross-entropy": cross_entropy, "regression": regression}
 
 
 def passes(x: torch.Tensor, labels: torch.Tensor, parts: int = 1) -> TokenPass:
-    """The tokens in `parts` batches, afresh on every call; any expert but the label's costs 1."""
+    """The tokens in `parts` batches, afresh on every call; a fifth is held back, any expert but the label's costs 1."""
     targets = F.one_hot(labels, EXPERTS).float()
+    held_back = torch.arange(len(x)) % 5 == 4
 
     def tokens() -> Iterator[Tokens]:
-        for inputs, wanted in zip(x.chunk(parts), targets.chunk(parts), strict=True):
-            yield Tokens(inputs, wanted, 1 - wanted)
+        for inputs, wanted, held in zip(x.chunk(parts), targets.chunk(parts), held_back.chunk(parts), strict=True):
+            yield Tokens(inputs, wanted, held, held, 1 - wanted)
 
     return tokens
+
+
+def fit(method: Any, tokens: TokenPass, **settings: Any) -> torch.Tensor:
+    gate: torch.Tensor = method.fit(tokens, moments(tokens), GateTraining(**settings))
+    return gate
 
 
 def toy(noise: float = 1.0, count: int = 600, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +49,7 @@ def loss(gate: torch.Tensor, x: torch.Tensor, labels: torch.Tensor) -> float:
 @pytest.mark.parametrize("strength", [1e-6, 1e-3, 1.0])
 def test_ridge_is_the_least_squares_solution(strength: float) -> None:
     x, labels = toy()
-    gate = ridge.fit(passes(x, labels, 5), EXPERTS, HIDDEN, GateTraining(ridge=strength))
+    gate = fit(ridge, passes(x, labels, 5), ridge=strength)
     penalty = strength * float(x.square().sum(dim=0).mean())
     rows = torch.cat([x.double(), penalty**0.5 * torch.eye(HIDDEN, dtype=torch.float64)])
     targets = torch.cat([F.one_hot(labels, EXPERTS).double(), torch.zeros(HIDDEN, EXPERTS, dtype=torch.float64)])
@@ -62,36 +70,56 @@ def test_the_temperature_is_the_best_of_its_grid() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_statistics_in_parts_are_those_of_one_pass(method: str) -> None:
     x, labels = toy()
-    whole = METHODS[method](passes(x, labels, 1), EXPERTS, HIDDEN, GateTraining())
-    halves = METHODS[method](passes(x, labels, 2), EXPERTS, HIDDEN, GateTraining())
+    whole = fit(METHODS[method], passes(x, labels, 1))
+    halves = fit(METHODS[method], passes(x, labels, 2))
     assert torch.allclose(whole, halves, rtol=1e-2, atol=1e-3 * float(whole.abs().max()))
 
 
 @pytest.mark.parametrize("noise", [1.0, 3.0])
 def test_cross_entropy_fits_better_than_ridge(noise: float) -> None:
     x, labels = toy(noise)
-    settings = GateTraining()
-    fitted = [loss(m.fit(passes(x, labels), EXPERTS, HIDDEN, settings), x, labels) for m in (cross_entropy, ridge)]
+    fitted = [loss(fit(method, passes(x, labels)), x, labels) for method in (cross_entropy, ridge)]
     assert fitted[0] < fitted[1]
 
 
-def test_cross_entropy_ends_at_the_optimum() -> None:
+@pytest.mark.parametrize("penalty", [1e-1, 1e-3, 1e-5])
+def test_the_solver_ends_at_the_optimum(penalty: float) -> None:
     x, labels = toy()
-    settings = GateTraining(iterations=300)
-    gate = cross_entropy.fit(passes(x, labels), EXPERTS, HIDDEN, settings).double()
+    tokens = passes(x, labels, 3)
+    problem = _Problem(tokens, moments(tokens), label_loss)
+    weight = problem.solve(torch.zeros(EXPERTS, HIDDEN), penalty, 300).double().requires_grad_(True)
     scale = x.double().square().mean(dim=0).sqrt()  # (hidden,)
-    weight = (gate * scale).requires_grad_(True)
-    total = F.cross_entropy((x.double() / scale) @ weight.T, labels)
-    total = total + 0.5 * settings.ridge * weight.square().sum() / HIDDEN
+    assert torch.allclose(scale.float(), problem.scale, rtol=1e-4)
+    total = F.cross_entropy((x.double() / scale) @ weight.T, labels) + 0.5 * penalty * weight.square().sum()
     total.backward()
     assert weight.grad is not None
     assert weight.grad.abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("noise", [1.0, 3.0])
+def test_the_penalty_is_the_one_that_serves_the_held_back_best(noise: float) -> None:
+    x, labels = toy(noise, count=200)
+    tokens = passes(x, labels)
+    problem = _Problem(tokens, moments(tokens), label_loss)
+    held = torch.arange(len(x)) % 5 == 4
+    losses = {}
+    for penalty in PENALTIES:
+        weight = problem.solve(torch.zeros(EXPERTS, HIDDEN), penalty, 300, held_back=True)
+        assert problem.held_back_loss(weight) == pytest.approx(
+            loss(weight / problem.scale, x[held], labels[held]), rel=1e-3
+        )
+        losses[penalty] = problem.held_back_loss(weight)
+    best = min(losses, key=losses.__getitem__)
+    assert (best == PENALTIES[0]) == (noise == 3.0)  # noise wants much of it
+    gate = minimise(tokens, moments(tokens), torch.zeros(EXPERTS, HIDDEN), label_loss)
+    wanted = problem.solve(torch.zeros(EXPERTS, HIDDEN), best, 300) / problem.scale
+    assert loss(gate, x, labels) == pytest.approx(loss(wanted, x, labels), rel=0.05)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_separable_data_are_separated_by_a_finite_gate(method: str) -> None:
     x, labels = toy(noise=0.05)
-    gate = METHODS[method](passes(x, labels, 3), EXPERTS, HIDDEN, GateTraining())
+    gate = fit(METHODS[method], passes(x, labels, 3))
     assert gate.isfinite().all()
     assert ((x @ gate.T).argmax(dim=1) == labels).float().mean() > 0.99
 
@@ -101,7 +129,7 @@ def test_duplicate_and_dead_features_stay_finite(method: str) -> None:
     x, labels = toy(noise=0.5)
     x[:, 1] = x[:, 0]
     x[:, 2] = 0
-    gate = METHODS[method](passes(x, labels, 3), EXPERTS, HIDDEN, GateTraining())
+    gate = fit(METHODS[method], passes(x, labels, 3))
     assert gate.shape == (EXPERTS, HIDDEN)
     assert gate.dtype == torch.float32
     assert gate.isfinite().all()
@@ -111,7 +139,7 @@ def test_duplicate_and_dead_features_stay_finite(method: str) -> None:
 def test_cross_entropy_does_not_mind_one_huge_feature() -> None:
     x, labels = toy(noise=0.5)
     x[:, 3] = 1e4  # as the massive activations of real models; ridge's penalty is relative to the mean and drowns
-    gate = cross_entropy.fit(passes(x, labels, 3), EXPERTS, HIDDEN, GateTraining())
+    gate = fit(cross_entropy, passes(x, labels, 3))
     assert gate.isfinite().all()
     assert ((x @ gate.T).argmax(dim=1) == labels).float().mean() > 0.9
 
@@ -120,7 +148,7 @@ def test_cross_entropy_does_not_mind_one_huge_feature() -> None:
 def test_an_expert_without_tokens_is_never_first(method: str) -> None:
     x, labels = toy(noise=0.3)
     kept = labels != 1
-    gate = METHODS[method](passes(x[kept], labels[kept]), EXPERTS, HIDDEN, GateTraining())
+    gate = fit(METHODS[method], passes(x[kept], labels[kept]))
     assert gate.isfinite().all()
     assert ((x[kept] @ gate.T).argmax(dim=1) == labels[kept]).float().mean() > 0.95
 
@@ -128,7 +156,7 @@ def test_an_expert_without_tokens_is_never_first(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_fewer_tokens_than_features(method: str) -> None:
     x, labels = toy(noise=0.3, count=6)
-    gate = METHODS[method](passes(x, labels), EXPERTS, HIDDEN, GateTraining())
+    gate = fit(METHODS[method], passes(x, labels))
     assert gate.isfinite().all()
     assert ((x @ gate.T).argmax(dim=1) == labels).all()
 
@@ -136,7 +164,8 @@ def test_fewer_tokens_than_features(method: str) -> None:
 def test_soft_labels_are_shares_not_choices() -> None:
     x, _ = toy()
     wanted = torch.softmax(x[:, :EXPERTS] / x[:, :EXPERTS].std(dim=0), dim=1)  # a gate that exists
-    gate = cross_entropy.fit(lambda: iter([Tokens(x, wanted)]), EXPERTS, HIDDEN, GateTraining(ridge=1e-6))
+    held_back = torch.arange(len(x)) % 5 == 4
+    gate = fit(cross_entropy, lambda: iter([Tokens(x, wanted, held_back, held_back)]))
     assert (torch.softmax(x @ gate.T, dim=1) - wanted).abs().max() < 0.02
 
 
@@ -157,10 +186,11 @@ def test_costs_are_those_of_the_outputs() -> None:
     weights = torch.softmax(scores, dim=1)
     mixture = torch.einsum("te,eth->th", weights, made)
     direct = (mixture - wanted).square().sum(dim=1) / wanted.square().sum(dim=1)
-    part = Tokens(torch.zeros(len(labels), 1), targets, regression.costs(made, targets, top_k=2))
+    none = torch.zeros(len(labels), dtype=torch.bool)
+    part = Tokens(torch.zeros(len(labels), 1), targets, none, none, regression.costs(made, targets, top_k=2))
     assert torch.allclose(regression.output_loss(scores, part), direct, atol=1e-4)
     expected = (weights * single).sum(dim=1)
-    assert torch.allclose(regression.output_loss(scores, Tokens(part.inputs, targets, single)), expected)
+    assert torch.allclose(regression.output_loss(scores, Tokens(part.inputs, targets, none, none, single)), expected)
 
 
 def test_regression_does_not_mind_experts_that_agree() -> None:
@@ -170,9 +200,8 @@ def test_regression_does_not_mind_experts_that_agree() -> None:
     labels = torch.where(x[:, 0] + 0.8 * torch.randn(900, generator=generator) > 1, 2, torch.arange(900) % 2)
     targets = F.one_hot(labels, EXPERTS).float()
     costs = torch.tensor([[0.0, 0.0, 0.2], [0.0, 0.0, 0.2], [3.0, 3.0, 0.0]])[labels]
-    gates = {
-        m: m.fit(lambda: iter([Tokens(x, targets, costs)]), EXPERTS, HIDDEN, GateTraining())
-        for m in (cross_entropy, regression)
-    }
+    held_back = torch.arange(len(x)) % 5 == 4
+    part = Tokens(x, targets, held_back, held_back, costs)
+    gates = {method: fit(method, lambda: iter([part])) for method in (cross_entropy, regression)}
     paid = {m: float(costs.gather(1, (x @ g.T).argmax(dim=1, keepdim=True)).mean()) for m, g in gates.items()}
     assert paid[regression] < 0.8 * paid[cross_entropy]

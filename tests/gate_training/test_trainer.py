@@ -146,6 +146,17 @@ def test_the_report_measures_what_the_installed_gates_do(recipe: Recipe, folder:
         assert row.answer_accuracy_by_domain["math"] == pytest.approx(float(torch.cat(answers[3:6]).float().mean()))
         counts = torch.bincount(torch.cat(first), minlength=3) / report.held_out_tokens
         assert list(row.share_by_expert.values()) == pytest.approx(counts.tolist())
+        math = torch.cat([c[e.answer_start :] for c, e in zip(first[3:6], encoded[3:6], strict=True)])
+        assert list(row.confusion["math"].values()) == pytest.approx(
+            (torch.bincount(math, minlength=3) / len(math)).tolist()
+        )
+        soft = [torch.softmax(x[row.layer] @ gate.T, dim=1) for x in inputs]
+        answered = torch.cat([p[e.answer_start :] for p, e in zip(soft, encoded, strict=True)])
+        assert row.entropy == pytest.approx(float(-(answered * answered.log()).sum(dim=1).mean()), abs=1e-4)
+        assert sum(found.share for found in row.calibration) == pytest.approx(1)
+        assert sum(found.share * found.accuracy for found in row.calibration) == pytest.approx(row.accuracy, abs=1e-5)
+        sure = torch.cat([p.max(dim=1).values for p in soft]).mean()
+        assert sum(found.share * found.confidence for found in row.calibration) == pytest.approx(float(sure), abs=1e-5)
 
 
 def test_trained_gates_tell_the_domains_apart(recipe: Recipe, folder: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from fusion.checkpoint import Checkpoint
 from fusion.layers import LayerStream, checkpoint_gates, forced, gated, make_batches
 from fusion.merge import merge
-from gate_training.trainer import install_gates, train_gates
+from gate_training.trainer import METHODS, install_gates, train_gates
 from tests.recipes import make_recipe
 
 IDS = torch.arange(3, 35)[None]  # (1, length)
@@ -81,14 +81,16 @@ def test_permuted_experts_permute_the_gate(
     assert (logits(first) - logits(second)).abs().max() < 1e-5
 
 
-def test_permuted_experts_train_permuted_gates(tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]) -> None:
-    """By ridge, whose solution is unique; cross-entropy has many on data that a plane divides."""
+@pytest.mark.parametrize("method", METHODS)
+def test_permuted_experts_train_permuted_gates(
+    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path], method: str
+) -> None:
     order = [2, 0, 1]
     permuted = {list(anchored_experts)[i]: list(anchored_experts.values())[i] for i in order}
     folders = []
     for name, experts in (("first", anchored_experts), ("second", permuted)):
         (tmp_path / name).mkdir()
-        settings = {"rows": 4, "held_out_rows": 4, "method": "ridge"}
+        settings = {"rows": 4, "held_out_rows": 4, "method": method}
         recipe = make_recipe(tmp_path / name, anchor, experts, gate_training=settings)
         folders.append(merge(recipe))
         train_gates(recipe, folders[-1])
