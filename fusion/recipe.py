@@ -225,7 +225,8 @@ class Domain(Section):
 class SharedParts(Section):
     """Whose attention, norms, embeddings and head the fused model has (fusion/shared.py); `shared: mean` names all."""
 
-    method: SharedMethod | Literal["auto"] = "anchor"  # of the parts that name none; auto: the least held-out loss
+    # of the parts that name none; auto: the least held-out loss
+    method: Literal["anchor", "mean", "multislerp", "karcher", "regmean", "auto"] = "anchor"
     attention: SharedMethod | None = None
     norms: SharedMethod | None = None
     embeddings: SharedMethod | None = None
@@ -323,7 +324,7 @@ class Recipe(Section):
     """The whole road from experts to a served model."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    output: str
+    output: str = Field(min_length=1)
     license: str | None = None
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     anchor: AnchorModel
@@ -345,6 +346,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         names = [expert.name for expert in self.experts]
+        labels = self.gate_training.labels
+        if self.gate_training.classifier and labels not in ("classifier", "combined"):
+            message = f"it labels nothing with gate_training.labels '{labels}': set that to combined"
+            raise Misfit(("gate_training", "classifier"), message)
         for name in self.shared.weights:
             if name not in names:
                 raise Misfit(("shared", "weights", name), f"the recipe has no expert '{name}'")
@@ -366,8 +371,11 @@ class Recipe(Section):
             ways = self.serving.tensor_parallel_size
             message = f"{ways} ways are more than the {len(self.experts)} experts, which vLLM refuses"
             raise Misfit(("serving", "tensor_parallel_size"), message)
-        for name in self.domains:
+        for name, domain in self.domains.items():
             self.expert_of(name)
+            if domain.fallback is not None and domain.fallback not in self.domains:
+                message = f"domain '{name}' falls back to '{domain.fallback}', which 'domains' does not have"
+                raise Misfit(("domains", name, "fallback"), message)
             if name in self.evaluation.extra:
                 raise Misfit(("evaluation", "extra", name), f"'{name}' is a domain already: give the task another name")
         shared = self.routing.shared_expert
@@ -388,7 +396,13 @@ class Recipe(Section):
         return self
 
     def at(self, *location: str | int) -> str:
-        """Where the recipe says so, as the beginning of a sentence: `FILE, line N: `; empty for one made in Python."""
+        """Where the recipe says so, as the beginning of a sentence: `FILE, line N: `; empty for one made in Python.
+
+        A `--set` of anything inside `location` is named rather than the file's line.
+        """
+        for place, said in reversed(self._places.items()):
+            if place[: len(location)] == location and said.startswith("--set "):
+                return f"{said}: "
         return f"{_place(self._places, location)}: " if self._places else ""
 
     @property

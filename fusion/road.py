@@ -7,6 +7,7 @@ they were.
 """
 
 import json
+import tempfile
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -200,6 +201,18 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """Findings and sizes as plain data, printed as well. Raises UserError for the first error among them."""
     findings = check(recipe)
     raise_on_error(recipe, findings)
+    if recipe.gate_training.classifier:
+        try:
+            resolve_model(recipe.gate_training.classifier)
+        except UserError as error:
+            raise UserError(f"{recipe.at('gate_training', 'classifier')}gate_training.classifier: {error}") from error
+    above = next(folder for folder in (recipe.folder, *recipe.folder.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        where = f"{recipe.at('output')}output: {recipe.folder} cannot be created"
+        raise UserError(f"{where}: name another folder") from error
     for location, source, domain in _sources(recipe):
         try:
             if _data_files(source):  # local data are read once: a broken row is better told now than after hours

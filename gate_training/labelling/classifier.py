@@ -92,7 +92,13 @@ def sequence_classifier(model: str, domains: Sequence[str]) -> Classify:
     """A transformers sequence classifier by path or hub id. Raises UserError where its labels are not the domains."""
     from transformers import pipeline
 
-    classifier = pipeline("text-classification", model=str(resolve_model(model)))
+    try:
+        classifier = pipeline("text-classification", model=str(resolve_model(model)))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"gate_training.classifier {model} is no sequence classifier that transformers can load "
+            f"({str(error).splitlines()[0]}): name another, or leave the key out"
+        ) from error
     labels = set(classifier.model.config.id2label.values())
     if not labels <= set(domains):
         odd = sorted(labels - set(domains))[0]

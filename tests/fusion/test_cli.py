@@ -209,3 +209,27 @@ def test_a_plan_is_json_on_request(here: Call, tmp_path: Path, anchor: Path) -> 
     assert plan["findings"] == []
     assert plan["budget"]["parameters"] > 0
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("shared=foo", "'regmean' or 'auto'"),
+        ("output=''", "output: String should have at least 1 character"),
+        ("domains.math.fallback=zzz", "falls back to 'zzz', which 'domains' does not have"),
+        ("gate_training.classifier=x/y", "it labels nothing with gate_training.labels 'data'"),
+        ("output=/proc/x", "output: /proc/x cannot be created: name another folder"),
+        ("experts.math.model=nowhere", "expert 'math': model 'nowhere' is neither a folder nor a hub id"),
+        (
+            "gate_training={labels: combined, classifier: nowhere}",
+            "gate_training.classifier: model 'nowhere' is neither",
+        ),
+    ],
+)
+def test_the_plan_refuses_and_names_the_override(
+    here: Call, tmp_path: Path, anchor: Path, override: str, said: str
+) -> None:
+    sentence, head = refused(here, tmp_path, "plan", write_recipe(tmp_path, anchor), "--set", override)
+    assert sentence.startswith(f"error: --set {override}: ")
+    assert said in sentence
+    assert not head

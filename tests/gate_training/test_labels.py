@@ -101,6 +101,10 @@ def test_a_sequence_classifier_by_path(tmp_path: Path) -> None:
         byte_tokenizer().save_pretrained(tmp_path / name)
     label, _ = sequence_classifier(str(tmp_path / "right"), ["math", "general", "coding"])(["1+1=", "Hello!"])
     assert label.domain in ("math", "general") and 0.5 <= label.confidence <= 1
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is no sequence classifier"):
+        sequence_classifier(str(tmp_path / "none"), ["math", "general"])
     with pytest.raises(UserError, match="has a label 'LABEL_1', which is no domain"):
         sequence_classifier(str(tmp_path / "wrong"), ["math", "general"])
 
