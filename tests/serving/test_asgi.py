@@ -1,5 +1,6 @@
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,6 @@ from yarl import URL
 
 from fusion.errors import UserError
 from serving.client import chat
-from serving.serve import listening_socket
 from tests.serving.conftest import Guarded
 from tests.serving.upstream import DROP, HANG, USAGE, Status, completion
 
@@ -129,8 +129,15 @@ def test_upstream_faults_become_clean_errors(guarded: Start, fault: Any, status:
     assert len(guard.upstream.requests) <= 2
 
 
+def nobody_listens() -> socket.socket:
+    """A bound socket: its port is taken, and a connection to it refused."""
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    return taken
+
+
 def test_an_engine_that_is_down_is_502_and_unhealthy(guarded: Start) -> None:
-    with listening_socket("127.0.0.1", 0) as nobody:
+    with nobody_listens() as nobody:
         guard = guarded(upstream=f"http://127.0.0.1:{nobody.getsockname()[1]}")
         for fields in ({}, {"response_format": FORMAT}):
             with pytest.raises(UserError, match="answered 502"):
@@ -196,5 +203,5 @@ def test_the_client_says_what_went_wrong(guarded: Start) -> None:
     answer = chat(guarded(BAD, GOOD).url, "m", USER, response_format=FORMAT)
     assert (answer.text, answer.finish_reason, answer.attempts) == ('{"a": 1}', "stop", 2)
     assert answer.usage["total_tokens"] == 2 * USAGE["total_tokens"]
-    with listening_socket("127.0.0.1", 0) as nobody, pytest.raises(UserError, match="qwen-fusion serve"):
+    with nobody_listens() as nobody, pytest.raises(UserError, match="qwen-fusion serve"):
         chat(f"http://127.0.0.1:{nobody.getsockname()[1]}", "m", USER)
