@@ -14,7 +14,8 @@ import typer
 from safetensors import SafetensorError
 
 from fusion.errors import UserError
-from fusion.recipe import Question, Recipe, load_recipe
+from fusion.recipe import Question, Recipe
+from fusion.recipe_file import load_recipe
 
 app = typer.Typer(
     help="Fuse fine-tuned models of one Qwen2.5 family into one mixture-of-experts model, train its gates, serve it.",

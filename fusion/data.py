@@ -9,10 +9,10 @@ import hashlib
 import importlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fusion.errors import UserError
 from fusion.recipe import SCORE_NAMES, BranchSettings, DataSource, Recipe, general_domain
@@ -80,6 +80,17 @@ def load_examples(source: DataSource, domain: str, count: int | None = None, see
     if not rows:
         raise UserError(f"no rows in the data of domain '{domain}' ({source.describe()}): check its split and columns")
     return rows
+
+
+def domain_rows(
+    recipe: Recipe, split: Literal["train", "held_out"], count: int, seed: int, names: Iterable[str] | None = None
+) -> list[ChatExample]:
+    """`count` rows of each of the domains `names` (None: all), one domain after the other."""
+    return [
+        row
+        for name in (recipe.domains if names is None else names)
+        for row in load_examples(getattr(recipe.domains[name], split), name, count, seed)
+    ]
 
 
 def general_rows(recipe: Recipe, settings: BranchSettings) -> list[ChatExample]:

@@ -15,7 +15,7 @@ attention and rotary modules and the MoE block's formula, checked against both m
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -208,17 +208,13 @@ class Layer:
 
     @contextmanager
     def _watched(self, batch: Batch, observe: Inputs | None) -> Iterator[None]:
-        hooks = []
-        for name in ATTENTION_INPUTS if observe else ():
-            assert observe is not None
-            seen = partial(observe, name, batch)
-            module = getattr(self._attention, name)
-            hooks.append(module.register_forward_pre_hook(lambda _, args, seen=seen: seen(args[0][batch.real])))
-        try:
+        with ExitStack() as stack:
+            if observe is not None:
+                for name in ATTENTION_INPUTS:
+                    module, seen = getattr(self._attention, name), partial(observe, name, batch)
+                    hook = module.register_forward_pre_hook(lambda _, args, seen=seen: seen(args[0][batch.real]))
+                    stack.callback(hook.remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @torch.no_grad()
     def gate_input(self, batch: Batch) -> torch.Tensor:

@@ -10,6 +10,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -202,10 +203,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     findings = check(recipe)
     raise_on_error(recipe, findings)
     if recipe.gate_training.classifier:
-        try:
+        with _placed(recipe, ("gate_training", "classifier"), "gate_training.classifier: "):
             resolve_model(recipe.gate_training.classifier)
-        except UserError as error:
-            raise UserError(f"{recipe.at('gate_training', 'classifier')}gate_training.classifier: {error}") from error
     above = next(folder for folder in (recipe.folder, *recipe.folder.absolute().parents) if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=above):
@@ -214,11 +213,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         where = f"{recipe.at('output')}output: {recipe.folder} cannot be created"
         raise UserError(f"{where}: name another folder") from error
     for location, source, domain in _sources(recipe):
-        try:
+        with _placed(recipe, location):
             if _data_files(source):  # local data are read once: a broken row is better told now than after hours
                 load_examples(source, domain, 1)
-        except UserError as error:
-            raise UserError(f"{recipe.at(*location)}{error}") from error
     sizes = budget(recipe, describe_anchor(recipe).config)
     console.print(
         f"[bold]plan[/bold]: {sizes.parameters:,} parameters ({sizes.active_parameters:,} active per token), "
@@ -231,6 +228,15 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     for finding in findings:
         console.print(f"  {finding.severity}: {finding.sentence()}", highlight=False, soft_wrap=True)
     return {"budget": sizes.as_dict(), "findings": [finding.__dict__ for finding in findings]}
+
+
+@contextmanager
+def _placed(recipe: Recipe, location: Location, key: str = "") -> Iterator[None]:
+    """Gives a UserError of the block the recipe's line."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{recipe.at(*location)}{key}{error}") from error
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[Location, DataSource, str]]:
@@ -276,7 +282,7 @@ def merge(recipe: Recipe, force: bool = False) -> None:
 def _shared_step(recipe: Recipe) -> Step:
     out = shared_parts(recipe)
     models = [anchor_source(recipe), *expert_sources(recipe)]
-    data = _data_files(*(source for domain in recipe.domains.values() for source in (domain.train, domain.held_out)))
+    data = _domain_files(recipe)
     inputs = [*(path for model in models for path in model.paths), *data]
     parts = [recipe.shared, recipe.domains, recipe.routing.moe_layers, [expert.domain for expert in recipe.experts]]
 
@@ -307,7 +313,7 @@ def train_gates(recipe: Recipe, force: bool = False) -> None:
         )
 
     weights = [path for path in sorted(folder.glob("[a-z]*.safetensors")) if path.name != "gates.safetensors"]
-    data = _data_files(*(source for domain in recipe.domains.values() for source in (domain.train, domain.held_out)))
+    data = _domain_files(recipe)
     parts = [recipe.gate_training, recipe.domains, [expert.domain for expert in recipe.experts]]
     outputs = [folder / "gates.safetensors", *(recipe.folder / f"gates.{kind}" for kind in ("json", "md", "png"))]
     step = Step("train-gates", parts, [*weights, *data], outputs, action)
@@ -385,6 +391,11 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     from fusion.merge import PAPERS
 
     return [path for path in sorted(folder.iterdir()) if path.name not in PAPERS]
+
+
+def _domain_files(recipe: Recipe) -> list[Path]:
+    """What the training and held-out rows of all domains are read from."""
+    return _data_files(*(source for domain in recipe.domains.values() for source in (domain.train, domain.held_out)))
 
 
 def _data_files(*sources: DataSource | None) -> list[Path]:

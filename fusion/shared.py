@@ -21,7 +21,7 @@ from mergekit.merge_methods.karcher import karcher_merge_tensors
 
 from fusion.architecture import is_mlp, layer_of, part_of, rope_theta, sparse_layers
 from fusion.checkpoint import Checkpoint, staged_folder, write_index, write_json, write_shards
-from fusion.data import load_examples
+from fusion.data import domain_rows
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.evaluation.answer_loss import answer_losses
 from fusion.grafted import Grafted
@@ -103,14 +103,10 @@ class _Experts:
     def batches(self, domains: Sequence[str], held_out: bool) -> tuple[list[Batch], list[str]]:
         """Rows of `domains` with their experts as labels, and each row's domain."""
         settings, recipe = self.recipe.shared, self.recipe
-        count = settings.held_out_rows if held_out else settings.rows
-        rows = [
-            row
-            for name in domains
-            for row in load_examples(
-                recipe.domains[name].held_out if held_out else recipe.domains[name].train, name, count, settings.seed
-            )
-        ]
+        if held_out:
+            rows = domain_rows(recipe, "held_out", settings.held_out_rows, settings.seed, domains)
+        else:
+            rows = domain_rows(recipe, "train", settings.rows, settings.seed, domains)
         labels = [recipe.expert_of(row.domain) for row in rows]
         batches = encode_batches(self.tokenizer, rows, labels, settings.max_length, settings.batch_tokens)
         return batches, [row.domain for row in rows]

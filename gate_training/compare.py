@@ -6,11 +6,10 @@
 from pathlib import Path
 
 from fusion.checkpoint import Checkpoint
-from fusion.encoding import encode_batches, load_tokenizer
 from fusion.evaluation.answer_loss import answer_losses
 from fusion.layers import Gates, Route, forced, gated
 from fusion.recipe import Recipe
-from gate_training.examples import RoutingExample, expert_labels
+from gate_training.examples import RoutingExample, encoded_examples
 
 LABELLED = "labelled"
 
@@ -19,10 +18,7 @@ def held_out_losses(
     recipe: Recipe, folder: Path, examples: list[RoutingExample], gates: dict[str, Gates]
 ) -> dict[str, dict[str, float]]:
     """Nats per answer token, {gates: {domain: loss}}, for each of `gates` and for LABELLED."""
-    checkpoint, settings = Checkpoint(folder), recipe.gate_training
-    rows = [example.example for example in examples]
-    labels = expert_labels(recipe, examples)
-    batches = encode_batches(load_tokenizer(folder), rows, labels, settings.max_length, settings.batch_tokens)
+    checkpoint, batches = Checkpoint(folder), encoded_examples(recipe, folder, examples)
     top_k = checkpoint.config["num_experts_per_tok"]
     routes: dict[str, Route] = {LABELLED: forced(), **{name: gated(found, top_k) for name, found in gates.items()}}
     domains = [example.domain for example in examples]

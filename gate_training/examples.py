@@ -2,13 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-from fusion.data import ChatExample, load_examples
+from fusion.data import ChatExample, domain_rows
+from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import UserError
+from fusion.layers import Batch
 from fusion.recipe import Recipe
 from gate_training.labelling.classifier import Classify, recipe_classifier
 from gate_training.labelling.combine import QuestionLabel, label_questions
 from gate_training.labelling.rules import label_by_rules
+
+Split = Literal["train", "held_out"]
 
 
 @dataclass(frozen=True)
@@ -21,16 +27,16 @@ class RoutingExample:
     evidence: str
 
 
-def routing_examples(recipe: Recipe, split: str, rows: int) -> list[RoutingExample]:
+def routing_examples(recipe: Recipe, split: Split, rows: int) -> list[RoutingExample]:
     """`rows` examples a domain from its `train` or `held_out` data, labelled as the recipe's gate_training.labels says.
 
     Raises UserError where an expert is left without a single example.
     """
     settings = recipe.gate_training
-    examples = _examples(recipe, split, rows)
+    examples = domain_rows(recipe, split, rows, settings.seed)
     if settings.labels == "data":
-        sources = {n: d.train if split == "train" else d.held_out for n, d in recipe.domains.items()}
-        found = [RoutingExample(e, e.domain, "data", sources[e.domain].describe()) for e in examples]
+        sources = {name: getattr(domain, split).describe() for name, domain in recipe.domains.items()}
+        found = [RoutingExample(e, e.domain, "data", sources[e.domain]) for e in examples]
     else:
         labels = _question_labels(recipe, split, examples)
         found = [RoutingExample(e, q.domain, q.source, q.evidence) for e, q in zip(examples, labels, strict=True)]
@@ -44,17 +50,7 @@ def routing_examples(recipe: Recipe, split: str, rows: int) -> list[RoutingExamp
     return found
 
 
-def _examples(recipe: Recipe, split: str, rows: int) -> list[ChatExample]:
-    return [
-        example
-        for name, domain in recipe.domains.items()
-        for example in load_examples(
-            domain.train if split == "train" else domain.held_out, name, rows, recipe.gate_training.seed
-        )
-    ]
-
-
-def _question_labels(recipe: Recipe, split: str, examples: list[ChatExample]) -> list[QuestionLabel]:
+def _question_labels(recipe: Recipe, split: Split, examples: list[ChatExample]) -> list[QuestionLabel]:
     """Labels of the examples' questions; a classifier that learns never labels a question it has learnt from."""
     settings = recipe.gate_training
     rules_first = settings.labels != "classifier"
@@ -65,7 +61,8 @@ def _question_labels(recipe: Recipe, split: str, examples: list[ChatExample]) ->
     if settings.labels == "rules":
         return label(examples, None)
     if split == "held_out" or settings.classifier:
-        return label(examples, recipe_classifier(recipe, _examples(recipe, "train", settings.rows)))
+        learnt = domain_rows(recipe, "train", settings.rows, settings.seed)
+        return label(examples, recipe_classifier(recipe, learnt))
     halves = examples[::2], examples[1::2]
     labels = [label(half, recipe_classifier(recipe, other)) for half, other in zip(halves, halves[::-1], strict=True)]
     found: list[QuestionLabel] = [labels[0][0]] * len(examples)
@@ -85,3 +82,12 @@ def rules_agreement(recipe: Recipe, examples: Sequence[RoutingExample]) -> dict[
 def expert_labels(recipe: Recipe, examples: Sequence[RoutingExample]) -> list[int]:
     """The index of the expert that each example's domain is served by."""
     return [recipe.expert_of(example.domain) for example in examples]
+
+
+def encoded_examples(
+    recipe: Recipe, folder: Path, examples: Sequence[RoutingExample], batch_tokens: int | None = None
+) -> list[Batch]:
+    """The examples as batches labelled with their experts, by the tokenizer in `folder`."""
+    settings, rows = recipe.gate_training, [example.example for example in examples]
+    labels, size = expert_labels(recipe, examples), batch_tokens or settings.batch_tokens
+    return encode_batches(load_tokenizer(folder), rows, labels, settings.max_length, size)

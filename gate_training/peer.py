@@ -20,21 +20,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from fusion.encoding import encode_batches, load_tokenizer
 from fusion.layers import Batch
-from fusion.recipe import Recipe, load_recipe
-from gate_training.examples import RoutingExample, expert_labels, routing_examples
+from fusion.recipe import Recipe
+from fusion.recipe_file import load_recipe
+from gate_training.examples import encoded_examples, routing_examples
 
 BATCH_ROWS = 16
 EPOCHS = 3
 EVALUATE_EVERY = 5  # steps
-
-
-def encoded(recipe: Recipe, examples: Sequence[RoutingExample], batch_tokens: int) -> list[Batch]:
-    """The examples as batches labelled with their experts."""
-    settings, rows = recipe.gate_training, [example.example for example in examples]
-    labels = expert_labels(recipe, examples)
-    return encode_batches(load_tokenizer(recipe.fused), rows, labels, settings.max_length, batch_tokens)
 
 
 @torch.no_grad()
@@ -93,13 +86,12 @@ def _collate(batches: list[Batch]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": answers, "attention_mask": real, "experts": experts}
 
 
-def train(recipe: Recipe, learning_rate: float) -> dict[str, Any]:
+def train_gates(recipe: Recipe, learning_rate: float) -> dict[str, Any]:
     """Trains the gates of a copy in memory; the curve of (seconds, held-out accuracy), and peak memory in bytes."""
     settings = recipe.gate_training
-    rows = encoded(recipe, routing_examples(recipe, "train", settings.rows), batch_tokens=1)  # a row a batch
-    held_out = encoded(
-        recipe, routing_examples(recipe, "held_out", settings.held_out_rows), batch_tokens=settings.batch_tokens
-    )
+    train = routing_examples(recipe, "train", settings.rows)
+    rows = encoded_examples(recipe, recipe.fused, train, batch_tokens=1)  # a row a batch
+    held_out = encoded_examples(recipe, recipe.fused, routing_examples(recipe, "held_out", settings.held_out_rows))
     model = AutoModelForCausalLM.from_pretrained(recipe.fused, dtype=torch.float32, use_safetensors=True)
     torch.manual_seed(settings.seed)
     for name, parameter in model.named_parameters():
@@ -131,4 +123,4 @@ def train(recipe: Recipe, learning_rate: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(train(load_recipe(Path(sys.argv[1])), float(sys.argv[2]))))
+    print(json.dumps(train_gates(load_recipe(Path(sys.argv[1])), float(sys.argv[2]))))

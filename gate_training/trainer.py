@@ -8,7 +8,6 @@ picks. Held-out examples travel along and are only measured. `auto` fits with ev
 least answer loss on them.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,17 +18,15 @@ from torch.nn.functional import one_hot
 
 from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint
-from fusion.encoding import encode_batches, load_tokenizer
 from fusion.layers import Batch, Gates, Layer, LayerStream, gated, joined, state_store
 from fusion.merge import checkpoint_dtype, record_gates, write_gates
 from fusion.recipe import Recipe
 from gate_training.compare import held_out_losses, mean_loss
-from gate_training.examples import RoutingExample, expert_labels, routing_examples, rules_agreement
+from gate_training.examples import RoutingExample, encoded_examples, routing_examples, rules_agreement
 from gate_training.labelling.likelihood import token_targets
-from gate_training.methods import Tokens, cross_entropy, moments, regression, ridge
+from gate_training.methods import Tokens, cross_entropy, held_back, moments, regression, ridge
 
 BINS = 10  # of confidence
-HELD_BACK = 5  # one conversation of so many chooses the L2 penalty
 METHODS = {
     "ridge": ridge.fit,
     "cross-entropy": cross_entropy.fit,
@@ -121,11 +118,7 @@ def fit_gates(
     Tokens move on through their first `top_k` experts (None: the checkpoint's).
     """
     settings, checkpoint = recipe.gate_training, Checkpoint(folder)
-    tokenizer, lengths = load_tokenizer(folder), (settings.max_length, settings.batch_tokens)
-    trained, measured = (
-        encode_batches(tokenizer, [row.example for row in rows], expert_labels(recipe, rows), *lengths)
-        for rows in (train, held_out)
-    )
+    trained, measured = (encoded_examples(recipe, folder, rows) for rows in (train, held_out))
     domains = [example.domain for example in (*train, *held_out)]
     dtype = getattr(torch, checkpoint_dtype(folder))
     experts, hidden = len(recipe.experts), checkpoint.config["hidden_size"]
@@ -186,21 +179,17 @@ class _GateInputs:
     def __call__(self) -> Iterator[Tokens]:
         """One pass over the tokens to be trained on, batch by batch."""
         parts = zip(self._batches, self._targets, self._held_back, self._costs, strict=False)
-        for batch, targets, held_back, costs in parts:
-            yield Tokens(self.of(batch), targets, held_back, held_back & batch.answer[batch.real], costs)
+        for batch, targets, left_out, costs in parts:
+            yield Tokens(self.of(batch), targets, left_out, left_out & batch.answer[batch.real], costs)
 
 
 def _held_back(batches: list[Batch]) -> list[torch.Tensor]:
-    """The tokens of every fifth conversation of each label, `(tokens,)` a batch."""
-    labels = {row: label for b in batches for row, label in zip(b.rows.tolist(), b.labels.tolist(), strict=True)}
-    seen: Counter[int] = Counter()
-    chosen = set()
-    for row in sorted(labels):
-        seen[labels[row]] += 1
-        if seen[labels[row]] % HELD_BACK == 0:
-            chosen.add(row)
-    marks = [torch.tensor([row in chosen for row in batch.rows.tolist()]) for batch in batches]
-    return [mark[:, None].expand_as(batch.ids)[batch.real] for mark, batch in zip(marks, batches, strict=True)]
+    """The tokens of the conversations that are held back, `(tokens,)` a batch."""
+    labels = torch.empty(sum(len(batch.rows) for batch in batches), dtype=torch.long)  # (rows,)
+    for batch in batches:
+        labels[batch.rows] = batch.labels
+    chosen = held_back(labels)
+    return [chosen[batch.rows][:, None].expand_as(batch.ids)[batch.real] for batch in batches]
 
 
 def _measure(

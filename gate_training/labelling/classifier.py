@@ -19,9 +19,7 @@ from fusion.errors import UserError
 from fusion.layers import LayerStream, forced, make_batches
 from fusion.recipe import GateTraining, Recipe
 from fusion.sources import anchor_source
-from gate_training.methods import Tokens, cross_entropy, moments
-
-FOLD = 5  # one question of so many chooses the penalty
+from gate_training.methods import Tokens, cross_entropy, held_back, moments
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,9 @@ def anchor_classifier(
     """A classifier by the hidden states of the model in folder `anchor`, from labelled questions."""
     names = list(dict.fromkeys(domains))
     labels = torch.tensor([names.index(domain) for domain in domains])  # (questions,)
-    place = torch.zeros(len(labels), dtype=torch.long)
-    for label in range(len(names)):
-        place[labels == label] = torch.arange(int((labels == label).sum()))
     inputs = pooled_states(anchor, questions, settings)
-    held_back = place % FOLD == FOLD - 1
-    part = Tokens(inputs, one_hot(labels, len(names)).float(), held_back, held_back)
+    chosen = held_back(labels)
+    part = Tokens(inputs, one_hot(labels, len(names)).float(), chosen, chosen)
     weight = cross_entropy.fit(lambda: iter([part]), moments(lambda: iter([part])), settings)  # (domains, hidden + 1)
 
     def classify(asked: Sequence[str]) -> list[ClassifierLabel]:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import yaml
 
-from fusion.data import load_examples
+from fusion.data import domain_rows
 from fusion.errors import UserError
-from fusion.recipe import Recipe, load_recipe
+from fusion.recipe import Recipe
+from fusion.recipe_file import load_recipe
 from gate_training.labelling.classifier import recipe_classifier
 from gate_training.labelling.combine import QuestionLabel, label_questions
 
@@ -31,8 +32,7 @@ def measure(recipe: Recipe) -> dict[str, dict[str, float]]:
     wanted = confusing_questions(recipe)
     questions = [question for _, question in wanted]
     settings = recipe.gate_training
-    rows = [r for n, d in recipe.domains.items() for r in load_examples(d.train, n, settings.rows, settings.seed)]
-    classify = recipe_classifier(recipe, rows)
+    classify = recipe_classifier(recipe, domain_rows(recipe, "train", settings.rows, settings.seed))
     channels = {
         "rules": label_questions(questions, recipe.domains, None),
         "classifier": label_questions(questions, recipe.domains, classify, rules_first=False),

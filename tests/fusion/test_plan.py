@@ -13,7 +13,8 @@ from fusion.checkpoint import read_json, write_json
 from fusion.errors import UserError
 from fusion.plan.budget import budget
 from fusion.plan.preflight import Finding, check, describe_anchor, raise_on_error
-from fusion.recipe import Recipe, load_recipe
+from fusion.recipe import Recipe
+from fusion.recipe_file import load_recipe
 from fusion.sources import ModelSource, load_model, trained_anchor
 from tests.families import write_model
 from tests.recipes import make_recipe, recipe_data

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fusion.errors import UserError
-from fusion.recipe import load_recipe
+from fusion.recipe_file import load_recipe
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

@@ -18,7 +18,8 @@ from fusion.evaluation.answer_loss import answer_losses
 from fusion.grafted import Grafted
 from fusion.layers import LayerStream, forced
 from fusion.reader import Reader
-from fusion.recipe import Recipe, load_recipe
+from fusion.recipe import Recipe
+from fusion.recipe_file import load_recipe
 from fusion.shared import SHRINK, TOLERANCE, _Experts, _parts, make_shared_parts, regmean
 from fusion.sources import anchor_source, base_source, expert_sources, shared_parts
 from tests.families import write_model

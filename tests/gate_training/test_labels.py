@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClas
 
 from fusion.encoding import load_tokenizer, prompt_text
 from fusion.errors import UserError
-from fusion.recipe import GateTraining, load_recipe
+from fusion.recipe import GateTraining
+from fusion.recipe_file import load_recipe
 from gate_training import examples as examples_module
 from gate_training.examples import routing_examples
 from gate_training.labelling.classifier import (

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from fusion.errors import UserError
-from fusion.recipe import DataSource, Domain, Rule, load_recipe
+from fusion.recipe import DataSource, Domain, Rule
+from fusion.recipe_file import load_recipe
 from gate_training.examples import expert_labels, routing_examples
 from gate_training.labelling.rules import RuleLabel, detect_language, label_by_rules, match
 from tests.recipes import QUESTIONS, make_recipe
