@@ -21,23 +21,24 @@ class Grafted:
 
     def __init__(self, shared: Source, anchor: Reader, experts: Sequence[Reader], sparse: Collection[int]):
         self.config: dict[str, Any] = anchor.config
-        self._shared, self._anchor, self._experts, self._sparse = shared, anchor, experts, set(sparse)
+
+        self._where: dict[str, tuple[Source, str]] = {}  # of every tensor: who has it, under which name
+        for name in anchor.names():
+            if not is_mlp(name):
+                self._where[name] = shared, name
+            elif layer_of(name) in sparse:
+                self._where |= {expert_tensor(name, i): (reader, name) for i, reader in enumerate(experts)}
+            else:
+                self._where[name] = anchor, name
 
     def __contains__(self, name: str) -> bool:
-        return not is_mlp(name) and name in self._anchor
+        return name in self._where
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The shared tensor `name`."""
-        return self._shared.tensor(name)
+        """The tensor `name` of the fused model."""
+        source, there = self._where[name]
+        return source.tensor(there)
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The tensors of a layer, whose prefix is given, under the rest of their names."""
-        found = {}
-        for name in (name for name in self._anchor.names() if name.startswith(prefix)):
-            if not is_mlp(name):
-                found[name] = self._shared.tensor(name)
-            elif layer_of(name) in self._sparse:
-                found |= {expert_tensor(name, i): reader.tensor(name) for i, reader in enumerate(self._experts)}
-            else:
-                found[name] = self._anchor.tensor(name)
-        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        """All tensors whose names start with `prefix`, under the rest of their names."""
+        return {name.removeprefix(prefix): self.tensor(name) for name in self._where if name.startswith(prefix)}

@@ -4,13 +4,14 @@
     for layer in stream:
         layer.attend()                                   # attention half; the states are now the MLP's residual
         for batch in batches:
-            x = layer.gate_input(batch)                  # (tokens, hidden): what the gate of this layer sees
+            x = stream.inputs(batch)                     # (tokens, hidden): what the gate of this layer sees
         layer.mix(gated(gates, top_k))                   # MLP half, each token through the experts its route picks
     for batch, logits in stream.logits(): ...
 
 Everything that looks inside a model passes through here: gate training, and which experts served a text.
-Dense (Qwen2) and fused (Qwen2MoE) checkpoints are both a source of layers. The arithmetic is transformers' own
-attention and rotary modules and the MoE block's formula, checked against both models token by token in the tests.
+Dense (Qwen2) and fused (Qwen2MoE) checkpoints are both a source of layers, their experts read one at a time. The
+arithmetic is transformers' own attention and rotary modules and the MoE block's formula, checked against both models
+token by token in the tests.
 """
 
 import tempfile
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +35,7 @@ from fusion.progress import progress_bar
 STORE_BYTES = 2 * 2**30  # hidden states beyond this lie in a file
 ATTENTION_INPUTS = ("q_proj", "o_proj")  # the first stands for k_proj and v_proj as well
 HEAD_TOKENS = 512  # whose logits over the vocabulary are in memory at a time
+MLP_TOKENS = 2048  # that pass an MLP at a time
 
 
 @dataclass(frozen=True)
@@ -165,18 +168,13 @@ def checkpoint_gates(checkpoint: Checkpoint) -> Gates:
 
 
 class Layer:
-    """One decoder layer over the stream's hidden states; its weights live as long as the object."""
+    """One decoder layer over the stream's hidden states; its attention's weights live as long as the object."""
 
     def __init__(self, stream: "LayerStream", index: int):
         self.index = index
         self.device = stream.device
         self._stream = stream
-        prefix = f"model.layers.{index}."
-        weights = {
-            name: tensor.to(stream.device, stream.dtype)
-            for name, tensor in stream.checkpoint.tensors(prefix).items()
-            if not name.startswith("mlp.gate.")
-        }
+        self._prefix = f"model.layers.{index}."
         with torch.device("meta"):
             self._attention = Qwen2Attention(stream.model_config, index)
             self._norm_in = Qwen2RMSNorm(stream.hidden, eps=stream.eps)
@@ -186,25 +184,38 @@ class Layer:
             (self._norm_in, "input_layernorm."),
             (self._norm_mlp, "post_attention_layernorm."),
         ):
-            part = {key.removeprefix(name): value for key, value in weights.items() if key.startswith(name)}
-            module.load_state_dict(part, assign=True)
-        self.sparse = "mlp.experts.0.gate_proj.weight" in weights
-        self._weights = {name: value for name, value in weights.items() if name.startswith("mlp.")}
+            module.load_state_dict(self._read(name), assign=True)
+        self.experts = 0
+        while f"{self._prefix}mlp.experts.{self.experts}.gate_proj.weight" in stream.checkpoint:
+            self.experts += 1
+        self._mlps: dict[str, dict[str, torch.Tensor]] = {}
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the layer has experts."""
+        return self.experts > 0
+
+    def _read(self, part: str) -> dict[str, torch.Tensor]:
+        tensors = self._stream.checkpoint.tensors(self._prefix + part)
+        return {name: tensor.to(self.device, self._stream.dtype) for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def attend(self, observe: Inputs | None = None) -> None:
-        """Adds the attention's output to the states of every batch, in place.
+        """Adds the attention's output to the states of every batch, in place, and makes the MLPs' inputs of them.
 
         `observe` sees what goes into `q_proj` (and `k_proj`, `v_proj`) and into `o_proj`, real tokens alone.
         """
-        for batch in self._stream.passing():
+        for batch in self._stream.batches:
             states = self._stream.load(batch)  # (rows, length, hidden)
             positions = torch.arange(states.shape[1], device=states.device)[None]
             rotary = self._stream.rotary(states, positions)
             with self._watched(batch, observe):
                 # right padding under a causal mask: no real token ever looks at a padded one
                 update, _ = self._attention(self._norm_in(states), rotary, attention_mask=None)
-            self._stream.store(batch, states + update)
+            states += update
+            self._stream.store(batch, states)
+            self._stream.inputs(batch).copy_(self._norm_mlp(states)[batch.real.to(self.device)])
+            self._stream.passed(int(batch.real.sum()))
 
     @contextmanager
     def _watched(self, batch: Batch, observe: Inputs | None) -> Iterator[None]:
@@ -217,50 +228,56 @@ class Layer:
             yield
 
     @torch.no_grad()
-    def gate_input(self, batch: Batch) -> torch.Tensor:
-        """What the gate and the experts see, `(tokens, hidden)`: real tokens after post_attention_layernorm."""
-        normed: torch.Tensor = self._norm_mlp(self._stream.load(batch))
-        return normed[batch.real]
+    def mix(self, route: Route) -> None:
+        """Sends every token through the MLPs that `route` picks and adds their outputs to the states, in place."""
+        stream = self._stream
+        every = torch.arange(stream.tokens)
+        if not self.sparse:
+            self._pass("mlp.", every, None)
+            return
+        choices = [route(self.index, stream.inputs(batch).to(self.device), batch) for batch in stream.batches]
+        experts = torch.cat([choice.experts.cpu() for choice in choices])  # (tokens, k)
+        weights = torch.cat([choice.weights.float().cpu() for choice in choices])
+        for expert in range(self.experts):
+            token, slot = (experts == expert).nonzero(as_tuple=True)
+            if len(token):
+                self._pass(f"mlp.experts.{expert}.", token, weights[token, slot, None], 1 / experts.shape[1])
+        if f"{self._prefix}mlp.shared_expert.gate_proj.weight" in stream.checkpoint:
+            gate = self._read("mlp.shared_expert_gate.")["weight"]
+            shares = [torch.sigmoid(F.linear(stream.inputs(batch).to(self.device), gate)) for batch in stream.batches]
+            self._pass("mlp.shared_expert.", every, torch.cat(shares).float().cpu(), 0)
 
-    @torch.no_grad()
-    def mix(self, route: Route, inputs: Callable[[Batch], torch.Tensor] | None = None) -> None:
-        """Sends every batch through the MLPs that `route` picks and adds the result to the states, in place.
+    def _pass(self, mlp: str, tokens: torch.Tensor, weights: torch.Tensor | None, share: float = 1) -> None:
+        """Adds the output of one MLP, times `weights` `(tokens, 1)`, to the states of `tokens`, by number.
 
-        `inputs` gives gate inputs that the caller has kept; otherwise they are made here.
+        `share` is the part of a token's way through the layer that this is, for the bar.
         """
-        for batch in self._stream.passing():
-            x = (inputs or self.gate_input)(batch).to(self._stream.device)
-            output = self.experts(x, route(self.index, x, batch)) if self.sparse else self._mlp("mlp.", x)
-            self._stream.add(batch, output)
+        for start in range(0, len(tokens), MLP_TOKENS):
+            part = tokens[start : start + MLP_TOKENS]
+            output = self._mlp(mlp, self._stream.inputs(part).to(self.device))  # (part, hidden)
+            if weights is not None:
+                output *= weights[start : start + MLP_TOKENS].to(self.device, output.dtype)
+            self._stream.add(part, output)
+            self._stream.passed(share * len(part))
+        del self._mlps[mlp]
 
     @torch.no_grad()
     def every_expert(self, x: torch.Tensor) -> torch.Tensor:
-        """What each routed expert makes of gate input `x`, `(experts, tokens, hidden)`."""
-        count = sum(name.endswith("gate_proj.weight") and ".experts." in name for name in self._weights)
-        return torch.stack([self._mlp(f"mlp.experts.{expert}.", x) for expert in range(count)])
+        """What each routed expert makes of gate input `x`, `(experts, tokens, hidden)`; kept in memory for `mix`."""
+        return torch.stack([self._mlp(f"mlp.experts.{expert}.", x) for expert in range(self.experts)])
 
-    def experts(self, x: torch.Tensor, choice: Choice) -> torch.Tensor:
-        """The MoE block's output `(tokens, hidden)` for gate input `x` and a choice of experts."""
-        output = torch.zeros_like(x)
-        for expert in choice.experts.unique().tolist():
-            token, slot = (choice.experts == expert).nonzero(as_tuple=True)
-            result = self._mlp(f"mlp.experts.{expert}.", x[token])
-            output.index_add_(0, token, result * choice.weights[token, slot, None].to(x.dtype))
-        if "mlp.shared_expert.gate_proj.weight" in self._weights:
-            share = torch.sigmoid(F.linear(x, self._weights["mlp.shared_expert_gate.weight"]))
-            output += share * self._mlp("mlp.shared_expert.", x)
-        return output
-
-    def _mlp(self, prefix: str, x: torch.Tensor) -> torch.Tensor:
-        gate, up, down = (self._weights[f"{prefix}{part}.weight"] for part in MLP_PARTS)
+    def _mlp(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if name not in self._mlps:
+            self._mlps[name] = self._read(name)
+        gate, up, down = (self._mlps[name][f"{part}.weight"] for part in MLP_PARTS)
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 class LayerStream:
     """Tokens on their way through a checkpoint, layer by layer.
 
-    The hidden states `(all rows x length, hidden)` lie in a `state_store`; one layer at a time is on `device`, a GPU
-    where there is one.
+    The hidden states `(all rows x length, hidden)` lie in a `state_store`, what the MLPs of a layer see of the `tokens`
+    real ones `(tokens, hidden)` in another; one layer at a time is on `device`, a GPU where there is one.
     """
 
     def __init__(
@@ -280,31 +297,39 @@ class LayerStream:
         self.model_config = attention_config(config)
         self.rotary = Qwen2RotaryEmbedding(self.model_config).to(self.device)
         self._description = description
-        self._passed: Callable[[], None] | None = None
-        rows = sum(batch.ids.numel() for batch in batches)
-        self._states = state_store(rows, self.hidden, dtype, memory_bytes)
+        self.passed: Callable[[float], None] = _ignore  # takes the tokens that half a layer is done for
+        self._place = torch.cat([batch.start + batch.real.flatten().nonzero()[:, 0] for batch in batches])  # (tokens,)
+        self.tokens = len(self._place)
+        counts = [int(batch.real.sum()) for batch in batches]
+        self._first = dict(zip([b.start for b in batches], accumulate([0, *counts]), strict=False))
+        self._next = 0  # the layer that comes next
+        self._states = state_store(sum(batch.ids.numel() for batch in batches), self.hidden, dtype, memory_bytes)
+        self._inputs = state_store(self.tokens, self.hidden, dtype, memory_bytes)
         embedding = checkpoint.tensor("model.embed_tokens.weight")
         for batch in batches:
             self.store(batch, F.embedding(batch.ids, embedding).to(dtype))
 
     def __iter__(self) -> Iterator[Layer]:
         if self._description is None:
-            yield from (Layer(self, index) for index in range(self.layers))
+            yield from (Layer(self, index) for index in range(self._next, self.layers))
             return
         with progress_bar() as bar:
-            task = bar.add_task(self._description, total=2 * self.layers * len(self.batches), unit="batches")
-            self._passed = lambda: bar.advance(task)
-            for index in range(self.layers):
+            total = 2 * (self.layers - self._next) * self.tokens
+            task = bar.add_task(self._description, total=total, unit="half-layer tokens")
+            self.passed = partial(bar.advance, task)
+            for index in range(self._next, self.layers):
                 bar.update(task, description=f"{self._description}, layer {index} of {self.layers}")
                 yield Layer(self, index)
-        self._passed = None
 
-    def passing(self) -> Iterator[Batch]:
-        """The batches, one after the other, each noted on the bar when it is done."""
-        for batch in self.batches:
-            yield batch
-            if self._passed is not None:
-                self._passed()
+    @property
+    def states(self) -> torch.Tensor:
+        """All hidden states, `(all rows x length, hidden)`."""
+        return self._states
+
+    def resume(self, layer: int, states: torch.Tensor) -> None:
+        """Goes on with `layer` from the `states` that the one before has left."""
+        self._states.copy_(states)
+        self._next = layer
 
     def load(self, batch: Batch) -> torch.Tensor:
         """A copy of the batch's states, `(rows, length, hidden)`, on the stream's device."""
@@ -315,10 +340,21 @@ class LayerStream:
         """Puts the batch's states back."""
         self._states[batch.span] = states.reshape(-1, self.hidden).to(self._states.device)
 
-    def add(self, batch: Batch, update: torch.Tensor) -> None:
-        """Adds `update` `(tokens, hidden)` to the states of the batch's real tokens."""
-        index = batch.start + batch.real.flatten().nonzero()[:, 0]  # (tokens,)
-        self._states.index_add_(0, index, update.to(self._states.device, self._states.dtype))
+    def inputs(self, of: Batch | slice | torch.Tensor) -> torch.Tensor:
+        """What the gate and the MLPs see of a batch, or of tokens by number, `(tokens, hidden)`, after `attend`.
+
+        A batch's, and a slice, are parts of the store, which the next layer fills anew.
+        """
+        return self._inputs[self.tokens_of(of) if isinstance(of, Batch) else of]
+
+    def tokens_of(self, batch: Batch) -> slice:
+        """The numbers of the batch's real tokens."""
+        first = self._first[batch.start]
+        return slice(first, first + int(batch.real.sum()))
+
+    def add(self, tokens: torch.Tensor, update: torch.Tensor) -> None:
+        """Adds `update` `(tokens, hidden)` to the states of `tokens`, by number."""
+        self._states.index_add_(0, self._place[tokens], update.to(self._states.device, self._states.dtype))
 
     def run(self, route: Route, observe: Callable[[Layer, Batch, torch.Tensor, Choice], None] | None = None) -> None:
         """All layers under one routing rule; `observe` sees each sparse layer's gate inputs and choices."""
@@ -378,6 +414,10 @@ class LayerStream:
             nats = torch.zeros(batch.ids.shape)
             nats[wanted] = torch.cat(losses) if losses else torch.zeros(0)
             yield batch, nats
+
+
+def _ignore(tokens: float) -> None:
+    """Without a bar."""
 
 
 def attention_config(config: dict[str, object]) -> Qwen2Config:

@@ -264,6 +264,9 @@ class GateTraining(Section):
     max_length: int = Field(1024, gt=0)
     batch_tokens: int = Field(4096, gt=0)
     ridge: float = Field(1e-3, gt=0)  # λ of method ridge, relative to the mean diagonal of the Gram matrix
+    # while gates are fitted, tokens move on through the experts that the fresh gates pick, or through their label's
+    propagation: Literal["gates", "labels"] = "gates"
+    threshold: float | None = Field(None, ge=0.5, lt=1)  # of confidence, below which a token goes to the general expert
     window: int = Field(8, ge=0)  # tokens to each side whose likelihoods decide a token's label (method likelihood)
     seed: int = 0
 

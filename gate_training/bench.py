@@ -24,8 +24,9 @@ from fusion.layers import Batch, Gates
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from fusion.sources import expert_sources
-from gate_training.examples import RoutingExample, encoded_examples, routing_examples
+from gate_training.examples import RoutingData, routing_data
 from gate_training.peer import routing_accuracy
+from gate_training.resume import LayerNotes
 from gate_training.trainer import METHODS, fit_gates
 
 ROUNDS = 3
@@ -42,26 +43,19 @@ def forward_seconds(folder: Path, batches: list[Batch]) -> float:
         return time.perf_counter() - start
 
 
-def examples(recipe: Recipe) -> tuple[list[RoutingExample], list[RoutingExample]]:
-    """What is trained on, and what is held out."""
-    settings = recipe.gate_training
-    counts = (settings.rows, settings.held_out_rows)
-    return routing_examples(recipe, "train", counts[0]), routing_examples(recipe, "held_out", counts[1])
-
-
-def fit(
-    recipe: Recipe, train: list[RoutingExample], held_out: list[RoutingExample], method: str, top_k: int
-) -> tuple[float, Gates]:
-    """The seconds that fitting all gates takes, from the checkpoint on disk, and the gates."""
+def fit(recipe: Recipe, data: RoutingData, method: str, top_k: int) -> tuple[float, Gates]:
+    """The seconds that fitting all gates takes, from the checkpoint on disk and token ids, and the gates."""
     start = time.perf_counter()
-    gates, _ = fit_gates(recipe, recipe.fused, train, held_out, method, top_k)
-    return time.perf_counter() - start, gates
+    gates, _ = fit_gates(recipe, recipe.fused, data, method, top_k)
+    seconds = time.perf_counter() - start
+    LayerNotes.forget(recipe.folder)
+    return seconds, gates
 
 
 def throughput(recipe: Recipe) -> dict[str, float]:
     """Gate training's tokens/s as a share of the forward pass's, by method and top-k, medians of alternating rounds."""
-    train, held_out = examples(recipe)
-    batches = encoded_examples(recipe, recipe.fused, [*train, *held_out])
+    data = routing_data(recipe, recipe.fused)
+    batches = [*data.train_batches(), *data.held_out_batches()]
     tokens = sum(int(batch.real.sum()) for batch in batches)
     kinds = [("cross-entropy", 1), ("cross-entropy", 2), *((name, 1) for name in METHODS if name != "cross-entropy")]
     plain: list[float] = []
@@ -69,7 +63,7 @@ def throughput(recipe: Recipe) -> dict[str, float]:
     for _ in range(ROUNDS):
         plain.append(forward_seconds(expert_sources(recipe)[0].folder, batches))
         for kind in kinds:
-            taken[kind].append(fit(recipe, train, held_out, *kind)[0])
+            taken[kind].append(fit(recipe, data, *kind)[0])
     limit = tokens / statistics.median(plain)
     print(f"one dense expert's forward pass over {tokens:,} tokens: {limit:,.0f} tokens/s")
     shares = {}
@@ -82,14 +76,14 @@ def throughput(recipe: Recipe) -> dict[str, float]:
 
 def ours(recipe: Recipe) -> dict[str, Any]:
     """Seconds, held-out routing accuracy and peak memory of one fit by cross-entropy; run in a process of its own."""
-    train, held_out = examples(recipe)
-    seconds, gates = fit(recipe, train, held_out, "cross-entropy", recipe.routing.top_k)
+    data = routing_data(recipe, recipe.fused)
+    seconds, gates = fit(recipe, data, "cross-entropy", recipe.routing.top_k)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model = AutoModelForCausalLM.from_pretrained(recipe.fused, dtype=torch.float32, use_safetensors=True)
     with torch.no_grad():
         for layer, gate in gates.items():
             model.get_parameter(f"model.layers.{layer}.mlp.gate.weight").copy_(gate)
-    accuracy = routing_accuracy(model, encoded_examples(recipe, recipe.fused, held_out))
+    accuracy = routing_accuracy(model, data.held_out_batches())
     return {"seconds": seconds, "accuracy": accuracy, "peak_bytes": peak}
 
 

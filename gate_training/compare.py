@@ -8,22 +8,18 @@ from pathlib import Path
 from fusion.checkpoint import Checkpoint
 from fusion.evaluation.answer_loss import answer_losses
 from fusion.layers import Gates, Route, forced, gated
-from fusion.recipe import Recipe
-from gate_training.examples import RoutingExample, encoded_examples
+from gate_training.examples import RoutingData
 
 LABELLED = "labelled"
 
 
-def held_out_losses(
-    recipe: Recipe, folder: Path, examples: list[RoutingExample], gates: dict[str, Gates]
-) -> dict[str, dict[str, float]]:
+def held_out_losses(folder: Path, data: RoutingData, gates: dict[str, Gates]) -> dict[str, dict[str, float]]:
     """Nats per answer token, {gates: {domain: loss}}, for each of `gates` and for LABELLED."""
-    checkpoint, batches = Checkpoint(folder), encoded_examples(recipe, folder, examples)
+    checkpoint, batches = Checkpoint(folder), data.held_out_batches()
     top_k = checkpoint.config["num_experts_per_tok"]
     routes: dict[str, Route] = {LABELLED: forced(), **{name: gated(found, top_k) for name, found in gates.items()}}
-    domains = [example.domain for example in examples]
     return {
-        name: answer_losses(checkpoint, batches, domains, route, f"answer loss, {name} gates")
+        name: answer_losses(checkpoint, batches, data.domains, route, f"answer loss, {name} gates")
         for name, route in routes.items()
     }
 

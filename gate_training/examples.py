@@ -1,14 +1,15 @@
 """Routing examples: a conversation, the domain whose expert should serve it, and where that label came from."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fusion.data import ChatExample, domain_rows
-from fusion.encoding import encode_batches, load_tokenizer
+from fusion.encoding import Encoded, encode, load_tokenizer
 from fusion.errors import UserError
-from fusion.layers import Batch
+from fusion.layers import Batch, make_batches
 from fusion.recipe import Recipe
 from gate_training.labelling.classifier import Classify, recipe_classifier
 from gate_training.labelling.combine import QuestionLabel, label_questions
@@ -84,10 +85,51 @@ def expert_labels(recipe: Recipe, examples: Sequence[RoutingExample]) -> list[in
     return [recipe.expert_of(example.domain) for example in examples]
 
 
-def encoded_examples(
-    recipe: Recipe, folder: Path, examples: Sequence[RoutingExample], batch_tokens: int | None = None
-) -> list[Batch]:
-    """The examples as batches labelled with their experts, by the tokenizer in `folder`."""
-    settings, rows = recipe.gate_training, [example.example for example in examples]
-    labels, size = expert_labels(recipe, examples), batch_tokens or settings.batch_tokens
-    return encode_batches(load_tokenizer(folder), rows, labels, settings.max_length, size)
+@dataclass(frozen=True)
+class RoutingData:
+    """Labelled conversations as token ids: those that gates are fitted on, and those that they are judged by."""
+
+    train: list[Encoded]
+    train_labels: list[int]  # the expert of each
+    held_out: list[Encoded]
+    held_out_labels: list[int]
+    domains: list[str]  # of held-out conversations
+    rules_agreement: dict[str, float]  # per domain, of held-out conversations
+    batch_tokens: int
+
+    def train_batches(self, experts: Collection[int] | None = None) -> list[Batch]:
+        """What is trained on, labelled; of these experts alone where they are given."""
+        kept = [i for i, label in enumerate(self.train_labels) if experts is None or label in experts]
+        return _batches([self.train[i] for i in kept], [self.train_labels[i] for i in kept], self.batch_tokens)
+
+    def digest(self) -> str:
+        """A hash of all ids and labels."""
+        rows = [[(row.ids, row.answer_start) for row in rows] for rows in (self.train, self.held_out)]
+        return hashlib.sha256(repr((rows, self.train_labels, self.held_out_labels)).encode()).hexdigest()
+
+    def held_out_batches(self) -> list[Batch]:
+        """What is held out, labelled."""
+        return _batches(self.held_out, self.held_out_labels, self.batch_tokens)
+
+
+def _batches(rows: Sequence[Encoded], labels: Sequence[int], batch_tokens: int) -> list[Batch]:
+    return make_batches([row.ids for row in rows], [row.answer_start for row in rows], labels, batch_tokens)
+
+
+def routing_data(recipe: Recipe, folder: Path) -> RoutingData:
+    """The recipe's routing examples by the tokenizer in `folder`.
+
+    Raises UserError where the data leave an expert without examples.
+    """
+    settings, tokenizer = recipe.gate_training, load_tokenizer(folder)
+    train = routing_examples(recipe, "train", settings.rows)
+    held_out = routing_examples(recipe, "held_out", settings.held_out_rows)
+    return RoutingData(
+        train=[encode(tokenizer, row.example, settings.max_length) for row in train],
+        train_labels=expert_labels(recipe, train),
+        held_out=[encode(tokenizer, row.example, settings.max_length) for row in held_out],
+        held_out_labels=expert_labels(recipe, held_out),
+        domains=[example.domain for example in held_out],
+        rules_agreement=rules_agreement(recipe, held_out),
+        batch_tokens=settings.batch_tokens,
+    )

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from fusion.layers import Batch
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
-from gate_training.examples import encoded_examples, routing_examples
+from gate_training.examples import routing_data
 
 BATCH_ROWS = 16
 EPOCHS = 3
@@ -89,9 +90,9 @@ def _collate(batches: list[Batch]) -> dict[str, torch.Tensor]:
 def train_gates(recipe: Recipe, learning_rate: float) -> dict[str, Any]:
     """Trains the gates of a copy in memory; the curve of (seconds, held-out accuracy), and peak memory in bytes."""
     settings = recipe.gate_training
-    train = routing_examples(recipe, "train", settings.rows)
-    rows = encoded_examples(recipe, recipe.fused, train, batch_tokens=1)  # a row a batch
-    held_out = encoded_examples(recipe, recipe.fused, routing_examples(recipe, "held_out", settings.held_out_rows))
+    data = routing_data(recipe, recipe.fused)
+    rows = replace(data, batch_tokens=1).train_batches()  # a row a batch
+    held_out = data.held_out_batches()
     model = AutoModelForCausalLM.from_pretrained(recipe.fused, dtype=torch.float32, use_safetensors=True)
     torch.manual_seed(settings.seed)
     for name, parameter in model.named_parameters():

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from fusion.checkpoint import write_json, write_text, written_aside
 from gate_training.compare import LABELLED, mean_loss
-from gate_training.trainer import BINS, Confidence, GateReport
+from gate_training.held_out import BINS, Confidence
+from gate_training.trainer import GateReport
 
 
 def write_report(report: GateReport, folder: Path) -> None:

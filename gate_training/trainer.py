@@ -1,62 +1,46 @@
 """The gate trainer: layer by layer over the fused checkpoint, one layer's weights in memory.
 
     qwen-fusion train-gates configs/demo.yaml
+    accelerate launch --num_processes 4 -m fusion.cli train-gates configs/qwen2.5-7b-five-experts.yaml
 
 At every layer the tokens pass the attention, the gate is fitted on the exact input it will see when served (the output
 of post_attention_layernorm, chat template applied), and the tokens move on through the experts that the fresh gate
-picks. Held-out examples travel along and are only measured. `auto` fits with every method and keeps the one with the
-least answer loss on them.
+picks, or through their label's (`propagation`). Held-out examples travel along, always by the gates, and are only
+measured. `auto` fits with every method and keeps the one with the least answer loss on them. An interrupted fit goes on
+after the last layer that was done. Processes share the conversations; what they add up are sums.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import one_hot
+import torch.nn.functional as F
+from accelerate import PartialState
 
 from fusion.architecture import gate_tensor
-from fusion.checkpoint import Checkpoint
-from fusion.layers import Batch, Gates, Layer, LayerStream, gated, joined, state_store
-from fusion.merge import checkpoint_dtype, record_gates, write_gates
-from fusion.recipe import Recipe
+from fusion.checkpoint import Checkpoint, read_json
+from fusion.errors import UserError
+from fusion.hardware import compute_dtype
+from fusion.layers import Batch, Choice, Gates, LayerStream, Route, forced, gated, joined
+from fusion.merge import MANIFEST, checkpoint_dtype, record_gates, write_gates
+from fusion.recipe import Recipe, general_domain
 from gate_training.compare import held_out_losses, mean_loss
-from gate_training.examples import RoutingExample, encoded_examples, routing_examples, rules_agreement
+from gate_training.examples import RoutingData, routing_data
+from gate_training.held_out import LayerReport, layer_report
 from gate_training.labelling.likelihood import token_targets
-from gate_training.methods import Tokens, cross_entropy, held_back, moments, regression, ridge
+from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
+from gate_training.methods import cross_entropy, moments, regression, ridge
+from gate_training.resume import LayerNotes
+from gate_training.statistics import Statistics
+from gate_training.threshold import lean
 
-BINS = 10  # of confidence
 METHODS = {
     "ridge": ridge.fit,
     "cross-entropy": cross_entropy.fit,
     "likelihood": cross_entropy.fit,  # on the experts' own likelihoods in the place of labels
     "regression": regression.fit,
 }
-
-
-@dataclass(frozen=True)
-class Confidence:
-    """Tokens of like confidence (the gate's softmax at its first choice): its mean, how many are right, their share."""
-
-    confidence: float
-    accuracy: float
-    share: float
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """How one layer's gate routes held-out tokens: shares in [0, 1], per domain and per expert."""
-
-    layer: int
-    accuracy: float
-    answer_accuracy: float
-    accuracy_by_domain: dict[str, float]
-    answer_accuracy_by_domain: dict[str, float]
-    share_by_expert: dict[str, float]  # of held-out tokens, first choice
-    confusion: dict[str, dict[str, float]]  # {domain: {expert: share of its answer tokens}}
-    entropy: float  # of the gate's softmax on answer tokens, nats
-    calibration: list[Confidence]
 
 
 @dataclass(frozen=True)
@@ -83,154 +67,102 @@ def train_gates(recipe: Recipe, folder: Path) -> GateReport:
     Raises UserError where the data leave an expert without examples.
     """
     settings = recipe.gate_training
-    train = routing_examples(recipe, "train", settings.rows)
-    held_out = routing_examples(recipe, "held_out", settings.held_out_rows)
+    data = routing_data(recipe, folder)
     if settings.method == "auto":
-        gates, report = _best(recipe, folder, train, held_out)
+        gates, report = _best(recipe, folder, data)
     else:
-        gates, report = fit_gates(recipe, folder, train, held_out, settings.method)
-    install_gates(folder, gates)
-    record_gates(folder, report.method, report.labels, report.tokens)
+        gates, report = fit_gates(recipe, folder, data, settings.method)
+    if PartialState().is_main_process:
+        install_gates(folder, gates)
+        record_gates(folder, report.method, report.labels, report.tokens)
+        LayerNotes.forget(recipe.folder)
     return report
 
 
-def _best(
-    recipe: Recipe, folder: Path, train: list[RoutingExample], held_out: list[RoutingExample]
-) -> tuple[Gates, GateReport]:
+def _best(recipe: Recipe, folder: Path, data: RoutingData) -> tuple[Gates, GateReport]:
     """The gates of the method with the least held-out answer loss, in the mean over domains; all losses reported."""
-    fitted = {name: fit_gates(recipe, folder, train, held_out, name) for name in METHODS}
-    compared = held_out_losses(recipe, folder, held_out, {name: gates for name, (gates, _) in fitted.items()})
+    fitted = {name: fit_gates(recipe, folder, data, name) for name in METHODS}
+    compared = held_out_losses(folder, data, {name: gates for name, (gates, _) in fitted.items()})
     best = min(METHODS, key=lambda name: mean_loss(compared[name]))
     gates, report = fitted[best]
     return gates, replace(report, compared=compared)
 
 
 def fit_gates(
-    recipe: Recipe,
-    folder: Path,
-    train: list[RoutingExample],
-    held_out: list[RoutingExample],
-    method: str,
-    top_k: int | None = None,
+    recipe: Recipe, folder: Path, data: RoutingData, method: str, top_k: int | None = None
 ) -> tuple[Gates, GateReport]:
-    """The gates by layer, `(experts, hidden)` in the checkpoint's dtype, and the report on `held_out`.
+    """The gates by layer, `(experts, hidden)` in the checkpoint's dtype, and the report on what is held out.
 
     Tokens move on through their first `top_k` experts (None: the checkpoint's).
     """
-    settings, checkpoint = recipe.gate_training, Checkpoint(folder)
-    trained, measured = (encoded_examples(recipe, folder, rows) for rows in (train, held_out))
-    domains = [example.domain for example in (*train, *held_out)]
+    settings, checkpoint, process = recipe.gate_training, Checkpoint(folder), PartialState()
     dtype = getattr(torch, checkpoint_dtype(folder))
-    experts, hidden = len(recipe.experts), checkpoint.config["hidden_size"]
+    experts = len(recipe.experts)
     top_k = top_k or checkpoint.config["num_experts_per_tok"]
+    general = recipe.expert_of(general_domain(recipe.domains))
+    incremental = method == "ridge" and settings.propagation == "labels"
+    statistics = Statistics(recipe, folder, data) if incremental else None
+    trained, hidden = data.train_batches(statistics.missing if statistics else None), checkpoint.config["hidden_size"]
+    if len(trained) < process.num_processes and trained:
+        raise UserError(
+            f"{process.num_processes} processes are more than the {len(trained)} batches of routing examples: launch "
+            "fewer, or lower gate_training.batch_tokens"
+        )
+    share = slice(process.process_index, None, process.num_processes)
+    marks = [torch.zeros(0, 2, dtype=torch.bool), *token_marks(trained, hidden)[share]]
+    trained, measured = trained[share], data.held_out_batches()[share]
+    targets = label_targets(trained, experts)
     if method == "likelihood":
-        targets = token_targets(checkpoint, trained, experts, settings.window)
-    else:
-        targets = [one_hot(batch.token_labels(), experts).float() for batch in trained]
+        targets = torch.cat(token_targets(checkpoint, trained, experts, settings.window))
     batches = joined([trained, measured])
-    stream = LayerStream(checkpoint, batches, description=f"gates by {method}")
-    inputs = _GateInputs(batches, targets, hidden, top_k if method == "regression" else None)
-    gates: Gates = {}
-    reports = []
+    before = sum(len(batch.rows) for batch in trained)
+    trained, measured = batches[: len(trained)], batches[len(trained) :]
+    measured = [replace(batch, rows=batch.rows - before) for batch in measured]
+    stream = LayerStream(checkpoint, batches, dtype=compute_dtype(), description=f"gates by {method}")
+    tokens = LayerTokens(stream, trained, targets, torch.cat(marks), top_k if method == "regression" else None)
+    judged = tokens
+    if statistics:
+        wanted = label_targets(measured, experts)
+        judged = LayerTokens(stream, measured, wanted, torch.tensor([[False, True]]).expand(len(wanted), 2))
+    weights = read_json(folder / MANIFEST)["sha256"]
+    notes = LayerNotes(recipe.folder, (settings, method, top_k, data.digest(), weights), process.process_index)
+    gates, reports = notes.restore(stream)
+    route = _labels_first(gates, top_k, trained) if settings.propagation == "labels" else gated(gates, top_k)
     for layer in stream:
         layer.attend()
         if layer.sparse:
-            inputs.fill(layer)
-            gate = METHODS[method](inputs, moments(inputs), settings)
-            gates[layer.index] = gate.to(dtype)  # tokens move on through what will be served, rounding included
-            reports.append(_measure(layer.index, gates[layer.index], inputs, batches[len(trained) :], domains, recipe))
-        layer.mix(gated(gates, top_k), inputs.of if layer.sparse else None)
-    counts = [sum(int(batch.real.sum()) for batch in part) for part in (trained, measured)]
-    agreement = rules_agreement(recipe, held_out)
-    return gates, GateReport(method, settings.labels, counts[0], counts[1], agreement, reports)
+            tokens.reach(layer)
+            judged.reach(layer)
+            sums = statistics.add(layer.index, tokens) if statistics else moments(tokens)
+            gate = METHODS[method](judged, sums, settings)
+            if settings.threshold is not None:
+                gate = lean(gate, sums, general, settings.threshold)
+            gates[layer.index] = gate.to("cpu", dtype)  # tokens move on through what will be served, rounding included
+            reports.append(layer_report(layer.index, gates[layer.index], stream, measured, data.domains, recipe))
+        layer.mix(route)
+        notes.keep(layer.index, stream, gates, reports)
+    if statistics and process.is_main_process:
+        statistics.save()
+    counts = [sum(len(row.ids) for row in rows) for rows in (data.train, data.held_out)]
+    return gates, GateReport(method, settings.labels, counts[0], counts[1], data.rules_agreement, reports)
+
+
+def _labels_first(gates: Gates, top_k: int, trained: list[Batch]) -> Route:
+    """What is trained on to its label's expert, what is held out by the gates."""
+    labelled, by_gates = forced(), gated(gates, top_k)
+    starts = {batch.start for batch in trained}
+
+    def route(layer: int, x: torch.Tensor, batch: Batch) -> Choice:
+        if batch.start not in starts:
+            return by_gates(layer, x, batch)
+        choice = labelled(layer, x, batch)
+        padding = (0, top_k - 1)  # to as many experts a token as there are by gates
+        return Choice(F.pad(choice.experts, padding, value=-1), F.pad(choice.weights, padding))
+
+    return route
 
 
 def install_gates(folder: Path, gates: Gates) -> None:
     """Replaces the checkpoint's gate shard; a reader sees the old gates or the new ones, never half of either."""
     dtype = getattr(torch, checkpoint_dtype(folder))
     write_gates(folder, {gate_tensor(layer): gate for layer, gate in gates.items()}, dtype)
-
-
-class _GateInputs:
-    """All tokens' gate inputs at one layer, kept because a fit passes over them many times."""
-
-    def __init__(self, batches: list[Batch], targets: list[torch.Tensor], hidden: int, top_k: int | None):
-        """The first batches are trained on `targets`, `(tokens, experts)` each; with `top_k` their costs are kept."""
-        counts = [int(batch.real.sum()) for batch in batches]
-        parts = state_store(sum(counts), hidden).split(counts)
-        self._held_back = _held_back(batches[: len(targets)])
-        self._batches, self._targets, self._top_k = batches, targets, top_k
-        self._inputs = {batch.start: part for batch, part in zip(batches, parts, strict=True)}
-        self._costs: list[torch.Tensor | None] = [None] * len(targets)
-
-    def fill(self, layer: Layer) -> None:
-        """Takes the inputs of `layer`, after its attention, and what each expert makes of them where that counts."""
-        for batch in self._batches:
-            self.of(batch).copy_(layer.gate_input(batch))
-        if self._top_k is not None:
-            for i, targets in enumerate(self._targets):
-                outputs = layer.every_expert(self.of(self._batches[i]).to(layer.device))
-                self._costs[i] = regression.costs(outputs.cpu(), targets, self._top_k)
-
-    def of(self, batch: Batch) -> torch.Tensor:
-        """The gate inputs of a batch, `(tokens, hidden)`."""
-        return self._inputs[batch.start]
-
-    def __call__(self) -> Iterator[Tokens]:
-        """One pass over the tokens to be trained on, batch by batch."""
-        parts = zip(self._batches, self._targets, self._held_back, self._costs, strict=False)
-        for batch, targets, left_out, costs in parts:
-            yield Tokens(self.of(batch), targets, left_out, left_out & batch.answer[batch.real], costs)
-
-
-def _held_back(batches: list[Batch]) -> list[torch.Tensor]:
-    """The tokens of the conversations that are held back, `(tokens,)` a batch."""
-    labels = torch.empty(sum(len(batch.rows) for batch in batches), dtype=torch.long)  # (rows,)
-    for batch in batches:
-        labels[batch.rows] = batch.labels
-    chosen = held_back(labels)
-    return [chosen[batch.rows][:, None].expand_as(batch.ids)[batch.real] for batch in batches]
-
-
-def _measure(
-    layer: int, gate: torch.Tensor, inputs: _GateInputs, batches: list[Batch], domains: list[str], recipe: Recipe
-) -> LayerReport:
-    """Held-out routing of one layer, by first choice."""
-    names = sorted(set(domains), key=list(recipe.domains).index)
-    number = torch.tensor([names.index(domain) for domain in domains])  # (rows,)
-    right = torch.tensor([recipe.expert_of(name) for name in names])
-    chosen = torch.zeros(2, len(names), len(recipe.experts))  # of all tokens, of answer tokens
-    bins = torch.zeros(BINS, 3)  # tokens, confidence, right ones
-    entropy = 0.0
-    for batch in batches:
-        probabilities = torch.softmax(inputs.of(batch) @ gate.float().T, dim=1)  # (tokens, experts)
-        confidence, first = probabilities.max(dim=1)  # (tokens,)
-        domain = number[batch.rows][:, None].expand_as(batch.ids)[batch.real]
-        answer = batch.answer[batch.real]
-        for kind, kept in enumerate((torch.ones_like(answer), answer)):
-            chosen[kind].index_put_((domain[kept], first[kept]), torch.ones(()), accumulate=True)
-        entropy -= float(torch.special.xlogy(probabilities, probabilities)[answer].sum())
-        hit = (first == right[domain]).float()
-        place = (confidence * BINS).long().clamp_max(BINS - 1)
-        bins.index_add_(0, place, torch.stack([torch.ones_like(hit), confidence, hit], dim=1))
-    tokens = chosen.sum(dim=2)  # (2, domains)
-    hits = chosen[:, torch.arange(len(names)), right]
-    accuracy, by_domain = hits.sum(dim=1) / tokens.sum(dim=1).clamp_min(1), hits / tokens.clamp_min(1)
-    shares = chosen[0].sum(dim=0) / chosen[0].sum().clamp_min(1)
-    experts = [expert.name for expert in recipe.experts]
-    confusion = (chosen[1] / tokens[1, :, None].clamp_min(1)).tolist()
-    return LayerReport(
-        layer=layer,
-        accuracy=float(accuracy[0]),
-        answer_accuracy=float(accuracy[1]),
-        accuracy_by_domain=dict(zip(names, by_domain[0].tolist(), strict=True)),
-        answer_accuracy_by_domain=dict(zip(names, by_domain[1].tolist(), strict=True)),
-        share_by_expert=dict(zip(experts, shares.tolist(), strict=True)),
-        confusion={name: dict(zip(experts, row, strict=True)) for name, row in zip(names, confusion, strict=True)},
-        entropy=entropy / max(1.0, float(tokens[1].sum())),
-        calibration=[
-            Confidence(sure / count, found / count, count / float(bins[:, 0].sum()))
-            for count, sure, found in bins.tolist()
-            if count
-        ],
-    )

@@ -19,7 +19,7 @@ from fusion.errors import UserError
 from fusion.layers import LayerStream, forced, make_batches
 from fusion.recipe import GateTraining, Recipe
 from fusion.sources import anchor_source
-from gate_training.methods import Tokens, cross_entropy, held_back, moments
+from gate_training.methods import InMemory, Tokens, cross_entropy, held_back, moments
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def anchor_classifier(
     names = list(dict.fromkeys(domains))
     labels = torch.tensor([names.index(domain) for domain in domains])  # (questions,)
     inputs = pooled_states(anchor, questions, settings)
-    chosen = held_back(labels)
-    part = Tokens(inputs, one_hot(labels, len(names)).float(), chosen, chosen)
-    weight = cross_entropy.fit(lambda: iter([part]), moments(lambda: iter([part])), settings)  # (domains, hidden + 1)
+    chosen, _ = held_back(labels)
+    tokens = InMemory(Tokens(inputs, one_hot(labels, len(names)).float(), chosen, chosen))
+    weight = cross_entropy.fit(tokens, moments(tokens), settings)  # (domains, hidden + 1)
 
     def classify(asked: Sequence[str]) -> list[ClassifierLabel]:
         chances = torch.softmax(pooled_states(anchor, asked, settings) @ weight.T, dim=1)

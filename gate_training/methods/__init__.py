@@ -1,13 +1,17 @@
 """The ways to fit a gate, one module each: statistics of (gate input, label) in, a gate out.
 
 Every method is `fit(tokens, moments, settings) -> gate (experts, hidden)`, where `tokens()` starts a fresh pass over
-the training tokens batch by batch, so that no method needs all of them in memory, and `moments` are the sums of one.
+the training tokens part by part, so that no method needs all of them in memory, `tokens.sample()` one over as many as
+a choice of one number takes, and `moments` are the sums of a whole pass.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from accelerate import PartialState
+from torch import distributed
 
 
 @dataclass(frozen=True)
@@ -26,19 +30,45 @@ class Tokens:
     judged: torch.Tensor
     costs: torch.Tensor | None = None
 
+    def part(self, of: slice | torch.Tensor) -> "Tokens":
+        """Some of the tokens, by number."""
+        costs = None if self.costs is None else self.costs[of]
+        inputs = self.inputs[of.to(self.inputs.device) if isinstance(of, torch.Tensor) else of]
+        return Tokens(inputs, self.targets[of], self.held_back[of], self.judged[of], costs)
+
 
 HELD_BACK = 5  # one of so many chooses the L2 penalty
 
 
-def held_back(labels: torch.Tensor) -> torch.Tensor:
-    """Marks every fifth of each label, `(rows,)`, in the order of the rows."""
+def held_back(labels: torch.Tensor, every: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Marks every fifth conversation of each label, and the fives of every so-manieth, `(rows,)`, in their order."""
     place = torch.zeros_like(labels)
     for label in labels.unique():
         place[labels == label] = torch.arange(int((labels == label).sum()))
-    return place % HELD_BACK == HELD_BACK - 1
+    return place % HELD_BACK == HELD_BACK - 1, place // HELD_BACK % every == 0
 
 
-TokenPass = Callable[[], Iterator[Tokens]]
+class TokenPass(Protocol):
+    """The training tokens at one layer, as often as a method wants to see them."""
+
+    def __call__(self) -> Iterator[Tokens]:
+        """All of them."""
+
+    def sample(self) -> Iterator[Tokens]:
+        """Some of them, whole conversations."""
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Tokens that are few: one part, all of them the sample."""
+
+    tokens: Tokens
+
+    def __call__(self) -> Iterator[Tokens]:
+        """The one part."""
+        return iter([self.tokens])
+
+    sample = __call__
 
 
 @dataclass(frozen=True)
@@ -49,13 +79,25 @@ class Moments:
     cross: torch.Tensor
     count: int
 
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.gram + other.gram, self.cross + other.cross, self.count + other.count)
+
 
 def moments(tokens: TokenPass) -> Moments:
-    """The sums of one pass, products in float32 and their sums in float64."""
+    """The sums of one pass over all machines' tokens, products in float32 and their sums in float64."""
     gram = cross = torch.zeros(())
     count = 0
     for part in tokens():
         gram = gram + (part.inputs.T @ part.inputs).double()
         cross = cross + (part.inputs.T @ part.targets).double()
         count += len(part.inputs)
-    return Moments(gram, cross, count)
+    return Moments(summed(gram), summed(cross), int(summed(torch.tensor(count))))
+
+
+def summed(part: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes that train together."""
+    if not distributed.is_initialized():
+        return part
+    total = part.to(PartialState().device)  # NCCL adds up what is on GPUs
+    distributed.all_reduce(total)
+    return total.to(part.device)

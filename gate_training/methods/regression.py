@@ -26,13 +26,17 @@ def costs(outputs: torch.Tensor, targets: torch.Tensor, top_k: int) -> torch.Ten
     return torch.einsum("ath,bth->tab", off, off)
 
 
-def output_loss(scores: torch.Tensor, part: Tokens) -> torch.Tensor:
-    """What the softmax of `scores` `(tokens, experts)` costs, `(tokens,)`."""
+def output_loss(scores: torch.Tensor, part: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the softmax w of `scores` `(tokens, experts)` costs, `(tokens,)`: w·c, or wᵀCw; and its slopes."""
     assert part.costs is not None
     weights = torch.softmax(scores, dim=1)
     if part.costs.ndim == 2:
-        return (weights * part.costs).sum(dim=1)
-    return torch.einsum("ta,tab,tb->t", weights, part.costs, weights)
+        losses, slopes = (weights * part.costs).sum(dim=1), part.costs
+    else:
+        product = torch.einsum("tab,tb->ta", part.costs, weights)
+        losses, slopes = (weights * product).sum(dim=1), 2 * product
+    along = (weights * slopes).sum(dim=1, keepdim=True)  # (tokens, 1)
+    return losses, weights * (slopes - along)
 
 
 def fit(tokens: TokenPass, moments: Moments, settings: GateTraining) -> torch.Tensor:

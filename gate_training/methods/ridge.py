@@ -7,7 +7,7 @@ sums XᵀX and XᵀY add up over data, experts and machines.
 import torch
 
 from fusion.recipe import GateTraining
-from gate_training.methods import Moments, TokenPass
+from gate_training.methods import Moments, TokenPass, summed
 from gate_training.methods.solver import label_loss
 
 TEMPERATURES = torch.logspace(-1, 2, 16)
@@ -24,8 +24,8 @@ def fit(tokens: TokenPass, moments: Moments, settings: GateTraining) -> torch.Te
 def best_temperature(tokens: TokenPass, weight: torch.Tensor) -> float:
     """The factor among TEMPERATURES on `weight` `(experts, hidden)` with the least cross-entropy on the labels."""
     losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
-    for part in tokens():
+    for part in tokens.sample():
         scores = part.inputs @ weight.T  # (tokens, experts)
         for i, temperature in enumerate(TEMPERATURES):
-            losses[i] += label_loss(scores * temperature, part).double().sum()
-    return float(TEMPERATURES[losses.argmin()])
+            losses[i] += label_loss(scores * temperature, part)[0].double().sum()
+    return float(TEMPERATURES[summed(losses).argmin()])

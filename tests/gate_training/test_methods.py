@@ -1,6 +1,7 @@
 """Ridge against the direct solution, cross-entropy against ridge, regression against its costs, all on awkward data."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fusion.recipe import GateTraining
-from gate_training.methods import TokenPass, Tokens, cross_entropy, moments, regression, ridge
+from gate_training.methods import InMemory, TokenPass, Tokens, cross_entropy, moments, regression, ridge
 from gate_training.methods.ridge import TEMPERATURES, best_temperature
 from gate_training.methods.solver import PENALTIES, _Problem, label_loss, minimise
 
@@ -16,16 +17,29 @@ HIDDEN, EXPERTS = 12, 3
 METHODS = {"ridge": ridge, "cross-entropy": cross_entropy, "regression": regression}
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Tokens in parts, all of them the sample."""
+
+    parts: list[Tokens]
+
+    def __call__(self) -> Iterator[Tokens]:
+        return iter(self.parts)
+
+    sample = __call__
+
+
 def passes(x: torch.Tensor, labels: torch.Tensor, parts: int = 1) -> TokenPass:
     """The tokens in `parts` batches, afresh on every call; a fifth is held back, any expert but the label's costs 1."""
     targets = F.one_hot(labels, EXPERTS).float()
     held_back = torch.arange(len(x)) % 5 == 4
 
-    def tokens() -> Iterator[Tokens]:
-        for inputs, wanted, held in zip(x.chunk(parts), targets.chunk(parts), held_back.chunk(parts), strict=True):
-            yield Tokens(inputs, wanted, held, held, 1 - wanted)
-
-    return tokens
+    return Parts(
+        [
+            Tokens(*part, part[-1], 1 - part[1])
+            for part in zip(*(p.chunk(parts) for p in (x, targets, held_back)), strict=True)
+        ]
+    )
 
 
 def fit(method: Any, tokens: TokenPass, **settings: Any) -> torch.Tensor:
@@ -104,7 +118,7 @@ def test_the_penalty_is_the_one_that_serves_the_held_back_best(noise: float) -> 
     held = torch.arange(len(x)) % 5 == 4
     losses = {}
     for penalty in PENALTIES:
-        weight = problem.solve(torch.zeros(EXPERTS, HIDDEN), penalty, 300, held_back=True)
+        weight = problem.solve(torch.zeros(EXPERTS, HIDDEN), penalty, 300, choosing=True)
         assert problem.held_back_loss(weight) == pytest.approx(
             loss(weight / problem.scale, x[held], labels[held]), rel=1e-3
         )
@@ -165,7 +179,7 @@ def test_soft_labels_are_shares_not_choices() -> None:
     x, _ = toy()
     wanted = torch.softmax(x[:, :EXPERTS] / x[:, :EXPERTS].std(dim=0), dim=1)  # a gate that exists
     held_back = torch.arange(len(x)) % 5 == 4
-    gate = fit(cross_entropy, lambda: iter([Tokens(x, wanted, held_back, held_back)]))
+    gate = fit(cross_entropy, InMemory(Tokens(x, wanted, held_back, held_back)))
     assert (torch.softmax(x @ gate.T, dim=1) - wanted).abs().max() < 0.02
 
 
@@ -188,9 +202,23 @@ def test_costs_are_those_of_the_outputs() -> None:
     direct = (mixture - wanted).square().sum(dim=1) / wanted.square().sum(dim=1)
     none = torch.zeros(len(labels), dtype=torch.bool)
     part = Tokens(torch.zeros(len(labels), 1), targets, none, none, regression.costs(made, targets, top_k=2))
-    assert torch.allclose(regression.output_loss(scores, part), direct, atol=1e-4)
+    assert torch.allclose(regression.output_loss(scores, part)[0], direct, atol=1e-4)
     expected = (weights * single).sum(dim=1)
-    assert torch.allclose(regression.output_loss(scores, Tokens(part.inputs, targets, none, none, single)), expected)
+    part = Tokens(part.inputs, targets, none, none, single)
+    assert torch.allclose(regression.output_loss(scores, part)[0], expected)
+
+
+@pytest.mark.parametrize("costs_of", ["labels", "single", "mixture"])
+def test_slopes_are_those_of_the_losses(costs_of: str) -> None:
+    made = outputs()
+    targets = torch.softmax(torch.randn(made.shape[1], EXPERTS), dim=1)
+    none = torch.zeros(len(targets), dtype=torch.bool)
+    costs = None if costs_of == "labels" else regression.costs(made, targets, 1 if costs_of == "single" else 2)
+    loss_of = label_loss if costs is None else regression.output_loss
+    scores = torch.randn(len(targets), EXPERTS, requires_grad=True)
+    losses, slopes = loss_of(scores, Tokens(torch.zeros(len(targets), 1), targets, none, none, costs))
+    (direct,) = torch.autograd.grad(losses.sum(), scores)
+    assert torch.allclose(slopes, direct, atol=1e-5)
 
 
 def test_regression_does_not_mind_experts_that_agree() -> None:
@@ -202,6 +230,6 @@ def test_regression_does_not_mind_experts_that_agree() -> None:
     costs = torch.tensor([[0.0, 0.0, 0.2], [0.0, 0.0, 0.2], [3.0, 3.0, 0.0]])[labels]
     held_back = torch.arange(len(x)) % 5 == 4
     part = Tokens(x, targets, held_back, held_back, costs)
-    gates = {method: fit(method, lambda: iter([part])) for method in (cross_entropy, regression)}
+    gates = {method: fit(method, InMemory(part)) for method in (cross_entropy, regression)}
     paid = {m: float(costs.gather(1, (x @ g.T).argmax(dim=1, keepdim=True)).mean()) for m, g in gates.items()}
     assert paid[regression] < 0.8 * paid[cross_entropy]

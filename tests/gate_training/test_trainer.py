@@ -21,7 +21,7 @@ from fusion.merge import GATES_FILE, merge
 from fusion.recipe import Recipe
 from gate_training import trainer
 from gate_training.compare import LABELLED, held_out_losses, mean_loss
-from gate_training.examples import expert_labels, routing_examples
+from gate_training.examples import expert_labels, routing_data, routing_examples
 from gate_training.labelling.likelihood import token_targets
 from gate_training.methods import TokenPass, Tokens, ridge
 from gate_training.methods.regression import costs
@@ -95,8 +95,8 @@ def test_gates_are_fitted_on_what_transformers_will_feed_them(
         return ridge.fit(tokens, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setitem(trainer.METHODS, "cross-entropy", watched)
-    train, held_out = routing_examples(recipe, "train", 4), routing_examples(recipe, "held_out", 3)
-    gates, _ = fit_gates(recipe, folder, train, held_out, "cross-entropy")
+    train = routing_examples(recipe, "train", 4)
+    gates, _ = fit_gates(recipe, folder, routing_data(recipe, folder), "cross-entropy")
     install_gates(folder, gates)  # earlier layers now route by their trained gates, as when served
 
     layers = moe_layers or [0, 1, 2]
@@ -284,7 +284,7 @@ def test_regression_is_fitted_on_what_the_experts_make_of_the_tokens(
         return ridge.fit(tokens, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setitem(METHODS, "regression", watched)
-    fit_gates(recipe, folder, *(routing_examples(recipe, split, 3) for split in ("train", "held_out")), "regression")
+    fit_gates(recipe, folder, routing_data(recipe, folder), "regression")
     for layer, part in zip(model.model.layers, seen, strict=True):
         with torch.no_grad():
             made = [_expert(layer.mlp.experts, e, part.inputs) for e in range(3)]
@@ -303,15 +303,16 @@ def test_auto_takes_the_method_with_the_least_held_out_loss(recipe: Recipe, fold
     assert set(means) == {*METHODS, LABELLED}
     assert report.method == min(METHODS, key=lambda name: means[name])
     installed = checkpoint_gates(Checkpoint(folder))
-    held_out = routing_examples(recipe, "held_out", SETTINGS["held_out_rows"])
-    again = held_out_losses(recipe, folder, held_out, {"installed": installed})
+    again = held_out_losses(folder, routing_data(recipe, folder), {"installed": installed})
     assert again["installed"] == pytest.approx(report.compared[report.method], rel=1e-5)
     assert "| labelled |" in markdown(report)
 
 
 def test_compared_losses_are_transformers_own(recipe: Recipe, folder: Path) -> None:
     held_out = routing_examples(recipe, "held_out", 3)
-    found = held_out_losses(recipe, folder, held_out, {"random": checkpoint_gates(Checkpoint(folder))})["random"]
+    found = held_out_losses(folder, routing_data(recipe, folder), {"random": checkpoint_gates(Checkpoint(folder))})[
+        "random"
+    ]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(folder)
     for domain in found:
