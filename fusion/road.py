@@ -7,6 +7,7 @@ they were.
 """
 
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -51,6 +52,8 @@ LATER = ("merge", "train-gates", "evaluate", "ask")
 
 def run(recipe: Recipe) -> None:
     """Every step in order, those with unchanged inputs skipped, and the report."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("`run` is the work of one process: launch several for `train-gates` alone")
     plan(recipe)
     refuse_text_anchoring(recipe)
     branch(recipe)
@@ -297,12 +300,16 @@ def _shared_step(recipe: Recipe) -> Step:
 def train_gates(recipe: Recipe, force: bool = False) -> None:
     """Fits the fused model's gates and writes their report."""
     from fusion.merge import gates_are_trained, write_papers
+    from gate_training.trainer import is_helper
+    from gate_training.trainer import train_gates as train
 
     folder = _fused(recipe)
+    if is_helper():
+        train(recipe, folder)
+        return
 
     def action() -> str:
         from gate_training.report import write_report
-        from gate_training.trainer import train_gates as train
 
         result = train(recipe, folder)
         write_report(result, recipe.folder)

@@ -4,7 +4,8 @@
 
 Every token has to pass every layer once, so one dense expert's forward pass without head over the same tokens is the
 limit at top-1; at top-2 the MLPs count twice. The peers' way (gate_training/peer.py) trains the gates of the whole
-model in memory. The last line is one JSON object.
+model in memory. gate_training/full_size.py is one layer of 7B. What fused models retain is quoted from the evaluations
+of RUNS, after one domain's losses have been measured again. The last line is one JSON object.
 """
 
 import json
@@ -13,17 +14,24 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
+from fusion.checkpoint import Checkpoint, read_json
+from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import UserError
-from fusion.layers import Batch, Gates
+from fusion.evaluation.answer_loss import answer_losses
+from fusion.evaluation.evaluate import held_out_rows, result_path
+from fusion.layers import Batch, Gates, Route, Source, checkpoint_gates, forced, gated
+from fusion.reader import Reader
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
-from fusion.sources import expert_sources
+from fusion.sources import anchor_source, expert_sources
+from gate_training.compare import retained
 from gate_training.examples import RoutingData, routing_data
 from gate_training.peer import routing_accuracy
 from gate_training.resume import LayerNotes
@@ -112,16 +120,120 @@ def _child(module: str, *arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run of a recipe whose evaluation the benchmark quotes, and the overrides that make it."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+
+    def load(self) -> Recipe:
+        """The recipe with its overrides."""
+        return load_recipe(Path(self.recipe), list(self.overrides))
+
+    def command(self) -> str:
+        """What makes the run."""
+        return " ".join(["qwen-fusion run", self.recipe, *(f"--set {override}" for override in self.overrides)])
+
+
+EXPERTS = ("general", "coding", "math", "multilingual", "structured")
+RUNS = {
+    "demo": Run("configs/demo.yaml"),
+    "real": Run("configs/qwen2.5-0.5b-two-experts.yaml"),
+    "drifted_anchored": Run("configs/demo-drifted.yaml"),
+    "drifted_plain": Run(
+        "configs/demo-drifted.yaml",
+        ("output=runs/demo-drifted-plain", *(f"experts.{name}.anchor=null" for name in EXPERTS)),
+    ),
+    "light_shared_auto": Run(
+        "configs/qwen2.5-0.5b-two-experts.yaml",
+        (
+            "output=runs/qwen2.5-0.5b-light",
+            "routing.moe_layers=null",
+            "experts.structured.branch.trainable=all",
+            "shared=auto",
+        ),
+    ),
+}
+
+
+def quality() -> dict[str, float | None]:
+    """The retained shares by answer loss of RUNS, from their evaluations, as the JSON object has them; None without.
+
+    Raises UserError where a fused model does not have the loss that its evaluation says.
+    """
+    found: dict[str, float | None] = {}
+    for name, run in RUNS.items():
+        recipe, mean, worst = run.load(), None, None
+        if result_path(recipe).is_file() and (recipe.fused / "config.json").is_file():
+            domains = read_json(result_path(recipe))["domains"]
+            _check(recipe, domains)
+            shares = [d["retained_share_by_loss"] for d in domains.values() if d["retained_share_by_loss"] is not None]
+            mean, worst = sum(shares) / len(shares), min(shares)
+            print(f"{name}: of the own experts' gain in answer loss {mean:.3f} kept in the mean, {worst:.3f} at worst")
+        else:
+            print(f"{name}: not there; {run.command()}")
+        found |= {f"{name}_mean": mean, f"{name}_worst": worst}
+    return found
+
+
+def _check(recipe: Recipe, domains: dict[str, Any]) -> None:
+    """Measures the losses of anchor and fused model on one domain with an expert of its own again, layer by layer."""
+    name = next(expert.domain for expert in reversed(recipe.experts) if expert.domain in domains)
+    rows = held_out_rows(recipe, [name])[name]
+    batches, fused = encode_batches(load_tokenizer(recipe.fused), rows), Checkpoint(recipe.fused)
+    by_gates = gated(checkpoint_gates(fused), fused.config["num_experts_per_tok"])
+    sources: dict[str, tuple[Source, Route]] = {
+        "anchor": (Reader(anchor_source(recipe)), forced(0)),
+        "fused_trained": (fused, by_gates),
+    }
+    for row, (source, route) in sources.items():
+        found = answer_losses(source, batches, [name] * len(rows), route)[name]
+        stored = domains[name][row]["loss"]
+        if abs(found - stored) > 0.01 * stored + 1e-3:
+            raise UserError(
+                f"{result_path(recipe)} says {stored:.4f} nats for {row} on '{name}', its weights have {found:.4f}: "
+                "run `qwen-fusion evaluate --force` on the recipe"
+            )
+
+
+def hidden_retained(recipe: Recipe) -> float | None:
+    """What mergekit's `hidden` gates retain on the gates' held-out rows, where `train-gates --method auto` compared."""
+    path = recipe.folder / "gates.json"
+    compared = read_json(path)["compared"] if path.is_file() else {}
+    name = next(
+        (n for n in compared if n.startswith("mergekit hidden, ") and n.endswith(f"top-{recipe.routing.top_k}")), None
+    )
+    shares = list(retained(compared[name], compared).values()) if name else []
+    return sum(shares) / len(shares) if shares else None
+
+
 def main(path: str) -> None:
     """Prints all figures for the recipe at `path`, whose fused model must exist."""
     recipe = load_recipe(Path(path))
     if not (recipe.fused / "config.json").is_file():
         raise UserError(f"{recipe.fused} does not exist yet: run `qwen-fusion run {path}` first")
     shares = throughput(recipe)
+    peers = against_peers(path)
+    large = _child("gate_training.full_size", "100000", "5")
+    print(
+        f"at 7B shapes, {large['experts']} experts, {large['tokens']:,} tokens: {large['tokens_per_s']:.0f} tokens/s a "
+        f"layer, {large['share_of_matmul_rate']:.2f} of the matmul rate, {large['peak_rss_gb']:.2f} GB resident at most"
+    )
+    kept = quality()
     result = {
         "throughput_vs_forward_top1": shares["cross-entropy, top-1"],
         "throughput_vs_forward_top2": shares["cross-entropy, top-2"],
-        **against_peers(path),
+        **peers,
+        "peak_rss_gb_7b_shapes": large["peak_rss_gb"],
+        "retained_demo_mean": kept["demo_mean"],
+        "retained_demo_worst": kept["demo_worst"],
+        "retained_real_mean": kept["real_mean"],
+        "retained_real_worst": kept["real_worst"],
+        "retained_real_hidden": hidden_retained(RUNS["real"].load()),
+        "retained_drifted_plain": kept["drifted_plain_mean"],
+        "retained_drifted_anchored": kept["drifted_anchored_mean"],
+        "retained_light_shared_auto": kept["light_shared_auto_mean"],
     }
     print(json.dumps(result))
 

@@ -99,21 +99,24 @@ class RoutingData:
 
     def train_batches(self, experts: Collection[int] | None = None) -> list[Batch]:
         """What is trained on, labelled; of these experts alone where they are given."""
-        kept = [i for i, label in enumerate(self.train_labels) if experts is None or label in experts]
-        return _batches([self.train[i] for i in kept], [self.train_labels[i] for i in kept], self.batch_tokens)
+        return _batches(self.train, self.train_labels, experts, self.batch_tokens)
 
     def digest(self) -> str:
         """A hash of all ids and labels."""
         rows = [[(row.ids, row.answer_start) for row in rows] for rows in (self.train, self.held_out)]
         return hashlib.sha256(repr((rows, self.train_labels, self.held_out_labels)).encode()).hexdigest()
 
-    def held_out_batches(self) -> list[Batch]:
-        """What is held out, labelled."""
-        return _batches(self.held_out, self.held_out_labels, self.batch_tokens)
+    def held_out_batches(self, experts: Collection[int] | None = None) -> list[Batch]:
+        """What is held out, labelled; of these experts alone where they are given."""
+        return _batches(self.held_out, self.held_out_labels, experts, self.batch_tokens)
 
 
-def _batches(rows: Sequence[Encoded], labels: Sequence[int], batch_tokens: int) -> list[Batch]:
-    return make_batches([row.ids for row in rows], [row.answer_start for row in rows], labels, batch_tokens)
+def _batches(
+    rows: Sequence[Encoded], labels: Sequence[int], experts: Collection[int] | None, batch_tokens: int
+) -> list[Batch]:
+    kept = [(r, label) for r, label in zip(rows, labels, strict=True) if experts is None or label in experts]
+    ids, starts = [row.ids for row, _ in kept], [row.answer_start for row, _ in kept]
+    return make_batches(ids, starts, [label for _, label in kept], batch_tokens)
 
 
 def routing_data(recipe: Recipe, folder: Path) -> RoutingData:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fusion.checkpoint import write_json, write_text, written_aside
-from gate_training.compare import LABELLED, mean_loss
+from gate_training.compare import ANCHOR, LABELLED, OWN, Losses, mean_loss, retained
 from gate_training.held_out import BINS, Confidence
 from gate_training.trainer import GateReport
 
@@ -77,17 +77,21 @@ def _calibration(report: GateReport) -> list[str]:
     return lines
 
 
-def _compared(losses: dict[str, dict[str, float]]) -> list[str]:
-    """The methods side by side, the best first, under perfect routing (LABELLED)."""
+def _compared(losses: dict[str, Losses]) -> list[str]:
+    """All that was compared: models and perfect routing first, then gates, the best first."""
     domains = list(next(iter(losses.values())))
     lines = [
-        "Loss in nats per held-out answer token by method (`labelled`: every token to its label's expert):",
+        "Loss in nats per held-out answer token. `labelled` sends every token to its label's expert; gates serve with "
+        "one or two experts a token, whichever they were fitted with. Retained: the share of the own experts' gain "
+        "over the anchor, in the mean over the domains that have one, and the worst.",
         "",
-        "| gates | mean | " + " | ".join(domains) + " |",
-        "| --- " * (len(domains) + 2) + "|",
+        "| gates | mean | " + " | ".join(domains) + " | retained | worst |",
+        "| --- " * (len(domains) + 4) + "|",
     ]
-    for name in sorted(losses, key=lambda name: (name != LABELLED, mean_loss(losses[name]))):
+    for name in sorted(losses, key=lambda name: (name not in (ANCHOR, OWN, LABELLED), mean_loss(losses[name]))):
         cells = [f"{loss:.4f}" for loss in (mean_loss(losses[name]), *(losses[name][d] for d in domains))]
+        shares = list(retained(losses[name], losses).values())
+        cells += [f"{sum(shares) / len(shares):.3f}", f"{min(shares):.3f}"] if shares else ["", ""]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 

@@ -25,7 +25,7 @@ from fusion.hardware import compute_dtype
 from fusion.layers import Batch, Choice, Gates, LayerStream, Route, forced, gated, joined
 from fusion.merge import MANIFEST, checkpoint_dtype, record_gates, write_gates
 from fusion.recipe import Recipe, general_domain
-from gate_training.compare import held_out_losses, mean_loss
+from gate_training.compare import Losses, compared_name, held_out_losses, mean_loss, mergekit_gates, references
 from gate_training.examples import RoutingData, routing_data
 from gate_training.held_out import LayerReport, layer_report
 from gate_training.labelling.likelihood import token_targets
@@ -53,8 +53,8 @@ class GateReport:
     held_out_tokens: int
     rules_agreement: dict[str, float]  # per domain, of held-out examples
     layers: list[LayerReport]
-    # nats per held-out answer token, {gates: {domain: loss}}, where methods were compared
-    compared: dict[str, dict[str, float]] = field(default_factory=dict)
+    # where methods were compared, by what is compared (gate_training/compare.py)
+    compared: dict[str, Losses] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -72,20 +72,32 @@ def train_gates(recipe: Recipe, folder: Path) -> GateReport:
         gates, report = _best(recipe, folder, data)
     else:
         gates, report = fit_gates(recipe, folder, data, settings.method)
-    if PartialState().is_main_process:
+    if not is_helper():
         install_gates(folder, gates)
         record_gates(folder, report.method, report.labels, report.tokens)
         LayerNotes.forget(recipe.folder)
     return report
 
 
+def is_helper() -> bool:
+    """Whether this is one of several processes that share the work, and not the one that keeps its result."""
+    return not PartialState().is_main_process
+
+
 def _best(recipe: Recipe, folder: Path, data: RoutingData) -> tuple[Gates, GateReport]:
-    """The gates of the method with the least held-out answer loss, in the mean over domains; all losses reported."""
+    """The gates of the method with the least held-out answer loss, in the mean over domains.
+
+    The report has those of every method and of mergekit's gates, with one and with two experts a token.
+    """
     fitted = {name: fit_gates(recipe, folder, data, name) for name in METHODS}
-    compared = held_out_losses(folder, data, {name: gates for name, (gates, _) in fitted.items()})
-    best = min(METHODS, key=lambda name: mean_loss(compared[name]))
-    gates, report = fitted[best]
-    return gates, replace(report, compared=compared)
+    gates = {name: found for name, (found, _) in fitted.items()} | mergekit_gates(recipe, folder)
+    compared = references(recipe, folder, data)
+    for top_k in sorted({1, 2, recipe.routing.top_k} & set(range(1, len(recipe.experts) + 1))):
+        losses = held_out_losses(folder, data, gates, top_k)
+        compared |= {compared_name(name, top_k): row for name, row in losses.items()}
+    best = min(METHODS, key=lambda name: mean_loss(compared[compared_name(name, recipe.routing.top_k)]))
+    chosen, report = fitted[best]
+    return chosen, replace(report, compared=compared)
 
 
 def fit_gates(

@@ -6,6 +6,7 @@
 Task scores and answer losses come from whole models, one in memory at a time; the routing from the layer stream.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import torch
 from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint
 from fusion.data import ChatExample, general_rows, load_examples, trained_on
-from fusion.encoding import encode_batches, load_tokenizer, prompt_text
+from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import UserError
-from fusion.evaluation.baselines import hidden_gates, random_gates
+from fusion.evaluation.baselines import expert_prompts, hidden_gates, random_gates
 from fusion.evaluation.generate import answer_examples
 from fusion.evaluation.intervals import difference, mean_interval, retained_share
 from fusion.evaluation.scores import score
@@ -60,12 +61,11 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     experts = [original_source(recipe, expert) for expert in recipe.experts]
     checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
     names = sorted(recipe.domains, key=recipe.expert_of)  # in the experts' order, as the pictures show them
-    held_out = {n: load_examples(recipe.domains[n].held_out, n, settings.rows, settings.seed) for n in names}
     extra = _extra(recipe)
-    fitted = recipe.gate_training
-    gate_rows = {n: load_examples(recipe.domains[n].train, n, fitted.rows, fitted.seed) for n in recipe.domains}
-    _leave_out_trained(recipe, gate_rows, held_out | extra)
-    prompts = _hidden_prompts(recipe, gate_rows, tokenizer)
+    held_out = held_out_rows(recipe, names)
+    gate_rows = _gate_rows(recipe)
+    _leave_out_trained(recipe, gate_rows, extra)
+    prompts = expert_prompts(recipe, gate_rows, tokenizer)
     gates = {
         "fused_random": random_gates(checkpoint.config, recipe.gate_training.seed),
         "fused_hidden": hidden_gates(checkpoint.config, base_source(recipe).folder, tokenizer, prompts),
@@ -136,6 +136,20 @@ def _extra_task(figures: dict[str, dict[str, Figures]], name: str) -> dict[str, 
     }
 
 
+def held_out_rows(recipe: Recipe, names: Sequence[str]) -> dict[str, list[ChatExample]]:
+    """The rows that domains `names` are scored on, less those that an expert or the gates were trained on."""
+    settings = recipe.evaluation
+    rows = {n: load_examples(recipe.domains[n].held_out, n, settings.rows, settings.seed) for n in names}
+    _leave_out_trained(recipe, _gate_rows(recipe), rows)
+    return rows
+
+
+def _gate_rows(recipe: Recipe) -> dict[str, list[ChatExample]]:
+    """The rows that the gates are trained on, by domain."""
+    fitted = recipe.gate_training
+    return {n: load_examples(recipe.domains[n].train, n, fitted.rows, fitted.seed) for n in recipe.domains}
+
+
 def _extra(recipe: Recipe) -> dict[str, list[ChatExample]]:
     """The rows of evaluation.extra; optional sources that cannot be had are left out with a note."""
     found = {}
@@ -171,15 +185,6 @@ def _leave_out_trained(
         if len(kept) < len(rows):
             console.print(f"  {len(rows) - len(kept)} rows of {name} left out: they were trained on", highlight=False)
             rows[:] = kept
-
-
-def _hidden_prompts(recipe: Recipe, gate_rows: dict[str, list[ChatExample]], tokenizer: Any) -> list[list[str]]:
-    """Per expert the first gate-training prompts of the domains it serves, in the chat template."""
-    prompts: list[list[str]] = [[] for _ in recipe.experts]
-    for name, rows in gate_rows.items():
-        prompts[recipe.expert_of(name)] += [prompt_text(tokenizer, row.prompt) for row in rows]
-    count = recipe.evaluation.hidden_prompts
-    return [texts[:: max(1, len(texts) // count)][:count] for texts in prompts]
 
 
 def _set_gates(model: Any, gates: Gates) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from fusion.checkpoint import Checkpoint
 from fusion.data import chat
 from fusion.encoding import encode, load_tokenizer
-from fusion.evaluation.baselines import hidden_gates, random_gates
+from fusion.evaluation.baselines import embedding_gates, hidden_gates, random_gates
 from fusion.evaluation.evaluate import _set_gates
 from fusion.evaluation.intervals import difference, mean_interval, retained_share
 from fusion.layers import checkpoint_gates
@@ -51,15 +51,19 @@ def test_weighted_means_and_paired_differences() -> None:
     assert interval.high == pytest.approx(first.mean() + width, abs=0.03)
 
 
-def test_hidden_gates_are_mergekits(tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]) -> None:
+@pytest.mark.parametrize("mode", ["hidden", "hidden_last", "hidden_avg", "cheap_embed"])
+def test_prompted_gates_are_mergekits(
+    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path], mode: str
+) -> None:
     folder = merge(make_recipe(tmp_path, anchor, anchored_experts))
     prompts = [["one two", "three"], ["x = 1", "y = 2 + 2"], ["hello you", "bye"]]
     tokenizer = load_tokenizer(folder)
-    ours = hidden_gates(Checkpoint(folder).config, anchor, tokenizer, prompts)
+    given = (Checkpoint(folder).config, anchor, tokenizer, prompts)
+    ours = embedding_gates(*given) if mode == "cheap_embed" else hidden_gates(*given, average=mode == "hidden_avg")
     reference = ModelReference.model_validate({"model": {"path": str(anchor)}})
     experts = [Expert(source_model=reference, positive_prompts=texts) for texts in prompts]
     tokenizer.padding_side = "left"
-    theirs = get_gate_params(reference, tokenizer, experts, mode="hidden", device="cpu")  # (layers, experts, hidden)
+    theirs = get_gate_params(reference, tokenizer, experts, mode=mode, device="cpu")  # (layers, experts, hidden)
     for layer, gate in ours.items():
         assert torch.nn.functional.cosine_similarity(gate, theirs[layer].float(), dim=-1).min() > 0.99
 

@@ -1,13 +1,19 @@
 """The trainer on a tiny fused model: what a gate is fitted on, what it routes, and what is written where."""
 
 import json
+import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -16,14 +22,15 @@ from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint, file_hash, read_json
 from fusion.encoding import encode, encode_batches, load_tokenizer
 from fusion.errors import UserError
-from fusion.layers import checkpoint_gates
+from fusion.layers import Batch, Layer, LayerStream, checkpoint_gates
 from fusion.merge import GATES_FILE, merge
 from fusion.recipe import Recipe
 from gate_training import trainer
-from gate_training.compare import LABELLED, held_out_losses, mean_loss
+from gate_training.compare import ANCHOR, LABELLED, OWN, held_out_losses, mean_loss, mergekit_gates, retained
 from gate_training.examples import expert_labels, routing_data, routing_examples
 from gate_training.labelling.likelihood import token_targets
-from gate_training.methods import TokenPass, Tokens, ridge
+from gate_training.layer_tokens import LayerTokens, token_marks
+from gate_training.methods import InMemory, TokenPass, Tokens, moments, ridge
 from gate_training.methods.regression import costs
 from gate_training.report import markdown
 from gate_training.trainer import METHODS, fit_gates, install_gates, train_gates
@@ -300,19 +307,22 @@ def _expert(experts: torch.nn.Module, number: int, x: torch.Tensor) -> torch.Ten
 def test_auto_takes_the_method_with_the_least_held_out_loss(recipe: Recipe, folder: Path) -> None:
     report = train_gates(with_settings(recipe, method="auto"), folder)
     means = {name: mean_loss(losses) for name, losses in report.compared.items()}
-    assert set(means) == {*METHODS, LABELLED}
-    assert report.method == min(METHODS, key=lambda name: means[name])
+    gates = [*METHODS, *mergekit_gates(recipe, folder)]
+    assert set(means) == {ANCHOR, OWN, LABELLED, *(f"{name}, top-{k}" for name in gates for k in (1, 2))}
+    assert report.method == min(METHODS, key=lambda name: means[f"{name}, top-1"])
     installed = checkpoint_gates(Checkpoint(folder))
     again = held_out_losses(folder, routing_data(recipe, folder), {"installed": installed})
-    assert again["installed"] == pytest.approx(report.compared[report.method], rel=1e-5)
+    assert again["installed"] == pytest.approx(report.compared[f"{report.method}, top-1"], rel=1e-5)
+    assert report.compared[OWN] == pytest.approx(report.compared[LABELLED], rel=1e-4)  # the experts are anchored
+    shares = retained(report.compared[LABELLED], report.compared)
+    assert shares and list(shares.values()) == pytest.approx([1] * len(shares), rel=1e-3)
     assert "| labelled |" in markdown(report)
 
 
 def test_compared_losses_are_transformers_own(recipe: Recipe, folder: Path) -> None:
     held_out = routing_examples(recipe, "held_out", 3)
-    found = held_out_losses(folder, routing_data(recipe, folder), {"random": checkpoint_gates(Checkpoint(folder))})[
-        "random"
-    ]
+    gates = {"random": checkpoint_gates(Checkpoint(folder))}
+    found = held_out_losses(folder, routing_data(recipe, folder), gates)["random"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(folder)
     for domain in found:
@@ -350,3 +360,183 @@ def test_likelihood_labels_are_the_experts_own(
             summed = torch.stack([scores[max(0, t - window) : t + window + 1].sum(dim=0) for t in range(ids.shape[1])])
             assert torch.allclose(found[done : done + ids.shape[1]], torch.softmax(summed, dim=1), atol=1e-4)
             done += ids.shape[1]
+
+
+def interrupted_at(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stops the next fits when they come to `layer`."""
+    reach = LayerTokens.reach
+
+    def killed(tokens: LayerTokens, at: Layer) -> None:
+        if at.index == layer:
+            raise KeyboardInterrupt
+        reach(tokens, at)
+
+    monkeypatch.setattr(LayerTokens, "reach", killed)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("method", ["cross-entropy", "auto"])  # auto begins with ridge
+def test_an_interrupted_fit_goes_on_after_its_last_layer(
+    recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch, layer: int, method: str
+) -> None:
+    recipe = with_settings(recipe, method=method)
+    whole = train_gates(recipe, folder)
+    first = file_hash(folder / GATES_FILE)
+    with monkeypatch.context() as patch:
+        interrupted_at(layer, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train_gates(recipe, folder)
+    reached: list[int] = []
+    first_method = "ridge" if method == "auto" else method
+    fit = METHODS[first_method]
+
+    def counted(*given: Any) -> torch.Tensor:
+        reached.append(1)
+        return fit(*given)
+
+    monkeypatch.setitem(METHODS, first_method, counted)
+    again = train_gates(recipe, folder)
+    assert len(reached) == 3 - layer
+    assert file_hash(folder / GATES_FILE) == first
+    assert again == whole
+    assert not (recipe.folder / ".gates").exists()
+
+
+def test_notes_of_other_rows_are_not_taken_up(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupted_at(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train_gates(recipe, folder)
+    fewer = with_settings(recipe, rows=3)
+    train_gates(fewer, folder)
+    found = file_hash(folder / GATES_FILE)
+    train_gates(fewer, folder)
+    assert file_hash(folder / GATES_FILE) == found
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_forced_propagation_feeds_a_gate_what_its_labels_experts_made(
+    recipe: Recipe, folder: Path, anchored_experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch, top_k: int
+) -> None:
+    recipe = with_settings(recipe, propagation="labels", method="cross-entropy")
+    seen: list[torch.Tensor] = []
+
+    def watched(tokens: TokenPass, *rest: object) -> torch.Tensor:
+        seen.append(torch.cat([part.inputs.clone() for part in tokens()]))
+        return ridge.fit(tokens, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(METHODS, "cross-entropy", watched)
+    data = routing_data(recipe, folder)
+    fit_gates(recipe, folder, data, "cross-entropy", top_k)
+    names = [expert.name for expert in recipe.experts]
+    inputs = {
+        name: gate_inputs(anchored_experts[name], [row.ids for row in data.train]) for name in names
+    }  # of the dense experts
+    order = [row for batch in data.train_batches() for row in batch.rows.tolist()]
+    for layer, found in enumerate(seen):
+        expected = torch.cat([inputs[names[data.train_labels[row]]][row][layer] for row in order])
+        assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_an_expert_comes_and_goes_without_the_others_rows(
+    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SETTINGS, "method": "ridge", "propagation": "labels"}
+    for name in ("whole", "grown"):
+        (tmp_path / name).mkdir()
+    whole = make_recipe(tmp_path / "whole", anchor, anchored_experts, gate_training=settings)
+    train_gates(whole, merge(whole))
+    wanted = checkpoint_gates(Checkpoint(whole.fused))
+
+    few = {name: path for name, path in anchored_experts.items() if name != "math"}
+    grown = make_recipe(tmp_path / "grown", anchor, few, gate_training=settings)
+    train_gates(grown, merge(grown))
+    without = checkpoint_gates(Checkpoint(grown.fused))
+    shutil.rmtree(grown.fused)
+    grown = make_recipe(tmp_path / "grown", anchor, anchored_experts, gate_training=settings)
+    streamed: list[int] = []
+    counted = token_marks
+
+    def watched(batches: list[Batch], hidden: int) -> list[torch.Tensor]:
+        streamed.extend(label for batch in batches for label in batch.labels.tolist())
+        return counted(batches, hidden)
+
+    monkeypatch.setattr(trainer, "token_marks", watched)
+    train_gates(grown, merge(grown))
+    math = [expert.name for expert in grown.experts].index("math")
+    assert set(streamed) == {math}
+    found = checkpoint_gates(Checkpoint(grown.fused))
+    for layer, gate in wanted.items():
+        assert torch.allclose(found[layer], gate, rtol=1e-4, atol=1e-5 * float(gate.abs().max()))
+
+    shutil.rmtree(grown.fused)
+    fewer = make_recipe(tmp_path / "grown", anchor, few, gate_training=settings)
+    streamed.clear()
+    train_gates(fewer, merge(fewer))
+    assert not streamed
+    again = checkpoint_gates(Checkpoint(fewer.fused))
+    assert all(torch.equal(again[layer], gate) for layer, gate in without.items())
+
+
+def test_statistics_of_two_halves_add_up(recipe: Recipe, folder: Path) -> None:
+    x, labels = torch.randn(100, 8), torch.arange(100) % 3
+    targets, none = torch.nn.functional.one_hot(labels, 3).float(), torch.zeros(100, dtype=torch.bool)
+    whole = Tokens(x.double(), targets.double(), none, none)
+    halves = [moments(InMemory(whole.part(part))) for part in (slice(40), slice(40, 100))]
+    one, two = moments(InMemory(whole)), halves[0] + halves[1]
+    assert one.count == two.count == 100
+    assert torch.allclose(one.gram, two.gram, atol=1e-8) and torch.allclose(one.cross, two.cross, atol=1e-8)
+
+
+def test_below_the_threshold_a_token_falls_back_to_the_general_expert(recipe: Recipe, folder: Path) -> None:
+    routed = {}
+    for threshold in (None, 0.5, 0.8, 0.999):
+        data = routing_data(recipe, folder)
+        gates, _ = fit_gates(with_settings(recipe, threshold=threshold, propagation="labels"), folder, data, "ridge")
+        routed[threshold] = gates
+    data = routing_data(recipe, folder)
+    stream = LayerStream(Checkpoint(folder), data.train_batches())
+    layer = next(iter(stream))
+    layer.attend()
+    x = torch.cat([stream.inputs(batch) for batch in stream.batches])
+    general = recipe.expert_of("general")
+    plain = torch.log_softmax(x @ routed[None][0].T, dim=1)
+    for threshold in (0.5, 0.8, 0.999):
+        found = (x @ routed[threshold][0].T).argmax(dim=1)
+        odds = plain - plain[:, [general]]  # against the general expert alone
+        lead = odds.max(dim=1).values
+        sure = lead > math.log(threshold / (1 - threshold))
+        wanted = torch.where(sure, odds.argmax(dim=1), general)
+        clear = (lead - math.log(threshold / (1 - threshold))).abs() > 1  # the head start is fitted, not exact
+        assert (found == wanted)[clear].float().mean() > 0.95
+    counts = [int(((x @ routed[t][0].T).argmax(dim=1) == general).sum()) for t in (0.5, 0.8, 0.999)]
+    assert counts == sorted(counts)
+
+
+def test_processes_that_share_the_rows_fit_the_same_gates(recipe: Recipe, folder: Path, tmp_path: Path) -> None:
+    train_gates(recipe, folder)
+    alone = checkpoint_gates(Checkpoint(folder))
+    install_gates(folder, {layer: torch.zeros_like(gate) for layer, gate in alone.items()})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--cpu",
+        "--main_process_port",
+        "0",
+    ]
+    done = subprocess.run(
+        [*launch, "-m", "fusion.cli", "train-gates", str(file), "-q"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(trainer.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    together = checkpoint_gates(Checkpoint(folder))
+    for layer, gate in alone.items():
+        assert torch.allclose(together[layer], gate, rtol=1e-2, atol=1e-2 * float(gate.abs().max()))

@@ -1,0 +1,125 @@
+"""Gate training at the layer shapes of Qwen2.5-7B: memory, tokens/s, and the share of the machine's matmul rate.
+
+    python -m gate_training.full_size 100000 5     # tokens, experts
+
+One layer with random weights, written to disk as a fused checkpoint is, and hidden states in a file. Every expert's
+tokens come from a part of the vocabulary, so that there is something to learn. Prints one JSON object.
+"""
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusion.architecture import MLP_PARTS, fused_config
+from fusion.checkpoint import Checkpoint, write_json
+from fusion.hardware import compute_dtype, stream_device
+from fusion.layers import Gates, LayerStream, gated, make_batches
+from fusion.merge import write_index, write_shards
+from fusion.recipe import GateTraining
+from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
+from gate_training.methods import cross_entropy, moments
+
+SHAPES = {  # config.json of Qwen/Qwen2.5-7B-Instruct, one layer of it
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 1,
+    "vocab_size": 152064,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+ROW = 512  # tokens a conversation
+
+
+def tensors(experts: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The random tensors that a layer stream reads, one at a time, in bfloat16."""
+    hidden, inner = SHAPES["hidden_size"], SHAPES["intermediate_size"]
+    assert isinstance(hidden, int) and isinstance(inner, int)
+    kv = hidden // 28 * 4
+
+    def random(*shape: int, std: float = 0.02) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(std=std)
+
+    yield "model.embed_tokens.weight", random(152064, hidden, std=1.0)
+    layer = "model.layers.0."
+    yield layer + "input_layernorm.weight", torch.ones(hidden, dtype=torch.bfloat16)
+    yield layer + "post_attention_layernorm.weight", torch.ones(hidden, dtype=torch.bfloat16)
+    for name, size in (("q", hidden), ("k", kv), ("v", kv)):
+        yield f"{layer}self_attn.{name}_proj.weight", random(size, hidden)
+        yield f"{layer}self_attn.{name}_proj.bias", random(size)
+    yield layer + "self_attn.o_proj.weight", random(hidden, hidden)
+    for expert in range(experts):
+        for part in MLP_PARTS:
+            shape = (hidden, inner) if part == "down_proj" else (inner, hidden)
+            yield f"{layer}mlp.experts.{expert}.{part}.weight", random(*shape)
+
+
+def matmul_rate() -> float:
+    """Products of the machine's dtype and device in FLOP/s: (2048, 3584) x (3584, 18944), the best of five."""
+    device, dtype = stream_device(), compute_dtype()
+    x = torch.randn(2048, 3584, device=device, dtype=dtype)
+    weight = torch.randn(18944, 3584, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        float(torch.nn.functional.linear(x, weight)[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048 * 3584 * 18944 / best
+
+
+def measure(tokens: int, experts: int) -> dict[str, Any]:
+    """Fits the layer's gate on `tokens` tokens and moves them on, at top-1."""
+    rate = matmul_rate()
+    with tempfile.TemporaryDirectory(prefix="qwen-fusion-full-size-") as name:
+        folder = Path(name)
+        write_index(folder, write_shards(folder, "layer", tensors(experts), shard_bytes=2**28))
+        write_json(folder / "config.json", fused_config(SHAPES, experts, 1, None, False, "bfloat16"))
+        generator = torch.Generator().manual_seed(0)
+        rows = tokens // ROW
+        labels = [row % experts for row in range(rows)]
+        span = 152064 // experts
+        ids = [(torch.randint(span, (ROW,), generator=generator) + label * span).tolist() for label in labels]
+        batches = make_batches(ids, labels=labels)
+        start = time.perf_counter()
+        stream = LayerStream(Checkpoint(folder), batches, dtype=compute_dtype(), memory_bytes=0)
+        marks = torch.cat(token_marks(batches, stream.hidden))
+        given = LayerTokens(stream, batches, label_targets(batches, experts), marks)
+        gates: Gates = {}
+        for layer in stream:
+            layer.attend()
+            given.reach(layer)
+            gates[layer.index] = cross_entropy.fit(given, moments(given), GateTraining()).cpu()
+            layer.mix(gated(gates, 1))
+        seconds = time.perf_counter() - start
+        attention = 2 * stream.hidden**2 + 2 * stream.hidden * (stream.hidden // 28 * 4)
+        needed = 2 * stream.tokens * (attention + 3 * 3584 * 18944)  # FLOP of the dense layer's products
+        inputs = torch.cat([stream.inputs(batch)[:8].float() for batch in batches])
+        wanted = torch.cat([batch.token_labels()[:8] for batch in batches])
+        right = (inputs @ gates[0].T).argmax(dim=1) == wanted
+    return {
+        "tokens": stream.tokens,
+        "experts": experts,
+        "device": str(stream.device),
+        "seconds": seconds,
+        "tokens_per_s": stream.tokens / seconds,
+        "share_of_matmul_rate": needed / seconds / rate,
+        "accuracy": float(right.float().mean()),
+        "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(*(int(given) for given in sys.argv[1:3]))))
