@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fusion.checkpoint import read_json, written_aside
+from fusion.checkpoint import Checkpoint, read_json, written_aside
 from fusion.merge import MANIFEST
 from fusion.recipe import Recipe
 from gate_training.examples import RoutingData
@@ -29,7 +29,7 @@ class Statistics:
 
     def __init__(self, recipe: Recipe, folder: Path, data: RoutingData):
         self._paths = [recipe.folder / "statistics" / f"{expert.name}.safetensors" for expert in recipe.experts]
-        self._keys = [_key(recipe, folder, data, index) for index in range(len(recipe.experts))]
+        self._keys = [_key(folder, data, index) for index in range(len(recipe.experts))]
         self.missing = {i for i, path in enumerate(self._paths) if _key_of(path) != self._keys[i]}
         self._new: dict[int, dict[str, torch.Tensor]] = {index: {} for index in self.missing}
 
@@ -69,13 +69,18 @@ def _label_sums(tokens: LayerTokens, experts: set[int]) -> dict[int, dict[str, t
     }
 
 
-def _key(recipe: Recipe, folder: Path, data: RoutingData, index: int) -> str:
+def _key(folder: Path, data: RoutingData, index: int) -> str:
     """What the sums of expert `index` depend on."""
     shards: dict[str, str] = read_json(folder / MANIFEST)["sha256"]
-    mine = f"expert-{recipe.experts[index].name}."
-    weights = {name: value for name, value in shards.items() if not name.startswith("expert-") or name.startswith(mine)}
+    shared = {name: value for name, value in shards.items() if not name.startswith("expert-")}
     rows = [row.ids for row, label in zip(data.train, data.train_labels, strict=True) if label == index]
-    return hashlib.sha256(json.dumps([weights, rows], sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([shared, rows], sort_keys=True).encode())
+    checkpoint = Checkpoint(folder)
+    for layer in range(checkpoint.config["num_hidden_layers"]):  # by content: a shard's names change with the number
+        for name, tensor in sorted(checkpoint.tensors(f"model.layers.{layer}.mlp.experts.{index}.").items()):
+            digest.update(name.encode())
+            digest.update(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def _key_of(path: Path) -> str | None:
