@@ -28,7 +28,7 @@ from fusion.layers import Batch, Gates
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from fusion.sources import expert_sources
-from gate_training.compare import retained
+from gate_training.compare import HIDDEN, compared_name, retained
 from gate_training.examples import RoutingData, routing_data
 from gate_training.peer import routing_accuracy
 from gate_training.resume import LayerNotes
@@ -176,6 +176,28 @@ def quality() -> dict[str, float | None]:
 
 def _check(recipe: Recipe, domains: dict[str, Any]) -> None:
     """Measures the losses of anchor and fused model on one domain with an expert of its own again, layer by layer."""
+    name = next(expert.domain for expert in reversed(recipe.experts) if expert.domain in domains)
+    rows = held_out_rows(recipe, [name])[name]
+    batches, fused = encode_batches(load_tokenizer(recipe.fused), rows), Checkpoint(recipe.fused)
+    by_gates = gated(checkpoint_gates(fused), fused.config["num_experts_per_tok"])
+    sources: dict[str, tuple[Source, Route]] = {
+        "anchor": (Reader(anchor_source(recipe)), forced(0)),
+        "fused_trained": (fused, by_gates),
+    }
+    for row, (source, route) in sources.items():
+        found = answer_losses(source, batches, [name] * len(rows), route)[name]
+        stored = domains[name][row]["loss"]
+        if abs(found - stored) > 0.01 * stored + 1e-3:
+            raise UserError(
+                f"{result_path(recipe)} says {stored:.4f} nats for {row} on '{name}', its weights have {found:.4f}: "
+                "run `qwen-fusion evaluate --force` on the recipe"
+            )
+
+
+def hidden_retained(recipe: Recipe) -> float | None:
+    """What mergekit's `hidden` gates retain on the gates' held-out rows, where `train-gates --method auto` compared."""
+    path = recipe.folder / "gates.json"
+    compared = read_json(path)["compared"] if path.is_file() else {}
     name = compared_name(HIDDEN, recipe.routing.top_k)
     shares = list(retained(compared[name], compared).values()) if compared else []
     return sum(shares) / len(shares) if shares else None
