@@ -21,13 +21,16 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from fusion.checkpoint import read_json
+from fusion.checkpoint import Checkpoint, read_json
+from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import UserError
-from fusion.evaluation.evaluate import result_path
-from fusion.layers import Batch, Gates
+from fusion.evaluation.answer_loss import answer_losses
+from fusion.evaluation.evaluate import held_out_rows, result_path
+from fusion.layers import Batch, Gates, Route, Source, checkpoint_gates, forced, gated
+from fusion.reader import Reader
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
-from fusion.sources import expert_sources
+from fusion.sources import anchor_source, expert_sources
 from gate_training.compare import HIDDEN, compared_name, retained
 from gate_training.examples import RoutingData, routing_data
 from gate_training.peer import routing_accuracy
