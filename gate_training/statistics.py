@@ -79,7 +79,7 @@ def _key(folder: Path, data: RoutingData, index: int) -> str:
     for layer in range(checkpoint.config["num_hidden_layers"]):  # by content: a shard's names change with the number
         for name, tensor in sorted(checkpoint.tensors(f"model.layers.{layer}.mlp.experts.{index}.").items()):
             digest.update(name.encode())
-            digest.update(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
