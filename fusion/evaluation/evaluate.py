@@ -15,6 +15,7 @@ import torch
 from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint
 from fusion.data import ChatExample, general_rows, load_examples, trained_on
+from fusion.drift import as_plain, moved_by_group
 from fusion.encoding import encode_batches, load_tokenizer, prompt_text
 from fusion.errors import UserError
 from fusion.evaluation.baselines import hidden_gates, random_gates
@@ -25,7 +26,7 @@ from fusion.layers import Gates, checkpoint_gates
 from fusion.progress import console
 from fusion.recipe import Recipe
 from fusion.served import routed_weight
-from fusion.sources import ModelSource, anchor_source, base_source, load_model, original_source
+from fusion.sources import ModelSource, anchor_source, base_source, expert_source, load_model, original_source
 
 ROWS = ("anchor", "own_expert", "fused_random", "fused_hidden", "fused_trained")
 
@@ -102,6 +103,10 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "mean_exact_match": {row: _mean_score(figures, row, list(held_out)) for row in ROWS},
         "extra": {name: _extra_task(figures, name) for name in extra},
         "experts_by_domain": cross,
+        "moved": {e.name: as_plain(moved_by_group(anchor, original_source(recipe, e))) for e in recipe.experts},
+        "moved_anchored": {
+            e.name: as_plain(moved_by_group(anchor, expert_source(recipe, e))) for e in recipe.experts if e.anchor
+        },
         "routing": routing,
     }
 

@@ -33,9 +33,25 @@ def markdown(result: dict[str, Any]) -> str:
     means = [_figure(result["mean_exact_match"][row]) for row in LABELS]
     overall = f"mean {_figure(result['mean_retained_share'])}, worst {_figure(result['worst_retained_share'])}"
     lines += [f"| **mean score** | {' | '.join(means)} | {overall} |", ""]
+    lines += _moved(result)
     if any(len(row) > 1 for row in result["experts_by_domain"].values()):
         lines += _cross(result)
     return "\n".join(lines)
+
+
+def _moved(result: dict[str, Any]) -> list[str]:
+    """How far the experts have moved, those that were led back to the anchor before and after; cosines in the JSON."""
+    rows = dict(result.get("moved", {}))
+    for name, groups in result.get("moved_anchored", {}).items():
+        rows[f"{name}, anchored"] = groups
+    if not rows:
+        return []
+    groups = list(next(iter(rows.values())))
+    lines = ["How far each expert has moved from the anchor, ||W - W0|| / ||W0||:", ""]
+    lines += ["| expert | " + " | ".join(groups) + " |", "| --- " * (len(groups) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(_figure(row[group]["distance"]) for group in groups) + " |")
+    return [*lines, ""]
 
 
 def _cross(result: dict[str, Any]) -> list[str]:
