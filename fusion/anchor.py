@@ -21,6 +21,7 @@ from fusion.architecture import is_mlp
 from fusion.branch import RESULT, judge, train_expert, trainable_model, write_full
 from fusion.checkpoint import put_in_place, read_json, write_json
 from fusion.data import ChatExample
+from fusion.drift import Moved, moved_by_group
 from fusion.errors import UserError
 from fusion.progress import console
 from fusion.reader import Reader
@@ -47,6 +48,7 @@ class AnchorResult:
     starts: dict[str, float]
     tokens: int
     seconds: float
+    moved: dict[str, dict[str, Moved]]  # of the drifted expert and of the anchored one, by group of tensors
 
     @property
     def retained_share(self) -> float | None:
@@ -88,6 +90,10 @@ def anchor_expert(
         starts=prepared["starts"],
         tokens=trained.tokens,
         seconds=trained.seconds,
+        moved={
+            "expert": moved_by_group(anchor, expert),
+            "anchored": moved_by_group(anchor, ModelSource("anchored", done)),
+        },
     )
     if result.scores["anchored"] <= result.scores["anchor"] and not settings.allow_no_gain:
         raise UserError(
