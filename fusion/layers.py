@@ -251,6 +251,21 @@ class Layer:
             output += share * self._mlp("mlp.shared_expert.", x)
         return output
 
+    def dense_mlp(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A dense layer's gate_proj and up_proj, `(intermediate, hidden)`, and down_proj, `(hidden, intermediate)`."""
+        gate, up, down = (self._weights[f"mlp.{part}.weight"] for part in MLP_PARTS)
+        return gate, up, down
+
+    def replace_dense_mlp(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+        """Puts other weights of the same shapes in the place of a dense layer's MLP."""
+        for part, weight in zip(MLP_PARTS, (gate, up, down), strict=True):
+            self._weights[f"mlp.{part}.weight"] = weight.to(self.device, self._stream.dtype)
+
+    @torch.no_grad()
+    def dense_output(self, x: torch.Tensor) -> torch.Tensor:
+        """What a dense layer's MLP makes of `x` `(tokens, hidden)`."""
+        return self._mlp("mlp.", x)
+
     def _mlp(self, prefix: str, x: torch.Tensor) -> torch.Tensor:
         gate, up, down = (self._weights[f"{prefix}{part}.weight"] for part in MLP_PARTS)
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
