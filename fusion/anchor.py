@@ -161,7 +161,7 @@ def _prepared(
         starts[name] = judge(model, tokenizer, (), watched, as_branch, f"start {name}")["loss"]
     best = min(starts, key=starts.__getitem__)
     tried = ", ".join(f"{name} {loss:.3f}" for name, loss in starts.items())
-    console.print(f"  {expert.name} starts from: {best} (held-out loss {tried})", highlight=False)
+    console.print(f"  {expert.name} starts from: {best} (held-out loss {tried})", highlight=False, soft_wrap=True)
     _put(model, _mlps(best, anchor, expert, partial))
     write_full(model, anchor.folder, partial / "start")
     shutil.rmtree(partial / "transported", ignore_errors=True)

@@ -140,7 +140,10 @@ class BranchSettings(TrainingSettings):
     @model_validator(mode="after")
     def _trains_what_it_says(self) -> "BranchSettings":
         if self.anchor_penalty and self.trainable == "mlp":
-            raise ValueError("'anchor_penalty' is on what is trained outside the MLPs, and trainable 'mlp' trains none")
+            raise ValueError(
+                "'anchor_penalty' holds what is trained outside the MLPs, and trainable 'mlp' trains nothing there: "
+                "leave it out, or use trainable 'mlp+embeddings' or 'all'"
+            )
         if self.lora_rank and self.trainable == "mlp+embeddings":
             raise ValueError(
                 "'lora_rank' makes adapters of linear maps alone, which embeddings are not: leave it out, or use "

@@ -147,7 +147,10 @@ def test_a_pulled_branch_goes_on_towards_the_anchor_it_began_at(tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"anchor_penalty": 1.0}, "trains none"), ({"trainable": "mlp+embeddings", "lora_rank": 4}, "linear maps alone")],
+    [
+        ({"anchor_penalty": 1.0}, "trains nothing there"),
+        ({"trainable": "mlp+embeddings", "lora_rank": 4}, "linear maps alone"),
+    ],
 )
 def test_settings_that_do_nothing_are_refused(changes: dict, says: str):
     with pytest.raises(ValueError, match=says):
