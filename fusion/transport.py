@@ -23,7 +23,7 @@ import torch
 from fusion.architecture import MLP_PARTS
 from fusion.layers import Batch, LayerStream, Source, forced
 
-RIDGE = 1e-4  # pull of M to the identity and of N to B, relative to the inputs' mean square
+RIDGE = 1e-3  # pull of M to the identity and of N to B, relative to the inputs' mean square
 BASIS_RIDGE = 0.1  # the same of B to the identity
 READ_ROWS = 2**14  # of a head at a time
 
