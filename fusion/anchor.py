@@ -3,13 +3,14 @@
     qwen-fusion anchor configs/demo-drifted.yaml
 
 Everything but the MLPs is the anchor's and stays so, which makes the result an anchored expert that a merge loses
-nothing of. The training starts from the expert's own MLPs, the anchor's, or halfway, whichever has the least held-out
-loss, and follows the drifted expert's (or another teacher's) distribution at every answer token (knowledge
-distillation: Hinton et al., 2015; forward KL). rope_theta may differ, and the teacher's size; the vocabulary may not.
+nothing of. The training starts from the expert's own MLPs, the anchor's, halfway, or the expert's transported to where
+the anchor's attention leaves them (fusion/transport.py), whichever has the least held-out loss. It follows the drifted
+expert's (or another teacher's) distribution at every answer token (knowledge distillation: Hinton et al., 2015; forward
+KL). rope_theta may differ, and the teacher's size; the vocabulary may not.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,24 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from fusion.architecture import is_mlp
+from fusion.architecture import layer_of
 from fusion.branch import RESULT, judge, train_expert, trainable_model, write_full
-from fusion.checkpoint import put_in_place, read_json, write_json
+from fusion.checkpoint import Checkpoint, put_in_place, read_json, write_index, write_json, write_shards
 from fusion.data import ChatExample
+from fusion.drift import Moved, moved_by_group
+from fusion.encoding import encode_batches
 from fusion.errors import UserError
+from fusion.layers import Batch
 from fusion.progress import console
 from fusion.reader import Reader
 from fusion.recipe import AnchoringSettings, BranchSettings, TrainingSettings
-from fusion.sources import ModelSource, load_model
+from fusion.sources import ANCHORING_NOTE, ModelSource, load_model
 from fusion.teacher import Teacher
+from fusion.transport import transported
 
-STARTS = {"expert": 1.0, "halfway": 0.5, "anchor": 0.0}  # the expert's share of the first MLPs
-ANCHORING = "anchoring.json"
+STARTS = ("expert", "halfway", "anchor", "transported")  # whose MLPs the training can start from
+SHARES = {"expert": 1.0, "halfway": 0.5, "anchor": 0.0}  # of the expert in the first MLPs
+TRANSPORT_ROWS = 512  # training rows that the maps of fusion/transport.py are fitted on
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class AnchorResult:
     """What anchoring kept: losses in nats a held-out answer token and task scores of all concerned.
 
     `losses` and `scores` have the rows anchor, expert (the drifted one) and anchored; `starts` the loss of each start
-    that was tried. `retained_share` is (L_anchor - L_anchored) / (L_anchor - L_expert), None without a gain.
+    that was tried, before any training. `retained_share` is (L_anchor - L_anchored) / (L_anchor - L_expert), None
+    without a gain.
     """
 
     losses: dict[str, float]
@@ -47,12 +54,21 @@ class AnchorResult:
     starts: dict[str, float]
     tokens: int
     seconds: float
+    moved: dict[str, dict[str, Moved]]  # of the drifted expert and of the anchored one, by group of tensors
 
     @property
     def retained_share(self) -> float | None:
         """The share of the drifted expert's gain in loss over the anchor that is left."""
+        return self._share(self.losses["anchored"])
+
+    @property
+    def starts_retained(self) -> dict[str, float | None]:
+        """The same of every start: how far transport alone gets, for example."""
+        return {name: self._share(loss) for name, loss in self.starts.items()}
+
+    def _share(self, loss: float) -> float | None:
         gain = self.losses["anchor"] - self.losses["expert"]
-        return (self.losses["anchor"] - self.losses["anchored"]) / gain if gain > 0 else None
+        return (self.losses["anchor"] - loss) / gain if gain > 0 else None
 
 
 def anchor_expert(
@@ -74,7 +90,7 @@ def anchor_expert(
     # the gain over the start may be none: the one over the anchor is checked here
     as_branch = BranchSettings(**{**training, "trainable": "mlp", "allow_no_gain": True})
     partial = out.with_name(f".{out.name}.anchor")
-    prepared = _prepared(anchor, expert, partial, held_out, settings, as_branch, layers)
+    prepared = _prepared(anchor, expert, partial, train, held_out, settings, as_branch, layers)
     before = prepared["before"]
     vocabulary = read_json(anchor.folder / "config.json")["vocab_size"]
     learnt_from = Teacher(teacher, settings.top_logits, vocabulary)
@@ -88,6 +104,10 @@ def anchor_expert(
         starts=prepared["starts"],
         tokens=trained.tokens,
         seconds=trained.seconds,
+        moved={
+            "expert": moved_by_group(anchor, expert),
+            "anchored": moved_by_group(anchor, ModelSource("anchored", done)),
+        },
     )
     if result.scores["anchored"] <= result.scores["anchor"] and not settings.allow_no_gain:
         raise UserError(
@@ -96,7 +116,8 @@ def anchor_expert(
             f"{result.scores['expert']:.3f}): change anchor.data or steps, or set anchor.allow_no_gain"
         )
     (done / RESULT).unlink()
-    write_json(done / ANCHORING, {**asdict(result), "retained_share": result.retained_share})
+    shares = {"retained_share": result.retained_share, "starts_retained": result.starts_retained}
+    write_json(done / ANCHORING_NOTE, asdict(result) | shares)
     put_in_place(done, out)
     shutil.rmtree(partial, ignore_errors=True)
     return result
@@ -106,6 +127,7 @@ def _prepared(
     anchor: ModelSource,
     expert: ModelSource,
     partial: Path,
+    train: Sequence[ChatExample],
     held_out: Sequence[ChatExample],
     settings: AnchoringSettings,
     as_branch: BranchSettings,
@@ -117,7 +139,8 @@ def _prepared(
     """
     note = partial / "prepared.json"
     stamps = [path.stat().st_mtime_ns for source in (anchor, expert) for path in source.folder.glob("*.safetensors")]
-    key = repr((anchor, expert, stamps, settings.start, as_branch, layers, [(r.question, r.answer) for r in held_out]))
+    texts = [(row.question, row.answer) for row in (*train[:TRANSPORT_ROWS], *held_out)]
+    key = repr((anchor, expert, stamps, settings.start, as_branch, layers, texts))
     if note.is_file() and (noted := read_json(note))["key"] == key:
         return dict(noted)
     shutil.rmtree(partial, ignore_errors=True)
@@ -131,22 +154,43 @@ def _prepared(
     model = trainable_model(anchor.folder, as_branch.model_copy(update={"lora_rank": None}), layers)
     starts = {}
     for name in STARTS if settings.start == "best" else [settings.start]:
-        _blend(model, anchor, expert, STARTS[name])
+        if name == "transported":
+            batches = encode_batches(tokenizer, train[:TRANSPORT_ROWS], max_length=settings.max_length)
+            _transport(model, anchor, expert, batches, partial / name)
+        _put(model, _mlps(name, anchor, expert, partial))
         starts[name] = judge(model, tokenizer, (), watched, as_branch, f"start {name}")["loss"]
     best = min(starts, key=starts.__getitem__)
     tried = ", ".join(f"{name} {loss:.3f}" for name, loss in starts.items())
-    console.print(f"  {expert.name} starts from: {best} (held-out loss {tried})", highlight=False)
-    _blend(model, anchor, expert, STARTS[best])
+    console.print(f"  {expert.name} starts from: {best} (held-out loss {tried})", highlight=False, soft_wrap=True)
+    _put(model, _mlps(best, anchor, expert, partial))
     write_full(model, anchor.folder, partial / "start")
+    shutil.rmtree(partial / "transported", ignore_errors=True)
     prepared = {"key": key, "before": before, "start": best, "starts": starts}
     write_json(note, prepared)
     return prepared
 
 
+def _transport(model: Any, anchor: ModelSource, expert: ModelSource, batches: list[Batch], folder: Path) -> None:
+    """Writes the transported MLPs of all layers that the model may change to `folder`, shard by shard."""
+    ours = Reader(anchor)
+    trained = [layer_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    folder.mkdir()
+    moved = transported(ours, Reader(expert), batches, {layer for layer in trained if layer is not None})
+    write_index(folder, write_shards(folder, "mlp", moved))
+    write_json(folder / "config.json", ours.config)
+
+
+def _mlps(start: str, anchor: ModelSource, expert: ModelSource, partial: Path) -> Callable[[str], torch.Tensor]:
+    """The MLP tensors of a start, by name."""
+    if start == "transported":
+        return Checkpoint(partial / start).tensor
+    ours, theirs, share = Reader(anchor), Reader(expert), SHARES[start]
+    return lambda name: torch.lerp(ours.tensor(name).float(), theirs.tensor(name).float(), share)
+
+
 @torch.no_grad()
-def _blend(model: Any, anchor: ModelSource, expert: ModelSource, share: float) -> None:
-    """Puts (1 - share) x anchor + share x expert into the MLPs that the model may change."""
-    ours, theirs = Reader(anchor), Reader(expert)
+def _put(model: Any, mlps: Callable[[str], torch.Tensor]) -> None:
+    """Gives the MLPs that the model may change other weights."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and is_mlp(name):
-            parameter.copy_(torch.lerp(ours.tensor(name).float(), theirs.tensor(name).float(), share))
+        if parameter.requires_grad:
+            parameter.copy_(mlps(name))

@@ -2,10 +2,13 @@
 
     qwen-fusion branch configs/qwen2.5-0.5b-two-experts.yaml
 
-`trainable: mlp` makes an anchored expert, bit-identical to the anchor outside its MLPs; `trainable: all` a drifted
-one; `lora_rank` a PEFT adapter on the same parts. transformers' Trainer does the steps: AdamW with warm-up and cosine
-decay, loss on answer tokens alone, rows packed into sequences in which none sees another. The step with the best
-held-out loss is kept, and the expert is then judged by its task score beside the anchor's.
+`trainable: mlp` makes an anchored expert, bit-identical to the anchor outside its MLPs; `mlp+embeddings` lets
+embeddings and head move as well (as BAR does for new tokens), `all` every weight. `lora_rank` makes a PEFT adapter on
+the linear maps among them. `anchor_penalty` holds what is trained outside the MLPs near the anchor.
+
+transformers' Trainer does the steps: AdamW with warm-up and cosine decay, loss on answer tokens alone, rows packed into
+sequences in which none sees another. The step with the best held-out loss is kept, and the expert is then judged by its
+task score beside the anchor's.
 """
 
 import hashlib
@@ -30,9 +33,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from fusion.architecture import MLP_PARTS
+from fusion.architecture import MLP_PARTS, is_mlp, layer_of
 from fusion.checkpoint import Checkpoint, put_in_place, read_json, write_json
 from fusion.data import ChatExample
+from fusion.drift import GROUPS, Moved, group_of, moved_by_group
 from fusion.errors import UserError
 from fusion.evaluation.generate import answer_examples, answer_losses, unwrapped
 from fusion.evaluation.scores import score
@@ -40,8 +44,10 @@ from fusion.hardware import compute_dtype
 from fusion.packing import answer_loss, pack, training_row
 from fusion.progress import console, progress_bar
 from fusion.recipe import BranchSettings
+from fusion.sources import ModelSource
 from fusion.teacher import Teacher
 
+TRAINED = {"mlp": ("mlp",), "mlp+embeddings": ("mlp", "embeddings", "head")}  # groups of tensors; otherwise all
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BEST, RESULT = "best.safetensors", "branch.json"
 COPIED = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, template
@@ -61,6 +67,7 @@ class TrainResult:
     tokens: int  # trained, prompts and answers, padding aside
     seconds: float
     curve: list[tuple[int, float]]  # (step, held-out loss)
+    moved: dict[str, Moved]  # by group of tensors, against the start
 
 
 def train_expert(
@@ -75,7 +82,7 @@ def train_expert(
 ) -> TrainResult:
     """Trains the model in folder `start` on `train` and writes the expert to folder `out`, with `branch.json`.
 
-    `layers` restricts what is trained to these decoder layers. With a `teacher` the answers are learnt as it sees
+    `layers` restricts what is trained in decoder layers to these. With a `teacher` the answers are learnt as it sees
     them, and an adapter is merged into the result. `general` rows are mixed in until they are
     `settings.general_share` of all. The first `held_out_rows` of `held_out` pick the best step, the first
     `score_rows` judge the result. An interrupted call goes on from its last evaluation when it is made again.
@@ -91,6 +98,7 @@ def train_expert(
         teacher.teach(rows, partial / "teacher.safetensors", settings.batch_rows)
     model = trainable_model(start, settings, layers)
     judged, watched = held_out[: settings.score_rows], held_out[: settings.held_out_rows]
+    score_name = judged[0].score if judged else ""
 
     before_file = partial / "before.json"
     if not before_file.is_file():
@@ -105,7 +113,7 @@ def train_expert(
         args=_arguments(partial, settings, len(rows)),
         train_dataset=rows,
         data_collator=lambda batch: pack(batch, settings.max_length, tokenizer.pad_token_id or 0),
-        callbacks=[progress],
+        callbacks=[progress, *([_Pull(model, settings.anchor_penalty)] if settings.anchor_penalty else [])],
     )
     progress.trainer = trainer
     trainer.remove_callback(PrinterCallback)
@@ -114,21 +122,9 @@ def train_expert(
 
     _restore(model, load_file(partial / BEST), torch.float32 if settings.lora_rank else _saved_dtype(start))
     after = judge(model, tokenizer, judged, watched, settings, "expert")
-    result = TrainResult(
-        loss_before=before["loss"],
-        loss_after=after["loss"],
-        score_before=before["score"],
-        score_after=after["score"],
-        score_name=judged[0].score if judged else "",
-        best_step=progress.best_step,
-        steps=settings.steps,
-        tokens=trainer.tokens,
-        seconds=round(time.monotonic() - began, 1),
-        curve=progress.curve,
-    )
     if after["score"] <= before["score"] and not settings.allow_no_gain:
         raise UserError(
-            f"expert {out.name} scores {after['score']:.3f} on held-out {result.score_name}, no better than its "
+            f"expert {out.name} scores {after['score']:.3f} on held-out {score_name}, no better than its "
             f"start's {before['score']:.3f} (loss {before['loss']:.3f} -> {after['loss']:.3f}): change its data or "
             "steps, or set branch.allow_no_gain"
         )
@@ -136,7 +132,23 @@ def train_expert(
         model = model.merge_and_unload()
         for name, parameter in model.named_parameters():
             parameter.requires_grad = ".mlp." in name
-    _write(model, start, out, partial, {**asdict(result), "settings": settings.model_dump(mode="json")})
+    made = _write(model, start, partial / "out")
+    result = TrainResult(
+        loss_before=before["loss"],
+        loss_after=after["loss"],
+        score_before=before["score"],
+        score_after=after["score"],
+        score_name=score_name,
+        best_step=progress.best_step,
+        steps=settings.steps,
+        tokens=trainer.tokens,
+        seconds=round(time.monotonic() - began, 1),
+        curve=progress.curve,
+        moved=moved_by_group(ModelSource("anchor", start), made),
+    )
+    write_json(made.paths[-1] / RESULT, {**asdict(result), "settings": settings.model_dump(mode="json")})
+    put_in_place(made.paths[-1], out)
+    shutil.rmtree(partial, ignore_errors=True)
     return result
 
 
@@ -189,21 +201,22 @@ def trainable_model(start: Path, settings: BranchSettings, layers: Sequence[int]
     count = model.config.num_hidden_layers
     if layers is not None and not all(0 <= layer < count for layer in layers):
         raise UserError(f"routing.moe_layers {list(layers)} names a layer that {start} does not have: 0 to {count - 1}")
-    mlp_alone = settings.trainable == "mlp"
     if settings.lora_rank:
         from peft import LoraConfig, get_peft_model
 
         lora = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=2 * settings.lora_rank,
-            target_modules=list(MLP_PARTS if mlp_alone else MLP_PARTS + ATTENTION_PARTS),
+            target_modules=list(MLP_PARTS if settings.trainable == "mlp" else MLP_PARTS + ATTENTION_PARTS),
             layers_to_transform=None if layers is None else list(layers),
             task_type="CAUSAL_LM",
         )
         return get_peft_model(model, lora)
-    within = None if layers is None else tuple(f"model.layers.{layer}." for layer in layers)
+    groups = TRAINED.get(settings.trainable, GROUPS)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = (not mlp_alone or ".mlp." in name) and (within is None or name.startswith(within))
+        layer = layer_of(name)  # None: embeddings, final norm and head lie in no layer
+        within = layer is None or layers is None or layer in layers
+        parameter.requires_grad = within and group_of(name) in groups
     return model
 
 
@@ -299,6 +312,33 @@ class _Progress(TrainerCallback):
         self.bar.stop()
 
 
+class _Pull(TrainerCallback):
+    """Pulls what is trained outside the MLPs back to the anchor's W0 after every step of the optimizer:
+
+        W <- W0 + (W - W0) / (1 + learning rate x anchor_penalty)
+
+    the proximal step of anchor_penalty / 2 x ||W - W0||^2 (L2-SP: Li et al., 2018, arXiv:1802.01483), decoupled from
+    Adam's scaling as AdamW's weight decay is (Loshchilov and Hutter, 2019, arXiv:1711.05101). A step of Adam moves a
+    weight by about the learning rate at most, so no weight gets further than about 1 / anchor_penalty. Of LoRA's B A
+    it is B that shrinks.
+    """
+
+    def __init__(self, model: Any, penalty: float):
+        self.penalty = penalty
+        self.held = {
+            parameter: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not is_mlp(name) and ".lora_A." not in name
+        }
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rate = kwargs["optimizer"].param_groups[0]["lr"]
+        kept = 1 / (1 + rate * self.penalty)
+        for parameter, old in self.held.items():
+            parameter.copy_(torch.lerp(old.to(parameter.device), parameter, kept))
+
+
 def _trained(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -339,19 +379,16 @@ def _saved_dtype(start: Path) -> torch.dtype:
     return Checkpoint(start).tensor("model.layers.0.mlp.down_proj.weight").dtype
 
 
-def _write(model: Any, start: Path, out: Path, partial: Path, record: dict[str, Any]) -> None:
+def _write(model: Any, start: Path, folder: Path) -> ModelSource:
     """Writes the adapter, or the anchor's files with the trained tensors in the place of its own."""
-    folder = partial / "out"
     folder.mkdir(exist_ok=True)
-    if hasattr(model, "peft_config"):
-        model.peft_config["default"].base_model_name_or_path = str(start)
-        model.save_pretrained(str(folder))
-        (folder / "README.md").unlink(missing_ok=True)
-    else:
+    if not hasattr(model, "peft_config"):
         write_full(model, start, folder)
-    write_json(folder / RESULT, record)
-    put_in_place(folder, out)
-    shutil.rmtree(partial, ignore_errors=True)
+        return ModelSource("expert", folder)
+    model.peft_config["default"].base_model_name_or_path = str(start)
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)
+    return ModelSource("expert", start, folder)
 
 
 def write_full(model: Any, start: Path, folder: Path) -> None:

@@ -266,10 +266,28 @@ class Layer:
         """What each routed expert makes of gate input `x`, `(experts, tokens, hidden)`; kept in memory for `mix`."""
         return torch.stack([self._mlp(f"mlp.experts.{expert}.", x) for expert in range(self.experts)])
 
+    def dense_mlp(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A dense layer's gate_proj and up_proj, `(intermediate, hidden)`, and down_proj, `(hidden, intermediate)`."""
+        return self._weights("mlp.")
+
+    def replace_dense_mlp(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+        """Puts other weights of the same shapes in the place of a dense layer's MLP, until `mix` has passed them."""
+        parts = zip(MLP_PARTS, (gate, up, down), strict=True)
+        self._mlps["mlp."] = {f"{part}.weight": weight.to(self.device, self._stream.dtype) for part, weight in parts}
+
+    @torch.no_grad()
+    def dense_output(self, x: torch.Tensor) -> torch.Tensor:
+        """What a dense layer's MLP makes of `x` `(tokens, hidden)`."""
+        return self._mlp("mlp.", x)
+
+    def _weights(self, mlp: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if mlp not in self._mlps:
+            self._mlps[mlp] = self._read(mlp)
+        gate, up, down = (self._mlps[mlp][f"{part}.weight"] for part in MLP_PARTS)
+        return gate, up, down
+
     def _mlp(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        if name not in self._mlps:
-            self._mlps[name] = self._read(name)
-        gate, up, down = (self._mlps[name][f"{part}.weight"] for part in MLP_PARTS)
+        gate, up, down = self._weights(name)
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 

@@ -133,8 +133,23 @@ class TrainingSettings(Section):
 class BranchSettings(TrainingSettings):
     """How an expert is trained from the anchor."""
 
-    trainable: Literal["mlp", "all"] = "mlp"
+    trainable: Literal["mlp", "mlp+embeddings", "all"] = "mlp"  # embeddings: and the head, where it is not tied to them
+    anchor_penalty: float = Field(0.0, ge=0)  # on what is trained outside the MLPs: the pull of fusion/branch.py
     general_share: float = Field(0.0, ge=0, lt=1)  # of the rows, drawn from the general domain's train data
+
+    @model_validator(mode="after")
+    def _trains_what_it_says(self) -> "BranchSettings":
+        if self.anchor_penalty and self.trainable == "mlp":
+            raise ValueError(
+                "'anchor_penalty' holds what is trained outside the MLPs, and trainable 'mlp' trains nothing there: "
+                "leave it out, or use trainable 'mlp+embeddings' or 'all'"
+            )
+        if self.lora_rank and self.trainable == "mlp+embeddings":
+            raise ValueError(
+                "'lora_rank' makes adapters of linear maps alone, which embeddings are not: leave it out, or use "
+                "trainable 'mlp' or 'all' (MLPs and attention)"
+            )
+        return self
 
 
 class AnchoringSettings(TrainingSettings):
@@ -142,7 +157,8 @@ class AnchoringSettings(TrainingSettings):
 
     method: Literal["logits", "text"]
     teacher: str | None = None  # path or hub id with the anchor's vocabulary; None: the drifted expert itself
-    start: Literal["best", "expert", "halfway", "anchor"] = "best"  # whose MLPs the training starts from
+    # whose MLPs the training starts from; best: the one of the others with the least held-out loss
+    start: Literal["best", "expert", "halfway", "anchor", "transported"] = "best"
     top_logits: int = Field(64, gt=0)  # of the teacher's, kept for every answer token
 
 

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from fusion.architecture import sparse_layers
 from fusion.checkpoint import INDEX, read_json, resolve_model, write_json, write_text
 from fusion.data import ChatExample, general_rows, load_examples, source_files, trained_on
+from fusion.drift import sentence
 from fusion.errors import UserError
 from fusion.plan.budget import budget
 from fusion.plan.preflight import check, describe_anchor, raise_on_error
@@ -122,7 +123,8 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
     result = train_expert(anchor.folder, out, rows, held_out, settings, _trained_layers(recipe), mixed)
     return (
         f"{expert.name}: {result.score_name} {result.score_before:.3f} -> {result.score_after:.3f}, "
-        f"loss {result.loss_before:.3f} -> {result.loss_after:.3f}, {result.tokens:,} tokens in {result.seconds:.0f} s"
+        f"loss {result.loss_before:.3f} -> {result.loss_after:.3f}, {result.tokens:,} tokens in "
+        f"{result.seconds:.0f} s; moved: {sentence(result.moved)}"
     )
 
 
@@ -198,7 +200,8 @@ def _anchor_expert(recipe: Recipe, expert: Expert) -> str:
     def row(figures: dict[str, float]) -> str:
         return ", ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
 
-    return f"{expert.name}: {result.score_name} {row(result.scores)}; loss {row(result.losses)} ({share})"
+    moved = "; ".join(f"{name} moved: {sentence(found)}" for name, found in result.moved.items())
+    return f"{expert.name}: {result.score_name} {row(result.scores)}; loss {row(result.losses)} ({share}); {moved}"
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:

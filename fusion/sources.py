@@ -12,7 +12,7 @@ from fusion.errors import UserError
 from fusion.hardware import attention_implementation, compute_dtype
 from fusion.recipe import Expert, Recipe
 
-SHARED_NOTE = "shared.json"
+SHARED_NOTE, ANCHORING_NOTE = "shared.json", "anchoring.json"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from fusion.architecture import gate_tensor
-from fusion.checkpoint import Checkpoint
+from fusion.checkpoint import Checkpoint, read_json
 from fusion.data import ChatExample, general_rows, load_examples, trained_on
+from fusion.drift import as_plain, moved_by_group
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import UserError
 from fusion.evaluation.baselines import expert_prompts, hidden_gates, random_gates
@@ -26,7 +27,16 @@ from fusion.layers import Gates, checkpoint_gates
 from fusion.progress import console
 from fusion.recipe import Recipe
 from fusion.served import routed_weight
-from fusion.sources import ModelSource, anchor_source, base_source, load_model, original_source
+from fusion.sources import (
+    ANCHORING_NOTE,
+    ModelSource,
+    anchor_source,
+    anchored_expert,
+    base_source,
+    expert_source,
+    load_model,
+    original_source,
+)
 
 ROWS = ("anchor", "own_expert", "fused_random", "fused_hidden", "fused_trained")
 
@@ -102,6 +112,13 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "mean_exact_match": {row: _mean_score(figures, row, list(held_out)) for row in ROWS},
         "extra": {name: _extra_task(figures, name) for name in extra},
         "experts_by_domain": cross,
+        "moved": {e.name: as_plain(moved_by_group(anchor, original_source(recipe, e))) for e in recipe.experts},
+        "moved_anchored": {
+            e.name: as_plain(moved_by_group(anchor, expert_source(recipe, e))) for e in recipe.experts if e.anchor
+        },
+        "anchoring": {
+            e.name: read_json(anchored_expert(recipe, e) / ANCHORING_NOTE) for e in recipe.experts if e.anchor
+        },
         "routing": routing,
     }
 

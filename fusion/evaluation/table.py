@@ -13,6 +13,13 @@ LABELS = {
     "fused_trained": "fused, trained gates",
 }
 
+START_LABELS = {
+    "expert": "its MLPs on the anchor's other parts",
+    "halfway": "halfway to the anchor's",
+    "anchor": "the anchor's MLPs",
+    "transported": "transported",
+}
+
 
 def markdown(result: dict[str, Any]) -> str:
     """The result of `evaluate` as Markdown: scores, losses, retained shares, extra tasks."""
@@ -33,9 +40,47 @@ def markdown(result: dict[str, Any]) -> str:
     means = [_figure(result["mean_exact_match"][row]) for row in LABELS]
     overall = f"mean {_figure(result['mean_retained_share'])}, worst {_figure(result['worst_retained_share'])}"
     lines += [f"| **mean score** | {' | '.join(means)} | {overall} |", ""]
+    lines += _moved(result) + _anchoring(result)
     if any(len(row) > 1 for row in result["experts_by_domain"].values()):
         lines += _cross(result)
     return "\n".join(lines)
+
+
+def _moved(result: dict[str, Any]) -> list[str]:
+    """How far the experts have moved, those that were led back to the anchor before and after; cosines in the JSON."""
+    rows = dict(result.get("moved", {}))
+    for name, groups in result.get("moved_anchored", {}).items():
+        rows[f"{name}, anchored"] = groups
+    if not rows:
+        return []
+    groups = list(next(iter(rows.values())))
+    lines = ["How far each expert has moved from the anchor, ||W - W0|| / ||W0||:", ""]
+    lines += ["| expert | " + " | ".join(groups) + " |", "| --- " * (len(groups) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(_figure(row[group]["distance"]) for group in groups) + " |")
+    return [*lines, ""]
+
+
+def _anchoring(result: dict[str, Any]) -> list[str]:
+    """What leading drifted experts back kept, and how far each start of the training got without any."""
+    notes = result.get("anchoring", {})
+    starts = list(dict.fromkeys(name for note in notes.values() for name in note["starts"]))
+    if not notes:
+        return []
+    columns = ["anchor", "drifted", *(START_LABELS[name] for name in starts), "anchored"]
+    lines = ["Drifted experts led back to the anchor, answer loss in nats a token (share of the gain kept):", ""]
+    lines += ["| expert | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    for name, note in notes.items():
+        kept = note.get("starts_retained", {})
+        cells = [_figure(note["losses"]["anchor"]), _figure(note["losses"]["expert"])]
+        cells += [_with_share(note["starts"].get(start), kept.get(start)) for start in starts]
+        cells.append(_with_share(note["losses"]["anchored"], note["retained_share"]))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _with_share(loss: float | None, share: float | None) -> str:
+    return _figure(loss) + (f" ({share:.2f})" if share is not None else "")
 
 
 def _cross(result: dict[str, Any]) -> list[str]:

@@ -11,15 +11,18 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion import road
-from fusion.anchor import STARTS, anchor_expert
+from fusion.anchor import STARTS, AnchorResult, anchor_expert
 from fusion.architecture import is_mlp
 from fusion.checkpoint import Checkpoint, read_json
 from fusion.data import ChatExample, chat
+from fusion.encoding import encode_batches
 from fusion.errors import UserError
 from fusion.packing import answer_logits, answer_loss, pack, training_row
+from fusion.reader import Reader
 from fusion.recipe import AnchoringSettings, DataSource
 from fusion.sources import ModelSource
 from fusion.teacher import Teacher
+from fusion.transport import transported
 from tests.families import write_model
 from tests.recipes import make_recipe
 
@@ -141,6 +144,9 @@ def test_an_anchored_expert_differs_from_the_anchor_in_its_mlps_alone(
     assert divergence(tmp_path / "out", drifted, rows(20, 0)) < divergence(grafted, drifted, rows(20, 0))
     noted = json.loads((tmp_path / "out" / "anchoring.json").read_text())
     assert set(noted["losses"]) == {"anchor", "expert", "anchored"}
+    moved = {who: {g: row["distance"] for g, row in groups.items()} for who, groups in noted["moved"].items()}
+    assert moved["anchored"]["attention"] == moved["anchored"]["embeddings"] == 0 < moved["expert"]["attention"]
+    assert moved["anchored"]["mlp"] > 0
     assert not (tmp_path / ".out.anchor").exists()
 
 
@@ -162,6 +168,32 @@ def test_the_best_start_is_taken(tmp_path: Path, anchor: Path, drifted: Path) ->
     assert set(result.starts) == set(STARTS)
     assert result.starts[result.start] == min(result.starts.values())
     assert result.starts["anchor"] == pytest.approx(result.losses["anchor"], rel=1e-3)
+    assert set(read_json(tmp_path / "out" / "anchoring.json")["starts_retained"]) == set(STARTS)
+
+
+def test_a_transported_start_is_written_in_the_layers_that_may_change(
+    tmp_path: Path, anchor: Path, drifted: Path
+) -> None:
+    models = [ModelSource("anchor", anchor), ModelSource("expert", drifted), ModelSource("expert", drifted)]
+    chosen = settings(steps=1, start="transported", learning_rate=1e-12)  # what is written is the start itself
+    result = anchor_expert(*models, tmp_path / "out", rows(40, 0), rows(4, 60), chosen, layers=[0, 2])
+    assert set(result.starts) == {"transported"}
+    readers = [Reader(source) for source in models[:2]]
+    batches = encode_batches(AutoTokenizer.from_pretrained(anchor), rows(40, 0), max_length=chosen.max_length)
+    expected = dict(transported(*readers, batches, [0, 2]))
+    made = Checkpoint(tmp_path / "out")
+    for name in made.weight_map:
+        wanted = expected.get(name, readers[0].tensor(name) if name in readers[0].names() else None)
+        assert wanted is None or torch.allclose(made.tensor(name), wanted, atol=1e-6), name
+
+
+def test_shares_of_the_gain_count_from_the_anchor() -> None:
+    losses = {"anchor": 3.0, "expert": 1.0, "anchored": 1.5}
+    starts = {"expert": 3.0, "transported": 2.0}
+    result = AnchorResult(losses, {}, "", "transported", starts, 0, 0.0, {})
+    assert result.retained_share == 0.75
+    assert result.starts_retained == {"expert": 0.0, "transported": 0.5}
+    assert AnchorResult(losses | {"expert": 3.0}, {}, "", "expert", starts, 0, 0.0, {}).retained_share is None
 
 
 def test_an_expert_no_better_than_the_anchor_is_refused_and_nothing_is_left(

@@ -12,13 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 from fusion import branch
 from fusion.branch import train_expert
 from fusion.data import ChatExample, chat
+from fusion.drift import as_plain
 from fusion.encoding import encode
 from fusion.errors import UserError
 from fusion.evaluation.generate import answer_losses
 from fusion.packing import IGNORED, pack, training_row
 from fusion.recipe import BranchSettings, DataSource
-from tests.families import byte_tokenizer, config
+from tests.families import byte_tokenizer, config, write_model
 
+SHARED = ("attention", "norms", "embeddings")
+STILL = dict.fromkeys(SHARED, 0.0)
 WORDS = ["sun", "moon", "tree", "lake", "wind", "rain", "fire", "bird"]
 
 
@@ -90,6 +93,70 @@ def test_backward_stops_below_the_lowest_trained_layer(anchor: Path):
     assert states == [False, False, True]
 
 
+def test_how_far_it_moved_is_noted(anchor: Path, tmp_path: Path):
+    result = train_expert(anchor, tmp_path / "e", rows(16, 0), rows(4, 1), settings(steps=4, allow_no_gain=True))
+    noted = json.loads((tmp_path / "e" / "branch.json").read_text())["moved"]
+    assert noted == as_plain(result.moved)
+    assert noted["mlp"]["distance"] > 0 and {group: noted[group]["distance"] for group in SHARED} == STILL
+    adapter = settings(steps=4, lora_rank=2, allow_no_gain=True)
+    moved = train_expert(anchor, tmp_path / "a", rows(16, 0), rows(4, 1), adapter).moved
+    assert moved["mlp"].distance > 0 and {group: moved[group].distance for group in SHARED} == STILL
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_head_move_and_nothing_else_beside_the_mlps(tmp_path: Path, tied: bool):
+    start = write_model(tmp_path / "start", tie_word_embeddings=tied)
+    chosen = settings(trainable="mlp+embeddings", steps=4, allow_no_gain=True)
+    train_expert(start, tmp_path / "e", rows(16, 0), rows(4, 1), chosen, layers=(2,))
+    mlps = {f"model.layers.2.mlp.{part}.weight" for part in branch.MLP_PARTS}  # embeddings lie in no layer
+    ends = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    assert changed(start, tmp_path / "e") == mlps | ends
+
+
+@pytest.mark.parametrize(
+    "changes", [{"trainable": "mlp+embeddings"}, {"trainable": "all"}, {"trainable": "all", "lora_rank": 2}]
+)
+def test_an_endless_pull_keeps_shared_parts_at_the_anchor(tmp_path: Path, changes: dict):
+    start = write_model(tmp_path / "start")
+    moved = {}
+    for penalty in (0.0, 300.0, 1e12):
+        chosen = settings(steps=10, anchor_penalty=penalty, allow_no_gain=True, **changes)
+        result = train_expert(start, tmp_path / f"{penalty}", rows(32, 0), rows(4, 1), chosen)
+        moved[penalty] = sum(found.distance for group, found in result.moved.items() if group != "mlp")
+        assert result.moved["mlp"].distance > 0.01
+    assert moved[1e12] < 1e-6 < moved[300.0] < 0.3 * moved[0.0]
+
+
+def test_no_weight_gets_further_than_the_pull_lets_it(tmp_path: Path):
+    start = write_model(tmp_path / "start")
+    chosen = settings(trainable="all", anchor_penalty=500.0, allow_no_gain=True)
+    train_expert(start, tmp_path / "e", rows(32, 0), rows(4, 1), chosen)
+    old, new = load_file(start / "model.safetensors"), load_file(tmp_path / "e" / "model.safetensors")
+    furthest = max(float((new[name] - old[name]).abs().max()) for name in old if ".mlp." not in name)
+    assert 0 < furthest < 1.5 / 500
+
+
+def test_a_pulled_branch_goes_on_towards_the_anchor_it_began_at(tmp_path: Path, monkeypatch):
+    anchor = write_model(tmp_path / "start")
+    chosen = settings(trainable="all", anchor_penalty=100.0, allow_no_gain=True)
+    whole = train_expert(anchor, tmp_path / "whole", rows(64, 0), rows(8, 1), chosen)
+    interrupted(anchor, tmp_path / "cut", chosen, monkeypatch)
+    assert train_expert(anchor, tmp_path / "cut", rows(64, 0), rows(8, 1), chosen).curve == whole.curve
+    assert changed(tmp_path / "whole", tmp_path / "cut") == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"anchor_penalty": 1.0}, "trains nothing there"),
+        ({"trainable": "mlp+embeddings", "lora_rank": 4}, "linear maps alone"),
+    ],
+)
+def test_settings_that_do_nothing_are_refused(changes: dict, says: str):
+    with pytest.raises(ValueError, match=says):
+        settings(**changes)
+
+
 def test_drifted_expert_changes_shared_parts_and_keeps_the_tie(anchor: Path, tmp_path: Path):
     train_expert(anchor, tmp_path / "e", rows(32, 0), rows(4, 1), settings(trainable="all", allow_no_gain=True))
     moved = changed(anchor, tmp_path / "e")
@@ -121,23 +188,28 @@ def test_no_gain_is_an_error_unless_allowed(anchor: Path, tmp_path: Path):
     assert train_expert(anchor, tmp_path / "e", rows(8, 0), rows(4, 1), again).score_after == 0.0
 
 
-def test_interrupted_branch_goes_on_and_ends_the_same(anchor: Path, tmp_path: Path, monkeypatch):
-    whole = train_expert(anchor, tmp_path / "whole", rows(64, 0), rows(8, 1), settings(allow_no_gain=True))
+def interrupted(anchor: Path, out: Path, chosen: BranchSettings, monkeypatch) -> None:
+    """A branch that dies in its second evaluation, at step 40 after that of step 20."""
     measured = branch._mean_loss
     calls = 0
 
-    def dies_in_the_second_evaluation(*args):
+    def dies(*args):
         nonlocal calls
         calls += 1
-        if calls == 2:  # step 20, step 40
+        if calls == 2:
             raise KeyboardInterrupt
         return measured(*args)
 
-    monkeypatch.setattr(branch, "_mean_loss", dies_in_the_second_evaluation)
+    monkeypatch.setattr(branch, "_mean_loss", dies)
     with pytest.raises(KeyboardInterrupt):
-        train_expert(anchor, tmp_path / "cut", rows(64, 0), rows(8, 1), settings(allow_no_gain=True))
-    assert not (tmp_path / "cut").exists()
+        train_expert(anchor, out, rows(64, 0), rows(8, 1), chosen)
+    assert not out.exists()
     monkeypatch.setattr(branch, "_mean_loss", measured)
+
+
+def test_interrupted_branch_goes_on_and_ends_the_same(anchor: Path, tmp_path: Path, monkeypatch):
+    whole = train_expert(anchor, tmp_path / "whole", rows(64, 0), rows(8, 1), settings(allow_no_gain=True))
+    interrupted(anchor, tmp_path / "cut", settings(allow_no_gain=True), monkeypatch)
     resumed = train_expert(anchor, tmp_path / "cut", rows(64, 0), rows(8, 1), settings(allow_no_gain=True))
     assert resumed.curve == whole.curve and resumed.tokens == whole.tokens
     assert changed(tmp_path / "whole", tmp_path / "cut") == set()

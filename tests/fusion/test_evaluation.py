@@ -16,6 +16,7 @@ from fusion.encoding import encode, load_tokenizer
 from fusion.evaluation.baselines import embedding_gates, hidden_gates, random_gates
 from fusion.evaluation.evaluate import _set_gates
 from fusion.evaluation.intervals import difference, mean_interval, retained_share
+from fusion.evaluation.table import _anchoring, _moved
 from fusion.layers import checkpoint_gates
 from fusion.merge import merge
 from fusion.served import expert_shares
@@ -66,6 +67,18 @@ def test_prompted_gates_are_mergekits(
     theirs = get_gate_params(reference, tokenizer, experts, mode=mode, device="cpu")  # (layers, experts, hidden)
     for layer, gate in ours.items():
         assert torch.nn.functional.cosine_similarity(gate, theirs[layer].float(), dim=-1).min() > 0.99
+
+
+def test_the_table_says_how_far_experts_moved_and_what_anchoring_kept() -> None:
+    def moved(attention: float) -> dict[str, dict[str, float]]:
+        return {"attention": {"distance": attention, "cosine": 0.9}, "mlp": {"distance": 0.25, "cosine": 0.9}}
+
+    note = {"losses": {"anchor": 3.0, "expert": 1.0, "anchored": 1.5}, "retained_share": 0.75}
+    note |= {"starts": {"transported": 2.0}, "starts_retained": {"transported": 0.5}}
+    result = {"moved": {"math": moved(0.5)}, "moved_anchored": {"math": moved(0.0)}, "anchoring": {"math": note}}
+    assert "| math | 0.500 | 0.250 |" in _moved(result) and "| math, anchored | 0.000 | 0.250 |" in _moved(result)
+    assert "| math | 3.000 | 1.000 | 2.000 (0.50) | 1.500 (0.75) |" in _anchoring(result)
+    assert _moved({}) == _anchoring({}) == []  # figures of a version before
 
 
 def test_random_gates_are_seeded_and_on_sparse_layers_alone() -> None:
