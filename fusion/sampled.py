@@ -25,6 +25,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fusion.data import ChatExample
 from fusion.encoding import load_tokenizer
 from fusion.errors import UserError
@@ -88,6 +90,9 @@ class Sampler:
         from serving.engine import Engine, EngineSettings
 
         missing = self._fitting(self.missing(rows))
+        for row in missing:
+            if row.schema is not None:
+                _checker(row.schema)
         if not missing:
             return
         with tempfile.TemporaryDirectory() as aside:
@@ -99,13 +104,17 @@ class Sampler:
                 gpu_memory_utilization=serving.gpu_memory_utilization,
                 max_model_len=self.settings.max_model_len,
                 cpu_kv_cache_bytes=serving.cpu_kv_cache_bytes,
+                whole_prompts=True,
             )
             with Engine(settings, log) as engine:
                 try:
                     self.ask_server(engine.url, missing)
-                except UserError:
+                except UserError as error:
                     engine.check()  # an engine that has died says more than its last connection
-                    raise
+                    raise UserError(
+                        f"{self.teacher.name} stopped answering ({error}): see {log}; what it has answered is kept in "
+                        f"{self.store}, and the same command goes on from there"
+                    ) from error
 
     def missing(self, rows: Sequence[ChatExample]) -> list[ChatExample]:
         """Those of `rows` that the file has no line for, each question once."""
@@ -260,17 +269,21 @@ def verdict(text: str, finish_reason: str | None, row: ChatExample, minimum_chrf
 
 
 def _satisfies(text: str, schema: dict[str, Any]) -> bool:
-    from serving.guard.schema import Checker, SchemaError
     from serving.guard.strict_json import StrictJSONError, parse
 
     try:
-        checker = Checker(schema)
-    except SchemaError as error:
-        raise UserError(f"a training row's schema cannot be used ({error}): mend the row") from error
-    try:
-        return not checker.violations(parse(unfenced(text)))
+        return not _checker(schema).violations(parse(unfenced(text)))
     except StrictJSONError:
         return False
+
+
+def _checker(schema: dict[str, Any]) -> Any:
+    from serving.guard.schema import Checker, SchemaError
+
+    try:
+        return Checker(schema)
+    except SchemaError as error:
+        raise UserError(f"a training row's schema cannot be used ({error}): mend the row") from error
 
 
 def _distinct(texts: Sequence[str]) -> list[str]:
@@ -290,6 +303,7 @@ def _whole(teacher: ModelSource, aside: Path) -> Path:
     if teacher.adapter is None:
         return teacher.folder
     load_model(teacher).save_pretrained(aside)
+    torch.cuda.empty_cache()  # vLLM wants the memory
     load_tokenizer(teacher.folder).save_pretrained(aside)
     return aside
 

@@ -13,10 +13,11 @@ from fusion.architecture import is_mlp
 from fusion.branch import train_expert
 from fusion.checkpoint import Checkpoint, read_json
 from fusion.data import ChatExample, chat
+from fusion.encoding import load_tokenizer
 from fusion.errors import UserError
 from fusion.evaluation.generate import answer_examples
-from fusion.recipe import AnchoringSettings, AnswerSampling, BranchSettings, DataSource
-from fusion.sampled import RIGHT, Sampler, verdict
+from fusion.recipe import AnchoringSettings, AnswerSampling, BranchSettings, DataSource, Serving
+from fusion.sampled import RIGHT, Sampler, _whole, verdict
 from fusion.sources import ModelSource
 from fusion.steps import step_hash
 from tests.families import byte_tokenizer, write_model
@@ -62,6 +63,12 @@ def test_right_values_that_break_the_schema_are_not_learnt() -> None:
     assert verdict("28 years", "stop", row, 0.5) == "schema"
     looser = chat("?", "", "d", score="exact_values", reference=DOCUMENT, schema={"type": "object"})
     assert verdict('{"age": 28}', "stop", looser, 0.5) == RIGHT
+
+
+def test_a_schema_that_is_none_is_told_before_anyone_is_asked(sampler: Sampler, tmp_path: Path) -> None:
+    row = chat("?", "", "d", score="exact_values", reference=DOCUMENT, schema={"type": "whatever"})
+    with pytest.raises(UserError, match="schema cannot be used"):
+        sampler.ask([row], Serving(), tmp_path / "log")
 
 
 def sums(count: int, start: int = 0) -> list[ChatExample]:
@@ -188,12 +195,24 @@ TRAINING: dict[str, Any] = {
 
 
 def requests_for(answers: list[str], start: int = 0) -> list[ChatExample]:
-    return [chat(f"say {i}", answer, "math") for i, answer in enumerate(answers, start)]
+    return [chat(f"say {i}, {'please ' * 6}", answer, "math") for i, answer in enumerate(answers, start)]
 
 
 def write_data(path: Path, rows: list[ChatExample]) -> DataSource:
     path.write_text("\n".join(json.dumps({"messages": row.messages}) for row in rows), encoding="utf-8")
     return DataSource(path=str(path))
+
+
+def test_a_teacher_with_an_adapter_is_served_as_a_whole(tmp_path: Path, anchor: Path) -> None:
+    lora = BranchSettings(data=DataSource(generated="demo.math"), lora_rank=4, **{**TRAINING, "steps": 4})
+    train_expert(anchor, tmp_path / "adapter", requests_for(["moon"] * 8), requests_for(["moon"] * 2, 90), lora)
+    plain, adapted = ModelSource("plain", anchor), ModelSource("adapted", anchor, tmp_path / "adapter")
+    assert _whole(plain, tmp_path / "aside") == anchor
+    folder = _whole(adapted, tmp_path / "aside")
+    made, ours = Checkpoint(folder), Checkpoint(anchor)
+    moved = {name for name in ours.weight_map if not torch.equal(made.tensor(name), ours.tensor(name))}
+    assert moved and all(map(is_mlp, moved))
+    assert load_tokenizer(folder).chat_template == load_tokenizer(anchor).chat_template
 
 
 def test_text_anchoring_learns_what_the_teacher_writes(tmp_path: Path, anchor: Path) -> None:
@@ -236,7 +255,8 @@ def test_an_expert_learns_a_teachers_verified_answers_through_vllm(
         held_out=write_data(tmp_path / "held-out.jsonl", requests_for(["moon tree"] * 4, 100)),
         answers="sampled",
         teacher=str(teacher),
-        sampling=AnswerSampling(samples=3, temperature=0.3, max_tokens=24, max_model_len=128),
+        # 32 prompts of 60 tokens three times are more than vLLM reads in one step
+        sampling=AnswerSampling(samples=3, temperature=0.3, max_tokens=24, max_model_len=128, questions_at_once=32),
         **TRAINING,
     )
     expert = recipe.experts[1].model_copy(update={"model": None, "branch": section})
