@@ -12,7 +12,7 @@ from fusion import road
 from fusion.architecture import is_mlp
 from fusion.branch import train_expert
 from fusion.checkpoint import Checkpoint, read_json
-from fusion.data import ChatExample, chat
+from fusion.data import ChatExample, chat, general_rows
 from fusion.encoding import load_tokenizer
 from fusion.errors import UserError
 from fusion.evaluation.generate import answer_examples
@@ -201,6 +201,13 @@ def requests_for(answers: list[str], start: int = 0) -> list[ChatExample]:
 def write_data(path: Path, rows: list[ChatExample]) -> DataSource:
     path.write_text("\n".join(json.dumps({"messages": row.messages}) for row in rows), encoding="utf-8")
     return DataSource(path=str(path))
+
+
+def test_general_rows_suffice_for_all_answers_that_may_be_kept(tmp_path: Path, anchor: Path) -> None:
+    recipe = make_recipe(tmp_path, anchor, {"general": anchor, "math": anchor})
+    plain = BranchSettings(data=recipe.domains["math"].train, rows=2, general_share=0.5)
+    sampled = plain.model_copy(update={"answers": "sampled", "sampling": AnswerSampling(samples=2, keep=2)})
+    assert (len(general_rows(recipe, plain)), len(general_rows(recipe, sampled))) == (2, 4)
 
 
 def test_a_teacher_with_an_adapter_is_served_as_a_whole(tmp_path: Path, anchor: Path) -> None:
