@@ -6,11 +6,12 @@ Everything but the MLPs is the anchor's and stays so, which makes the result an 
 nothing of. The training starts from the expert's own MLPs, the anchor's, halfway, or the expert's transported to where
 the anchor's attention leaves them (fusion/transport.py), whichever has the least held-out loss. It follows the drifted
 expert's (or another teacher's) distribution at every answer token (knowledge distillation: Hinton et al., 2015; forward
-KL). rope_theta may differ, and the teacher's size; the vocabulary may not.
+KL). rope_theta may differ, and the teacher's size; the vocabulary may not. With `anchor.method: text` it learns what a
+teacher answers (fusion/sampled.py), and any chat model may teach.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,15 +75,17 @@ class AnchorResult:
 def anchor_expert(
     anchor: ModelSource,
     expert: ModelSource,
-    teacher: ModelSource,
+    teacher: ModelSource | None,
     out: Path,
     train: Sequence[ChatExample],
     held_out: Sequence[ChatExample],
     settings: AnchoringSettings,
     layers: Sequence[int] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> AnchorResult:
     """Trains the MLPs of `layers` (None: all) and writes the anchored expert to folder `out`, with `anchoring.json`.
 
+    Without a `teacher` the answers of `train` are learnt as they are. `notes` go into `anchoring.json`.
     An interrupted call goes on when it is made again. Raises UserError where the result scores no better than the
     anchor, or the teacher's vocabulary is another.
     """
@@ -92,10 +95,12 @@ def anchor_expert(
     partial = out.with_name(f".{out.name}.anchor")
     prepared = _prepared(anchor, expert, partial, train, held_out, settings, as_branch, layers)
     before = prepared["before"]
-    vocabulary = read_json(anchor.folder / "config.json")["vocab_size"]
-    learnt_from = Teacher(teacher, settings.top_logits, vocabulary)
+    learnt_from = None
+    if teacher is not None:
+        vocabulary = read_json(anchor.folder / "config.json")["vocab_size"]
+        learnt_from = Teacher(teacher, settings.top_logits, vocabulary)
     start, done = partial / "start", partial / "done"
-    trained = train_expert(start, done, train, held_out, as_branch, layers, (), learnt_from)
+    trained = train_expert(start, done, train, held_out, as_branch, layers, (), learnt_from, whole=True)
     result = AnchorResult(
         losses={**{name: found["loss"] for name, found in before.items()}, "anchored": trained.loss_after},
         scores={**{name: found["score"] for name, found in before.items()}, "anchored": trained.score_after},
@@ -117,7 +122,7 @@ def anchor_expert(
         )
     (done / RESULT).unlink()
     shares = {"retained_share": result.retained_share, "starts_retained": result.starts_retained}
-    write_json(done / ANCHORING_NOTE, asdict(result) | shares)
+    write_json(done / ANCHORING_NOTE, {**asdict(result), **shares, **(notes or {})})
     put_in_place(done, out)
     shutil.rmtree(partial, ignore_errors=True)
     return result

@@ -15,7 +15,7 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,13 +79,15 @@ def train_expert(
     layers: Sequence[int] | None = None,
     general: Sequence[ChatExample] = (),
     teacher: Teacher | None = None,
+    whole: bool = False,
+    notes: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Trains the model in folder `start` on `train` and writes the expert to folder `out`, with `branch.json`.
 
     `layers` restricts what is trained in decoder layers to these. With a `teacher` the answers are learnt as it sees
-    them, and an adapter is merged into the result. `general` rows are mixed in until they are
-    `settings.general_share` of all. The first `held_out_rows` of `held_out` pick the best step, the first
-    `score_rows` judge the result. An interrupted call goes on from its last evaluation when it is made again.
+    them. With `whole` an adapter is merged into the result. `notes` go into `branch.json`. `general` rows are mixed
+    in until they are `settings.general_share` of all. The first `held_out_rows` of `held_out` pick the best step, the
+    first `score_rows` judge the result. An interrupted call goes on from its last evaluation when it is made again.
     Raises UserError where a row is too long, a layer does not exist, or the expert scores no better than `start`.
     """
     began = time.monotonic()
@@ -128,7 +130,7 @@ def train_expert(
             f"start's {before['score']:.3f} (loss {before['loss']:.3f} -> {after['loss']:.3f}): change its data or "
             "steps, or set branch.allow_no_gain"
         )
-    if teacher is not None and settings.lora_rank:
+    if whole and settings.lora_rank:
         model = model.merge_and_unload()
         for name, parameter in model.named_parameters():
             parameter.requires_grad = ".mlp." in name
@@ -146,7 +148,8 @@ def train_expert(
         curve=progress.curve,
         moved=moved_by_group(ModelSource("anchor", start), made),
     )
-    write_json(made.paths[-1] / RESULT, {**asdict(result), "settings": settings.model_dump(mode="json")})
+    record = {**asdict(result), "settings": settings.model_dump(mode="json"), **(notes or {})}
+    write_json(made.paths[-1] / RESULT, record)
     put_in_place(made.paths[-1], out)
     shutil.rmtree(partial, ignore_errors=True)
     return result

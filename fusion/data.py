@@ -94,9 +94,10 @@ def domain_rows(
 
 
 def general_rows(recipe: Recipe, settings: BranchSettings) -> list[ChatExample]:
-    """The rows of the general domain that a branch mixes into its own: `general_share` of all."""
+    """The rows of the general domain that a branch mixes into its own: at least `general_share` of all."""
     share, name = settings.general_share, general_domain(recipe.domains)
-    count = round(settings.rows * share / (1 - share))
+    at_most = settings.rows * (settings.sampling.keep if settings.answers == "sampled" else 1)
+    count = round(at_most * share / (1 - share))
     return load_examples(recipe.domains[name].train, name, count, settings.seed) if count else []
 
 

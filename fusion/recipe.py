@@ -130,12 +130,45 @@ class TrainingSettings(Section):
     seed: int = 0
 
 
+class AnswerSampling(Section):
+    """How a teacher's answers are drawn, and which of them an expert learns (fusion/sampled.py)."""
+
+    samples: int = Field(4, gt=0)  # a question
+    temperature: float = Field(0.7, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_tokens: int = Field(512, gt=0)  # an answer; one that is cut there is not learnt
+    keep: int = Field(2, gt=0)  # different verified answers a question, at most
+    unanswered: Literal["leave_out", "reference"] = "leave_out"  # what a question without a verified answer teaches
+    minimum_chrf: float = Field(0.5, ge=0, le=1)  # from which a row scored by chrf counts as verified
+    questions_at_once: int = Field(16, gt=0)  # requests under way; answers under way are `samples` times as many
+    max_model_len: int = Field(2048, gt=0)  # tokens of question and answer
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _room_for_a_question(self) -> "AnswerSampling":
+        if self.max_tokens >= self.max_model_len:
+            raise ValueError(f"max_tokens {self.max_tokens} leaves no room within max_model_len {self.max_model_len}")
+        if self.keep > self.samples:
+            raise ValueError(f"keep {self.keep} is more than the {self.samples} samples a question")
+        return self
+
+
 class BranchSettings(TrainingSettings):
     """How an expert is trained from the anchor."""
 
     trainable: Literal["mlp", "mlp+embeddings", "all"] = "mlp"  # embeddings: and the head, where it is not tied to them
     anchor_penalty: float = Field(0.0, ge=0)  # on what is trained outside the MLPs: the pull of fusion/branch.py
     general_share: float = Field(0.0, ge=0, lt=1)  # of the rows, drawn from the general domain's train data
+    answers: Literal["reference", "sampled"] = "reference"  # the data's own, or a teacher's that are verified by them
+    teacher: str | None = None  # of sampled answers: path or hub id, any tokenizer; None: the anchor
+    sampling: AnswerSampling = AnswerSampling()
+
+    @model_validator(mode="after")
+    def _sampled_by_someone(self) -> "BranchSettings":
+        if self.answers == "reference" and (self.teacher or self.sampling != AnswerSampling()):
+            key = "teacher" if self.teacher else "sampling"
+            raise ValueError(f"'{key}' is of no use with answers 'reference': set answers to sampled")
+        return self
 
     @model_validator(mode="after")
     def _trains_what_it_says(self) -> "BranchSettings":
@@ -156,10 +189,17 @@ class AnchoringSettings(TrainingSettings):
     """How a drifted expert is led back to the anchor before the merge (fusion/anchor.py): its MLPs alone learn."""
 
     method: Literal["logits", "text"]
-    teacher: str | None = None  # path or hub id with the anchor's vocabulary; None: the drifted expert itself
+    teacher: str | None = None  # path or hub id, for logits with the anchor's vocabulary; None: the drifted expert
     # whose MLPs the training starts from; best: the one of the others with the least held-out loss
     start: Literal["best", "expert", "halfway", "anchor", "transported"] = "best"
     top_logits: int = Field(64, gt=0)  # of the teacher's, kept for every answer token
+    sampling: AnswerSampling = AnswerSampling()  # of the teacher's answers, for text
+
+    @model_validator(mode="after")
+    def _learnt_from_answers(self) -> "AnchoringSettings":
+        if self.method == "logits" and self.sampling != AnswerSampling():
+            raise ValueError("'sampling' is of no use with method 'logits': set method to text")
+        return self
 
 
 class AnchorModel(Section):

@@ -26,7 +26,17 @@ from fusion.errors import UserError
 from fusion.plan.budget import budget
 from fusion.plan.preflight import check, describe_anchor, raise_on_error
 from fusion.progress import console
-from fusion.recipe import DataSource, Expert, Location, Recipe, TrainingSettings, general_domain
+from fusion.recipe import (
+    AnchoringSettings,
+    BranchSettings,
+    DataSource,
+    Expert,
+    Location,
+    Recipe,
+    TrainingSettings,
+    general_domain,
+)
+from fusion.sampled import Sampler
 from fusion.sources import (
     SHARED_NOTE,
     ModelSource,
@@ -35,7 +45,6 @@ from fusion.sources import (
     base_source,
     expert_sources,
     original_source,
-    refuse_text_anchoring,
     shared_expert_source,
     shared_parts,
     trained_anchor,
@@ -56,7 +65,6 @@ def run(recipe: Recipe) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("`run` is the work of one process: launch several for `train-gates` alone")
     plan(recipe)
-    refuse_text_anchoring(recipe)
     branch(recipe)
     if any(expert.anchor for expert in recipe.experts):
         anchor(recipe)
@@ -76,6 +84,8 @@ def branch(recipe: Recipe, only: str | None = None, force: bool = False) -> None
         console.print("[dim]branch: the recipe names no expert to be trained[/dim]", highlight=False)
     if recipe.anchor.pretrain:
         _pretrain(recipe)
+    for expert in experts:
+        _sample(recipe, expert, expert.branch)
     if recipe.branches_at_once > 1:  # the longest first, so that none is left alone at the end
         experts.sort(key=lambda expert: -expert.branch.steps if expert.branch else 0)
     run_steps([_branch_step(recipe, expert) for expert in experts], recipe.folder, force, recipe.branches_at_once)
@@ -103,6 +113,7 @@ def _branch_step(recipe: Recipe, expert: Expert) -> Step:
     source = _held_out(recipe, expert, settings)
     general = recipe.domains[general_domain(recipe.domains)].train if settings.general_share else None
     inputs = [anchor_source(recipe).folder, *_data_files(settings.data, source, general)]
+    inputs += _sampled_files(recipe, expert, settings)
     parts = [settings, source, general, recipe.routing.moe_layers]
     outputs = [trained_expert(recipe, expert)]
     return Step(f"branch {expert.name}", parts, inputs, outputs, partial(_branch_expert, recipe, expert))
@@ -119,8 +130,9 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
     settings, anchor, out = expert.branch, anchor_source(recipe), trained_expert(recipe, expert)
     assert settings is not None
     rows, held_out = _rows(recipe, expert, settings)
+    rows, notes = _learnt(recipe, expert, settings, rows)
     mixed = general_rows(recipe, settings)
-    result = train_expert(anchor.folder, out, rows, held_out, settings, _trained_layers(recipe), mixed)
+    result = train_expert(anchor.folder, out, rows, held_out, settings, _trained_layers(recipe), mixed, notes=notes)
     return (
         f"{expert.name}: {result.score_name} {result.score_before:.3f} -> {result.score_after:.3f}, "
         f"loss {result.loss_before:.3f} -> {result.loss_after:.3f}, {result.tokens:,} tokens in "
@@ -152,10 +164,11 @@ def _trained_layers(recipe: Recipe) -> list[int] | None:
 
 def anchor(recipe: Recipe, only: str | None = None, force: bool = False) -> None:
     """Leads the recipe's drifted experts back to the anchor. Raises UserError where it names none."""
-    refuse_text_anchoring(recipe)
     experts = [expert for expert in recipe.experts if expert.anchor and only in (None, expert.name)]
     if not experts:
         raise UserError(f"the recipe has no expert{f' {only!r}' if only else ''} with an 'anchor' section")
+    for expert in experts:
+        _sample(recipe, expert, expert.anchor)
     steps = [_anchor_step(recipe, expert) for expert in experts]
     run_steps(steps, recipe.folder, force, recipe.branches_at_once)
 
@@ -164,19 +177,60 @@ def _anchor_step(recipe: Recipe, expert: Expert) -> Step:
     settings = expert.anchor
     assert settings is not None
     source = _held_out(recipe, expert, settings)
-    models = [anchor_source(recipe), original_source(recipe, expert), _teacher(recipe, expert)]
+    models = [anchor_source(recipe), original_source(recipe, expert), _teacher(recipe, expert, settings)]
     inputs = [*(path for model in models for path in model.paths), *_data_files(settings.data, source)]
+    inputs += _sampled_files(recipe, expert, settings)
     parts = [settings, source, recipe.routing.moe_layers]
     out = anchored_expert(recipe, expert)
     return Step(f"anchor {expert.name}", parts, inputs, [out], partial(_anchor_expert, recipe, expert))
 
 
-def _teacher(recipe: Recipe, expert: Expert) -> ModelSource:
-    """Whom an anchored expert learns from: the drifted one, or the model that the recipe names."""
-    assert expert.anchor is not None
-    if expert.anchor.teacher is None:
-        return original_source(recipe, expert)
-    return ModelSource("teacher", resolve_model(expert.anchor.teacher))
+def _teacher(recipe: Recipe, expert: Expert, settings: BranchSettings | AnchoringSettings) -> ModelSource:
+    """Whom an expert learns from: the model that the recipe names, or the anchor (branch), the drifted one (anchor)."""
+    if settings.teacher is not None:
+        return ModelSource(settings.teacher, resolve_model(settings.teacher))
+    return anchor_source(recipe) if isinstance(settings, BranchSettings) else original_source(recipe, expert)
+
+
+def _sampler(recipe: Recipe, expert: Expert, settings: BranchSettings | AnchoringSettings) -> Sampler | None:
+    """How the answers that an expert learns are sampled; None where it learns the data's own."""
+    anchoring = isinstance(settings, AnchoringSettings)
+    if not (settings.method == "text" if isinstance(settings, AnchoringSettings) else settings.answers == "sampled"):
+        return None
+    store = recipe.folder / "samples" / f"{expert.name}.jsonl"
+    return Sampler(_teacher(recipe, expert, settings), settings.sampling, store, imitate=anchoring)
+
+
+def _sample(recipe: Recipe, expert: Expert, settings: BranchSettings | AnchoringSettings | None) -> None:
+    """Asks the teacher, where there is one, whatever has not been asked yet, and prints the yield."""
+    sampler = _sampler(recipe, expert, settings) if settings else None
+    if sampler is None or settings is None:
+        return
+    rows, _ = _rows(recipe, expert, settings)
+    if not sampler.missing(rows):
+        console.print(f"[dim]sample {expert.name}: every question has its answers, skipped[/dim]", highlight=False)
+        return
+    console.print(f"[bold]sample {expert.name}[/bold]", highlight=False)
+    sampler.ask(rows, recipe.serving, recipe.folder / "logs" / f"teacher-{expert.name}.log")
+    _, brought = sampler.learnt(rows)
+    console.print(f"  {brought.sentence()}", highlight=False, soft_wrap=True)
+
+
+def _sampled_files(recipe: Recipe, expert: Expert, settings: BranchSettings | AnchoringSettings) -> list[Path]:
+    """The teacher and its answers, where an expert learns such."""
+    sampler = _sampler(recipe, expert, settings)
+    return [*sampler.teacher.paths, sampler.store] if sampler else []
+
+
+def _learnt(
+    recipe: Recipe, expert: Expert, settings: BranchSettings | AnchoringSettings, rows: list[ChatExample]
+) -> tuple[list[ChatExample], dict[str, Any]]:
+    """The rows to train on, with the teacher's answers where the expert learns these, and what to note of them."""
+    sampler = _sampler(recipe, expert, settings)
+    if sampler is None:
+        return rows, {}
+    learnt, brought = sampler.learnt(rows)
+    return learnt, {"sampling": brought.as_dict()}
 
 
 def _anchor_expert(recipe: Recipe, expert: Expert) -> str:
@@ -185,15 +239,17 @@ def _anchor_expert(recipe: Recipe, expert: Expert) -> str:
     settings = expert.anchor
     assert settings is not None
     rows, held_out = _rows(recipe, expert, settings)
+    rows, notes = _learnt(recipe, expert, settings, rows)
     result = anchor_expert(
         anchor_source(recipe),
         original_source(recipe, expert),
-        _teacher(recipe, expert),
+        _teacher(recipe, expert, settings) if settings.method == "logits" else None,
         anchored_expert(recipe, expert),
         rows,
         held_out,
         settings,
         _trained_layers(recipe),
+        notes,
     )
     share = "no gain to retain" if result.retained_share is None else f"{result.retained_share:.2f} of the gain kept"
 
@@ -262,7 +318,6 @@ def _sources(recipe: Recipe) -> Iterator[tuple[Location, DataSource, str]]:
 
 def merge(recipe: Recipe, force: bool = False) -> None:
     """Merges the experts into the recipe's fused folder, behind the shared parts that the recipe asks for."""
-    refuse_text_anchoring(recipe)
     out = recipe.fused
     experts = expert_sources(recipe)
     raise_on_error(recipe, check(recipe, trained=True))  # once more, now that every model is here

@@ -54,16 +54,6 @@ def anchored_expert(recipe: Recipe, expert: Expert) -> Path:
     return recipe.folder / "anchored" / expert.name
 
 
-def refuse_text_anchoring(recipe: Recipe) -> None:
-    """Raises UserError where an expert is to be anchored through text, which is not implemented yet."""
-    for expert in recipe.experts:
-        if expert.anchor and expert.anchor.method == "text":
-            raise UserError(
-                f"expert '{expert.name}': anchor.method 'text' cannot be carried out by this version yet: "
-                "use 'logits' with a teacher of the anchor's vocabulary, or remove the section"
-            )
-
-
 def original_source(recipe: Recipe, expert: Expert) -> ModelSource:
     """One expert as it is before anchoring. Raises UserError where it has yet to be branched or cannot be had."""
     if expert.model:

@@ -113,7 +113,7 @@ def check(recipe: Recipe, trained: bool = False) -> list[Finding]:
     elif recipe.anchor.model:
         found.append(Finding("note", "anchor", f"{recipe.anchor.model} is not here: planned from its config"))
     for expert in recipe.experts:
-        found += _check_expert(recipe, expert, anchor, trained)
+        found += _check_expert(recipe, expert, anchor, trained) + _check_teachers(expert)
     found += _check_shared_expert(recipe, anchor)
     found += _serving(recipe, anchor.config)
     try:
@@ -179,6 +179,18 @@ def _check_expert(recipe: Recipe, expert: Expert, anchor: Described, trained: bo
         found.append(Finding("note", where, f"{expert.model} is not here: planned from its config"))
     elif anchor.folder is not None:
         found += _headers(where, described.folder, anchor.folder) + _tokenizer(where, described.folder, anchor.folder)
+    return found
+
+
+def _check_teachers(expert: Expert) -> list[Finding]:
+    """Whether the models that an expert learns from can be had; what they are is their own affair."""
+    where, found = f"expert '{expert.name}'", []
+    for teacher in (section.teacher for section in (expert.branch, expert.anchor) if section):
+        if teacher:
+            try:
+                describe(where, teacher)
+            except UserError as error:
+                found.append(Finding("error", where, f"its teacher: {error}"))
     return found
 
 

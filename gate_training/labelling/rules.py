@@ -6,14 +6,11 @@ rule wins. A question that no rule claims belongs to the first domain without ru
 
 import re
 from dataclasses import dataclass
-from functools import cache
 
-from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
+from fusion.language import detect_language
 from fusion.recipe import Domain, Rule, general_domain
 
 NO_RULE = "no rule matched"
-SURE = 0.5  # probability from which a detected language counts; greetings and sums stay below
 LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff]"  # of a word with spaces around it; Chinese and Japanese are written without
 
 
@@ -51,19 +48,3 @@ def match(rule: Rule, text: str) -> str | None:
         if language is not None and language not in rule.not_languages:
             return f"language: {language}"
     return None
-
-
-@cache
-def _identifier() -> LanguageIdentifier:
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-
-
-def detect_language(text: str) -> str | None:
-    """The ISO 639-1 code of the text's language (py3langid), None where too little speaks for any.
-
-    The Chinese languages count as zh.
-    """
-    language, probability = _identifier().classify(text)
-    if probability < SURE:
-        return None
-    return "zh" if language in ("yue", "wuu") else str(language)

@@ -141,10 +141,11 @@ def test_asking_before_the_merge(here: Call, tmp_path: Path, anchor: Path) -> No
     assert not head
 
 
-@pytest.mark.parametrize("verb", ["merge", "run"])
-def test_an_expert_to_be_anchored_through_text(here: Call, tmp_path: Path, anchor: Path, verb: str) -> None:
-    sentence, _ = refused(here, tmp_path, verb, write_recipe(tmp_path, anchor, {"anchor": ANCHORING}))
-    assert "expert 'math': anchor.method 'text' cannot be carried out by this version yet" in sentence
+@pytest.mark.parametrize("verb", ["plan", "merge", "run"])
+def test_a_teacher_that_cannot_be_had(here: Call, tmp_path: Path, anchor: Path, verb: str) -> None:
+    path = write_recipe(tmp_path, anchor, {"anchor": {**ANCHORING, "teacher": "./nobody"}})
+    sentence, _ = refused(here, tmp_path, verb, path)
+    assert "expert 'math': its teacher: model './nobody' is neither a folder nor a hub id" in sentence
 
 
 @pytest.mark.parametrize(

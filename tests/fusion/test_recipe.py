@@ -79,6 +79,40 @@ WRONG = {
     "unknown key in a list": ([("    model: some/math", "    modell: some/math  # here")], "unknown key"),
     "missing section": ([("name: small", "name: small  # here"), ("anchor:\n  model: some/anchor\n", "")], "missing"),
     "missing key": ([("  - name: math", "  - purpose: sums  # here")], "experts.1.name: this key is missing"),
+    "a teacher that nobody listens to": (
+        [("    model: some/math", "    branch: {data: {generated: demo.math}, teacher: some/teacher}  # here")],
+        "'teacher' is of no use with answers 'reference'",
+    ),
+    "more answers kept than sampled": (
+        [
+            (
+                "    model: some/math",
+                "    branch:  # here\n      data: {generated: demo.math}\n      answers: sampled\n"
+                "      sampling: {samples: 2, keep: 3}  # here",
+            )
+        ],
+        "keep 3 is more than the 2 samples",
+    ),
+    "no room for a question to be sampled": (
+        [
+            (
+                "    model: some/math",
+                "    branch:\n      data: {generated: demo.math}\n      answers: sampled\n"
+                "      sampling: {max_tokens: 64, max_model_len: 64}  # here",
+            )
+        ],
+        "max_tokens 64 leaves no room within max_model_len 64",
+    ),
+    "samples without text": (
+        [
+            (
+                "    model: some/math",
+                "    model: some/math\n    anchor: {method: logits, data: {generated: demo.math}, "
+                "sampling: {samples: 5}}  # here",
+            )
+        ],
+        "'sampling' is of no use with method 'logits'",
+    ),
     "wrong type": ([("  top_k: 1", "  top_k: many  # here")], "routing.top_k: "),
     "wrong type of a section": ([("routing:\n  top_k: 1", "routing: 1  # here")], "routing: "),
     "wrong choice": ([("routing:", "gate_training:\n  method: guess  # here\nrouting:")], "gate_training.method: "),

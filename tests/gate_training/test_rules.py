@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from fusion.errors import UserError
+from fusion.language import detect_language
 from fusion.recipe import DataSource, Domain, Rule
 from fusion.recipe_file import load_recipe
 from gate_training.examples import expert_labels, routing_examples
-from gate_training.labelling.rules import RuleLabel, detect_language, label_by_rules, match
+from gate_training.labelling.rules import RuleLabel, label_by_rules, match
 from tests.recipes import QUESTIONS, make_recipe
 
 TARGET = Path(__file__).parents[2] / "configs" / "qwen2.5-7b-five-experts.yaml"

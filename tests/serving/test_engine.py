@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def test_arguments_on_a_cpu(model: Path) -> None:
                      '--override-generation-config={"temperature": 0.7, "top_p": 0.9}'):  # fmt: skip
         assert argument in arguments
     assert not any("gpu-memory" in argument for argument in arguments)
+    assert "--no-enable-chunked-prefill" not in arguments
+    assert "--no-enable-chunked-prefill" in engine_arguments(replace(settings, whole_prompts=True), CPU, 9000)
     assert engine_environment(settings, CPU)["VLLM_CPU_OMP_THREADS_BIND"] == "0|1"
 
 
