@@ -4,8 +4,8 @@
 
 At every layer the tokens pass the attention, the gate is fitted on the exact input it will see when served (the output
 of post_attention_layernorm, chat template applied), and the tokens move on through the experts that the fresh gate
-picks. Held-out examples travel along and are only measured. `auto` fits with every method and keeps the one with the
-least answer loss on them.
+picks. Held-out examples travel along and are only measured. `auto` fits with every such method and keeps the one with
+the least answer loss on them; `lm` goes on from cross-entropy through the whole model (gate_training/refine.py).
 """
 
 from collections.abc import Iterator
@@ -25,6 +25,7 @@ from gate_training.compare import held_out_losses, mean_loss
 from gate_training.examples import RoutingExample, encoded_examples, routing_examples, rules_agreement
 from gate_training.labelling.likelihood import token_targets
 from gate_training.methods import Tokens, cross_entropy, held_back, moments, regression, ridge
+from gate_training.refine import Refined, refine
 
 BINS = 10  # of confidence
 METHODS = {
@@ -71,6 +72,7 @@ class GateReport:
     layers: list[LayerReport]
     # nats per held-out answer token, {gates: {domain: loss}}, where methods were compared
     compared: dict[str, dict[str, float]] = field(default_factory=dict)
+    refined: Refined | None = None  # method lm: what the steps through the whole model came to
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -87,6 +89,8 @@ def train_gates(recipe: Recipe, folder: Path) -> GateReport:
     held_out = routing_examples(recipe, "held_out", settings.held_out_rows)
     if settings.method == "auto":
         gates, report = _best(recipe, folder, train, held_out)
+    elif settings.method == "lm":
+        gates, report = _refined(recipe, folder, train, held_out)
     else:
         gates, report = fit_gates(recipe, folder, train, held_out, settings.method)
     install_gates(folder, gates)
@@ -103,6 +107,32 @@ def _best(
     best = min(METHODS, key=lambda name: mean_loss(compared[name]))
     gates, report = fitted[best]
     return gates, replace(report, compared=compared)
+
+
+def _refined(
+    recipe: Recipe, folder: Path, train: list[RoutingExample], held_out: list[RoutingExample]
+) -> tuple[Gates, GateReport]:
+    """Gates by cross-entropy, refined by the answers' loss; both compared, the report that of the refined ones."""
+    start, report = fit_gates(recipe, folder, train, held_out, "cross-entropy")
+    gates, refined = refine(recipe, folder, start, train, held_out)
+    compared = held_out_losses(recipe, folder, held_out, {"cross-entropy": start, "lm": gates})
+    layers = _measure_gates(recipe, folder, gates, held_out)
+    return gates, replace(report, method="lm", layers=layers, compared=compared, refined=refined)
+
+
+def _measure_gates(recipe: Recipe, folder: Path, gates: Gates, held_out: list[RoutingExample]) -> list[LayerReport]:
+    """Held-out routing of gates that are there already."""
+    checkpoint, batches = Checkpoint(folder), encoded_examples(recipe, folder, held_out)
+    inputs = _GateInputs(batches, [], checkpoint.config["hidden_size"], None)
+    reports = []
+    for layer in LayerStream(checkpoint, batches, description="gates by lm"):
+        layer.attend()
+        if layer.sparse:
+            inputs.fill(layer)
+            domains = [example.domain for example in held_out]
+            reports.append(_measure(layer.index, gates[layer.index], inputs, batches, domains, recipe))
+        layer.mix(gated(gates, checkpoint.config["num_experts_per_tok"]), inputs.of if layer.sparse else None)
+    return reports
 
 
 def fit_gates(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint
 from fusion.data import ChatExample, general_rows, load_examples, trained_on
 from fusion.encoding import encode_batches, load_tokenizer, prompt_text
@@ -21,9 +20,10 @@ from fusion.evaluation.baselines import hidden_gates, random_gates
 from fusion.evaluation.generate import answer_examples
 from fusion.evaluation.intervals import difference, mean_interval, retained_share
 from fusion.evaluation.scores import score
-from fusion.layers import Gates, checkpoint_gates
+from fusion.layers import checkpoint_gates
 from fusion.progress import console
 from fusion.recipe import Recipe
+from fusion.router import place_gates
 from fusion.served import routed_weight
 from fusion.sources import ModelSource, anchor_source, base_source, load_model, original_source
 
@@ -84,9 +84,9 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         figures["own_expert"].update({name: found[name] for name in own})
         cross[expert.name] = {name: mean_interval(f.scores).value for name, f in found.items()}
     fewer = {name: rows[: settings.baseline_rows] for name, rows in held_out.items()}
-    fused = load_model(ModelSource("fused", folder), recipe.attn_implementation)
+    fused = load_model(ModelSource("fused", folder), recipe.attn_implementation, recipe.loading)
     for name, gate in gates.items():
-        _set_gates(fused, gate)
+        place_gates(fused, gate)
         wanted = scored if name == "fused_trained" else fewer
         figures[name] = _score_model(recipe, fused, tokenizer, wanted, name)
     del fused
@@ -182,17 +182,12 @@ def _hidden_prompts(recipe: Recipe, gate_rows: dict[str, list[ChatExample]], tok
     return [texts[:: max(1, len(texts) // count)][:count] for texts in prompts]
 
 
-def _set_gates(model: Any, gates: Gates) -> None:
-    """Puts gates `(experts, hidden)` into a loaded fused model."""
-    state = {gate_tensor(layer): gate for layer, gate in gates.items()}
-    unknown = model.load_state_dict(state, strict=False).unexpected_keys
-    assert not unknown, f"transformers names gates otherwise: {unknown}"
-
-
 def _scores(
     recipe: Recipe, source: ModelSource, tokenizer: Any, examples: dict[str, list[ChatExample]]
 ) -> dict[str, Figures]:
-    return _score_model(recipe, load_model(source, recipe.attn_implementation), tokenizer, examples, source.name)
+    return _score_model(
+        recipe, load_model(source, recipe.attn_implementation, recipe.loading), tokenizer, examples, source.name
+    )
 
 
 def _score_model(
