@@ -28,7 +28,7 @@ from fusion.errors import UserError
 from fusion.evaluation.generate import answer_examples, answer_losses
 from fusion.evaluation.scores import score
 from fusion.progress import console
-from fusion.recipe import BranchSettings
+from fusion.recipe import BranchSettings, HealSettings
 from fusion.teacher import Teacher
 
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -175,9 +175,10 @@ def judge(
     tokenizer: Any,
     judged: Sequence[ChatExample],
     watched: Sequence[ChatExample],
-    settings: BranchSettings,
+    settings: BranchSettings | HealSettings,
     who: str,
 ) -> dict[str, float]:
+    """The task score of `judged`, from 0 to 1, and the answer loss of `watched`, which begin alike, in nats a token."""
     answers = answer_examples(model, tokenizer, judged, settings.max_new_tokens, 32, f"task score, {who}")
     scores = [score(answer.text, row) for answer, row in zip(answers, judged, strict=True)]
     losses = [(answer.nats, answer.tokens) for answer in answers[: len(watched)]]

@@ -261,9 +261,9 @@ class Routing(Section):
 class Refinement(Steps):
     """How gates that are fitted layer by layer learn on from the answers' loss (method lm, gate_training/refine.py)."""
 
-    steps: int = Field(100, gt=0)
+    steps: int = Field(40, gt=0)
     learning_rate: float = Field(1e-3, ge=0)
-    evaluate_every: int = Field(20, gt=0)  # steps
+    evaluate_every: int = Field(10, gt=0)  # steps
     load_balance: float = Field(0.0, ge=0)  # weight of transformers' load-balance loss
 
 

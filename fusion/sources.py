@@ -155,6 +155,7 @@ def load_model(
         offload_folder=offload,
         use_safetensors=True,
     ).eval()
+    _keep_empty(model)
     if source.adapter:
         from peft import PeftModel
 
@@ -162,3 +163,17 @@ def load_model(
     if offload and not loading.offload_folder:
         weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
     return model
+
+
+def _keep_empty(model: Any) -> None:
+    """Takes weights without elements (a fused model's missing shared expert) out of accelerate's offloading.
+
+    They are in no file, where its hooks would look for them.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    for module in model.modules():
+        weight, hook = getattr(module, "weight", None), getattr(module, "_hf_hook", None)
+        if hook is not None and weight is not None and weight.numel() == 0:
+            module.weight = torch.nn.Parameter(torch.empty_like(weight, device=hook.execution_device))
+            remove_hook_from_module(module)

@@ -53,14 +53,15 @@ def train(
     saved_dtype: torch.dtype = torch.float32,
     loss: Loss = answer_loss,
     keep_start: bool = False,
+    shown: Callable[[float], str] = "held-out loss {:.3f}".format,
 ) -> Trained:
     """Trains the parameters of `model` that want a gradient and leaves them as the best step had them.
 
     They are rounded to `saved_dtype`. `rows` are those of `fusion.packing`, `pad` fills their sequences. With
-    `keep_start` the start counts as step 0, so that the result is never worse than `loss_before`. Folder `partial`
-    holds what an interrupted call needs to go on when it is made again.
+    `keep_start` the start counts as step 0, so that the result is never worse than `loss_before`. `shown` is what the
+    bar says of a held-out loss. Folder `partial` holds what an interrupted call needs to go on when it is made again.
     """
-    progress = _Progress(partial, model, settings.evaluate_every, loss_before, held_out_loss, keep_start)
+    progress = _Progress(partial, model, settings.evaluate_every, loss_before, held_out_loss, keep_start, shown)
     trainer = _PackedTrainer(
         model=model,
         args=_arguments(partial, settings, len(rows)),
@@ -182,9 +183,10 @@ class _Progress(TrainerCallback):
         loss_before: float,
         held_out_loss: Callable[[], float],
         keep_start: bool,
+        shown: Callable[[float], str],
     ):
         self.partial, self.model, self.every, self.held_out_loss = partial, model, every, held_out_loss
-        self.bar = progress_bar()
+        self.bar, self.shown = progress_bar(), shown
         self.curve: list[tuple[int, float]] = [(0, loss_before)]
         self.first = 0 if keep_start else 1  # of the curve's points that may be the best
         self.best_step, self.best_loss = 0, loss_before if keep_start else math.inf
@@ -212,7 +214,7 @@ class _Progress(TrainerCallback):
             self.best_step, self.best_loss = state.global_step, loss
             self._keep()
         write_json(self.partial / "curve.json", {"curve": self.curve, "tokens": self.trainer.tokens})
-        self.bar.update(self.task, description=f"training, held-out loss {loss:.3f}")
+        self.bar.update(self.task, description=f"training, {self.shown(loss)}")
         control.should_save = True
 
     def _keep(self) -> None:

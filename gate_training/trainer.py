@@ -25,7 +25,6 @@ from gate_training.compare import held_out_losses, mean_loss
 from gate_training.examples import RoutingExample, encoded_examples, routing_examples, rules_agreement
 from gate_training.labelling.likelihood import token_targets
 from gate_training.methods import Tokens, cross_entropy, held_back, moments, regression, ridge
-from gate_training.refine import Refined, refine
 
 BINS = 10  # of confidence
 METHODS = {
@@ -72,7 +71,7 @@ class GateReport:
     layers: list[LayerReport]
     # nats per held-out answer token, {gates: {domain: loss}}, where methods were compared
     compared: dict[str, dict[str, float]] = field(default_factory=dict)
-    refined: Refined | None = None  # method lm: what the steps through the whole model came to
+    refined: dict[str, Any] | None = None  # method lm: gate_training.refine.Refined
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -113,11 +112,13 @@ def _refined(
     recipe: Recipe, folder: Path, train: list[RoutingExample], held_out: list[RoutingExample]
 ) -> tuple[Gates, GateReport]:
     """Gates by cross-entropy, refined by the answers' loss; both compared, the report that of the refined ones."""
+    from gate_training.refine import refine  # transformers' Trainer takes seconds to import
+
     start, report = fit_gates(recipe, folder, train, held_out, "cross-entropy")
     gates, refined = refine(recipe, folder, start, train, held_out)
     compared = held_out_losses(recipe, folder, held_out, {"cross-entropy": start, "lm": gates})
     layers = _measure_gates(recipe, folder, gates, held_out)
-    return gates, replace(report, method="lm", layers=layers, compared=compared, refined=refined)
+    return gates, replace(report, method="lm", layers=layers, compared=compared, refined=asdict(refined))
 
 
 def _measure_gates(recipe: Recipe, folder: Path, gates: Gates, held_out: list[RoutingExample]) -> list[LayerReport]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fusion.checkpoint import Checkpoint
-from fusion.data import ChatExample, general_rows, load_examples, trained_on
+from fusion.data import ChatExample, domain_rows, general_rows, load_examples, trained_on
 from fusion.encoding import encode_batches, load_tokenizer, prompt_text
 from fusion.errors import UserError
 from fusion.evaluation.baselines import hidden_gates, random_gates
@@ -152,7 +152,7 @@ def _extra(recipe: Recipe) -> dict[str, list[ChatExample]]:
 def _leave_out_trained(
     recipe: Recipe, gate_rows: dict[str, list[ChatExample]], held_out: dict[str, list[ChatExample]]
 ) -> None:
-    """Takes out of the rows to be scored, with a note, those that an expert or the gates were trained on.
+    """Takes out of the rows to be scored, with a note, those that an expert, the gates or a healing were trained on.
 
     Raises UserError where that leaves none.
     """
@@ -163,6 +163,8 @@ def _leave_out_trained(
                 trained += load_examples(section.data, expert.domain, section.rows, section.seed)
         if expert.branch:
             trained += general_rows(recipe, expert.branch)
+    if recipe.heal:
+        trained += domain_rows(recipe, "train", recipe.heal.rows, recipe.heal.seed)
     seen = trained_on(trained)
     for name, rows in held_out.items():
         kept = [row for row in rows if not seen(row)]
