@@ -239,6 +239,7 @@ def _trainable(
     routers = train_routers(fused, checkpoint_gates(Checkpoint(folder)), saved)
     rank = settings.lora_rank
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(ATTENTION_PARTS), task_type="CAUSAL_LM")
+    torch.manual_seed(settings.seed)
     model = get_peft_model(fused, lora)
     for name, module in fused.named_modules():
         if name.endswith("norm"):
