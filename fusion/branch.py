@@ -12,44 +12,33 @@ task score beside the anchor's.
 """
 
 import hashlib
-import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.utils import logging as transformers_logging
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from fusion import training
 from fusion.architecture import MLP_PARTS, is_mlp, layer_of
 from fusion.checkpoint import Checkpoint, put_in_place, read_json, write_json
 from fusion.data import ChatExample
 from fusion.drift import GROUPS, Moved, group_of, moved_by_group
 from fusion.errors import UserError
-from fusion.evaluation.generate import answer_examples, answer_losses, unwrapped
+from fusion.evaluation.generate import answer_examples, answer_losses
 from fusion.evaluation.scores import score
-from fusion.hardware import compute_dtype
-from fusion.packing import answer_loss, pack, training_row
-from fusion.progress import console, progress_bar
-from fusion.recipe import BranchSettings
+from fusion.progress import console
+from fusion.recipe import BranchSettings, HealSettings
 from fusion.sources import ModelSource
 from fusion.teacher import Teacher
 
 TRAINED = {"mlp": ("mlp",), "mlp+embeddings": ("mlp", "embeddings", "head")}  # groups of tensors; otherwise all
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
-BEST, RESULT = "best.safetensors", "branch.json"
+RESULT = "branch.json"
 COPIED = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, template
 
 
@@ -93,9 +82,9 @@ def train_expert(
     began = time.monotonic()
     partial = out.with_name(f".{out.name}.branch")
     decisive = settings.model_copy(update={"allow_no_gain": False})
-    _claim(partial, _fingerprint(start, train, held_out, general, decisive, layers, teacher))
+    training.claim(partial, _fingerprint(start, train, held_out, general, decisive, layers, teacher))
     tokenizer = AutoTokenizer.from_pretrained(start)
-    rows = _fitting(tokenizer, _mixed(train, general, settings), settings.max_length)
+    rows = training.fitting(tokenizer, _mixed(train, general, settings), settings.max_length, "branch")
     if teacher is not None:
         teacher.teach(rows, partial / "teacher.safetensors", settings.batch_rows)
     model = trainable_model(start, settings, layers)
@@ -107,22 +96,17 @@ def train_expert(
         write_json(before_file, judge(model, tokenizer, judged, watched, settings, "anchor"))
     before = read_json(before_file)
 
-    progress = _Progress(
-        partial, model, settings.evaluate_every, before["loss"], lambda: _mean_loss(model, tokenizer, watched, settings)
+    trained = training.train(
+        model,
+        rows,
+        partial,
+        settings,
+        tokenizer.pad_token_id or 0,
+        before["loss"],
+        lambda: _mean_loss(model, tokenizer, watched, settings),
+        torch.float32 if settings.lora_rank else _saved_dtype(start),
+        callbacks=[_Pull(model, settings.anchor_penalty)] if settings.anchor_penalty else [],
     )
-    trainer = _BranchTrainer(
-        model=model,
-        args=_arguments(partial, settings, len(rows)),
-        train_dataset=rows,
-        data_collator=lambda batch: pack(batch, settings.max_length, tokenizer.pad_token_id or 0),
-        callbacks=[progress, *([_Pull(model, settings.anchor_penalty)] if settings.anchor_penalty else [])],
-    )
-    progress.trainer = trainer
-    trainer.remove_callback(PrinterCallback)
-    with _quiet_trainer():
-        trainer.train(resume_from_checkpoint=_last_checkpoint(partial))
-
-    _restore(model, load_file(partial / BEST), torch.float32 if settings.lora_rank else _saved_dtype(start))
     after = judge(model, tokenizer, judged, watched, settings, "expert")
     if after["score"] <= before["score"] and not settings.allow_no_gain:
         raise UserError(
@@ -141,11 +125,11 @@ def train_expert(
         score_before=before["score"],
         score_after=after["score"],
         score_name=score_name,
-        best_step=progress.best_step,
+        best_step=trained.best_step,
         steps=settings.steps,
-        tokens=trainer.tokens,
+        tokens=trained.tokens,
         seconds=round(time.monotonic() - began, 1),
-        curve=progress.curve,
+        curve=trained.curve,
         moved=moved_by_group(ModelSource("anchor", start), made),
     )
     record = {**asdict(result), "settings": settings.model_dump(mode="json"), **(notes or {})}
@@ -153,30 +137,6 @@ def train_expert(
     put_in_place(made.paths[-1], out)
     shutil.rmtree(partial, ignore_errors=True)
     return result
-
-
-def _last_checkpoint(partial: Path) -> str | None:
-    """The newest complete checkpoint (its trainer_state.json is written last); half-written ones are removed."""
-    found = sorted(partial.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    complete = [path for path in found if (path / "trainer_state.json").is_file()]
-    for path in found:
-        if path not in complete:
-            shutil.rmtree(path)
-    return str(complete[-1]) if complete else None
-
-
-def _fitting(tokenizer: Any, examples: Sequence[ChatExample], max_length: int) -> list[dict[str, Any]]:
-    """The rows of at most `max_length` tokens; says how many were left out. UserError where that is most of them."""
-    rows = [training_row(tokenizer, example) for example in examples]
-    kept = [row for row in rows if len(row["input_ids"]) <= max_length]
-    if 2 * len(kept) < len(rows) or not kept:
-        raise UserError(
-            f"{len(kept)} of {len(rows)} training rows have at most branch.max_length {max_length} tokens: "
-            "raise it, or give other data"
-        )
-    if len(kept) < len(rows):
-        console.print(f"  {len(rows) - len(kept)} rows over branch.max_length {max_length} left out", highlight=False)
-    return kept
 
 
 def _mixed(train: Sequence[ChatExample], general: Sequence[ChatExample], settings: BranchSettings) -> list[ChatExample]:
@@ -223,98 +183,6 @@ def trainable_model(start: Path, settings: BranchSettings, layers: Sequence[int]
     return model
 
 
-def _arguments(partial: Path, settings: BranchSettings, rows: int) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(partial),
-        max_steps=settings.steps,
-        per_device_train_batch_size=min(settings.batch_rows, rows),
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
-        lr_scheduler_type="cosine",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        bf16=compute_dtype() == torch.bfloat16,
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=torch.cuda.is_available(),
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        save_strategy="no",  # _Progress asks for it
-        save_total_limit=1,
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        seed=settings.seed,
-    )
-
-
-class _BranchTrainer(Trainer):
-    """Trainer whose head runs on answer tokens alone, and whose checkpoints hold the trained tensors alone."""
-
-    tokens = 0  # trained so far, padding aside
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        positions = inputs["position_ids"]
-        self.tokens += int((positions > 0).sum() + (positions == 1).sum())  # each row starts with one 0
-        loss, answers = answer_loss(unwrapped(model), inputs)
-        return loss / (num_items_in_batch if num_items_in_batch is not None else max(1, answers))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(_trained(self.model), folder / "trained.safetensors")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        _restore(self.model, load_file(Path(resume_from_checkpoint) / "trained.safetensors"))
-
-
-class _Progress(TrainerCallback):
-    """Shows the steps, measures the held-out loss every few of them, keeps the best step's tensors and the state."""
-
-    trainer: _BranchTrainer
-
-    def __init__(self, partial: Path, model: Any, every: int, loss_before: float, held_out_loss: Callable[[], float]):
-        self.partial, self.model, self.every, self.held_out_loss = partial, model, every, held_out_loss
-        self.bar = progress_bar()
-        self.curve: list[tuple[int, float]] = [(0, loss_before)]
-        self.best_step, self.best_loss = 0, math.inf
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        noted = self.partial / "curve.json"
-        if state.global_step and noted.is_file():
-            saved = read_json(noted)
-            self.curve = [(step, loss) for step, loss in saved["curve"] if step <= state.global_step]
-            self.best_step, self.best_loss = min(self.curve[1:], key=lambda point: point[1], default=(0, math.inf))
-            self.trainer.tokens = saved["tokens"]
-        self.bar.start()
-        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, unit="step")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
-        if state.global_step % self.every and state.global_step < state.max_steps:
-            return
-        loss = round(self.held_out_loss(), 5)
-        self.curve.append((state.global_step, loss))
-        if loss < self.best_loss:
-            self.best_step, self.best_loss = state.global_step, loss
-            aside = self.partial / f"{BEST}.partial"
-            save_file(_trained(self.model), aside)
-            aside.replace(self.partial / BEST)
-        write_json(self.partial / "curve.json", {"curve": self.curve, "tokens": self.trainer.tokens})
-        self.bar.update(self.task, description=f"training, held-out loss {loss:.3f}")
-        control.should_save = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.stop()
-
-
 class _Pull(TrainerCallback):
     """Pulls what is trained outside the MLPs back to the anchor's W0 after every step of the optimizer:
 
@@ -342,24 +210,8 @@ class _Pull(TrainerCallback):
             parameter.copy_(torch.lerp(old.to(parameter.device), parameter, kept))
 
 
-def _trained(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def _restore(model: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
-    """Puts `tensors` into the model as `dtype` would hold them: what is judged is what is saved."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        parameters[name].copy_(tensor.to(dtype))
-
-
 def _mean_loss(model: Any, tokenizer: Any, rows: Sequence[ChatExample], settings: BranchSettings) -> float:
-    return _per_token(answer_losses(model, tokenizer, rows, settings.batch_rows))
-
-
-def _per_token(losses: Sequence[tuple[float, int]]) -> float:
-    return sum(nats for nats, _ in losses) / max(1, sum(tokens for _, tokens in losses))
+    return training.per_token(answer_losses(model, tokenizer, rows, settings.batch_rows))
 
 
 def judge(
@@ -367,14 +219,15 @@ def judge(
     tokenizer: Any,
     judged: Sequence[ChatExample],
     watched: Sequence[ChatExample],
-    settings: BranchSettings,
+    settings: BranchSettings | HealSettings,
     who: str,
 ) -> dict[str, float]:
+    """The task score of `judged`, from 0 to 1, and the answer loss of `watched`, which begin alike, in nats a token."""
     answers = answer_examples(model, tokenizer, judged, settings.max_new_tokens, 32, f"task score, {who}")
     scores = [score(answer.text, row) for answer, row in zip(answers, judged, strict=True)]
     losses = [(answer.nats, answer.tokens) for answer in answers[: len(watched)]]
     losses += answer_losses(model, tokenizer, watched[len(losses) :], settings.batch_rows)
-    return {"score": sum(scores) / max(1, len(scores)), "loss": _per_token(losses)}
+    return {"score": sum(scores) / max(1, len(scores)), "loss": training.per_token(losses)}
 
 
 def _saved_dtype(start: Path) -> torch.dtype:
@@ -414,23 +267,3 @@ def _fingerprint(start: Path, *parts: Any) -> str:
     config = (start / "config.json").read_text(encoding="utf-8")
     weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(start.glob("*.safetensors"))]
     return hashlib.sha256(repr((config, weights, parts)).encode()).hexdigest()
-
-
-def _claim(partial: Path, fingerprint: str) -> None:
-    """Makes the aside folder this call's: what an earlier, different call left there is removed."""
-    note = partial / "call.txt"
-    if not note.is_file() or note.read_text(encoding="utf-8") != fingerprint:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        note.write_text(fingerprint, encoding="utf-8")
-
-
-@contextmanager
-def _quiet_trainer() -> Iterator[None]:
-    """The trainer's own messages off: the bar and branch.json say what it did."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)

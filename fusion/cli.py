@@ -58,7 +58,7 @@ def _begin_workers(recipe: Recipe) -> None:
 
 @app.command()
 def run(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> None:
-    """Do it all in order: plan, branch, merge, train-gates, evaluate, ask; steps with unchanged inputs are skipped."""
+    """Do it all in order: plan, branch, merge, train-gates, evaluate, ask (anchor and heal where the recipe asks)."""
     loaded = _load(recipe, set_, quiet)
     _begin_workers(loaded)
     from fusion import road
@@ -125,7 +125,8 @@ def merge(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> N
 def train_gates(
     recipe: RecipePath,
     method: Annotated[
-        str | None, typer.Option(help="ridge, cross-entropy, likelihood, regression or auto: the best on held-out rows")
+        str | None,
+        typer.Option(help="ridge, cross-entropy, likelihood, regression, lm, or auto (the best held out)"),
     ] = None,
     set_: Overrides = None,
     quiet: Quiet = False,
@@ -135,6 +136,15 @@ def train_gates(
     from fusion import road
 
     road.train_gates(loaded, force=True)
+
+
+@app.command()
+def heal(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> None:
+    """Train attention, norms and gates of a merge of drifted experts end to end, its experts frozen."""
+    loaded = _load(recipe, set_, quiet)
+    from fusion import road
+
+    road.heal(loaded, force=True)
 
 
 @app.command()

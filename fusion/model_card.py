@@ -49,19 +49,29 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
         "",
         f"The gates, in `gates.safetensors`, are {_gates(manifest['gates'])}.",
         "",
+        *(_HEALED if "healed" in manifest else []),
         "Load it with transformers (`AutoModelForCausalLM.from_pretrained`) or serve it with vLLM; no remote code.",
         "",
     ]
     return "\n".join(lines)
 
 
+_HEALED = [
+    "Healed: attention, norms and gates were trained end to end, with the experts' MLPs frozen, on each domain's rows "
+    "as its own expert sees them. `qwen-fusion merge` on the recipe makes the plain merge again.",
+    "",
+]
+
+
 def _shared(manifest: dict[str, Any]) -> str:
     method = manifest.get("shared", "anchor")
-    return (
+    made = (
         manifest["anchor"]
         if method == "anchor"
         else f"the experts, made one by {method} (anchor: {manifest['anchor']})"
     )
+    healed = manifest.get("healed")
+    return made + (f", attention and norms healed after the merge on {healed['tokens']:,} tokens" if healed else "")
 
 
 def _data(source: DataSource) -> str:

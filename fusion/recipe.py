@@ -109,25 +109,31 @@ class PretrainSettings(Section):
         return self
 
 
-class TrainingSettings(Section):
+class Steps(Section):
+    """The steps of any training by gradients (fusion/training.py)."""
+
+    steps: int = Field(200, gt=0)
+    batch_rows: int = Field(16, gt=0)
+    gradient_accumulation: int = Field(1, gt=0)
+    max_length: int = Field(1024, gt=0)  # tokens a packed sequence
+    learning_rate: float = Field(1e-4, ge=0)
+    warmup_steps: int = Field(10, ge=0)
+    evaluate_every: int = Field(50, gt=0)  # steps
+    seed: int = 0
+
+
+class TrainingSettings(Steps):
     """What training an expert's weights takes, whatever it learns from (fusion/branch.py)."""
 
     data: DataSource
     held_out: DataSource | None = None  # None: the domain's own held_out
     lora_rank: int | None = Field(None, gt=0)  # None: full weights
     rows: int = Field(1000, gt=0)
-    steps: int = Field(200, gt=0)
-    batch_rows: int = Field(16, gt=0)
-    gradient_accumulation: int = Field(1, gt=0)
-    max_length: int = Field(1024, gt=0)  # tokens a packed sequence
     learning_rate: float = Field(1e-4, gt=0)
-    warmup_steps: int = Field(10, ge=0)
-    evaluate_every: int = Field(50, gt=0)  # steps
     held_out_rows: int = Field(64, gt=0)  # for the loss that picks the best step
     score_rows: int = Field(32, gt=0)  # for the task score before and after
     max_new_tokens: int = Field(128, gt=0)
     allow_no_gain: bool = False
-    seed: int = 0
 
 
 class AnswerSampling(Section):
@@ -308,10 +314,20 @@ class Routing(Section):
     )  # None: every layer; the others keep the anchor's dense MLP
 
 
+class Refinement(Steps):
+    """How gates that are fitted layer by layer learn on from the answers' loss (method lm, gate_training/refine.py)."""
+
+    steps: int = Field(40, gt=0)
+    learning_rate: float = Field(1e-3, ge=0)
+    evaluate_every: int = Field(10, gt=0)  # steps
+    load_balance: float = Field(0.0, ge=0)  # weight of transformers' load-balance loss
+
+
 class GateTraining(Section):
     """How the gates are fitted (gate_training/)."""
 
-    method: Literal["ridge", "cross-entropy", "likelihood", "regression", "auto"] = "cross-entropy"
+    # lm: cross-entropy, then refinement through the whole model
+    method: Literal["ridge", "cross-entropy", "likelihood", "regression", "lm", "auto"] = "cross-entropy"
     # the rows' own domain, or what rules, classifier or both (rules first) say of the question
     labels: Literal["data", "rules", "classifier", "combined"] = "data"
     classifier: str | None = None  # a transformers sequence classifier; None: one on the anchor's hidden states
@@ -324,7 +340,37 @@ class GateTraining(Section):
     propagation: Literal["gates", "labels"] = "gates"
     threshold: float | None = Field(None, ge=0.5, lt=1)  # of confidence, below which a token goes to the general expert
     window: int = Field(8, ge=0)  # tokens to each side whose likelihoods decide a token's label (method likelihood)
+    refinement: Refinement = Refinement()  # of method lm
     seed: int = 0
+
+
+class HealSettings(Steps):
+    """How the shared parts of a merge of drifted experts learn to serve them all (fusion/heal.py)."""
+
+    rows: int = Field(1000, gt=0)  # a domain, of its train data
+    held_out_rows: int = Field(32, gt=0)  # a domain, for the loss that picks the best step
+    score_rows: int = Field(32, gt=0)  # a domain, for the task score before and after
+    max_new_tokens: int = Field(128, gt=0)
+    lora_rank: int = Field(16, gt=0)  # of the attention
+    top_logits: int = Field(64, gt=0)  # of the own expert's, kept for every answer token
+
+
+class Loading(Section):
+    """How accelerate spreads a whole model over cards, memory and disk (evaluate, heal, gate_training.method lm)."""
+
+    # None: auto where there is a GPU, otherwise all in memory
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    max_memory: dict[int | str, int | str] = {}  # of card 0, 1, ... and cpu (20GiB); the rest goes to disk
+    offload_folder: str | None = None  # for what goes to disk; None: a temporary folder
+
+    @model_validator(mode="after")
+    def _devices(self) -> "Loading":
+        if self.max_memory and self.device_map is None:
+            raise ValueError("'max_memory' says nothing without a 'device_map': set that to auto")
+        for device in self.max_memory:
+            if device != "cpu" and not str(device).isdecimal():
+                raise ValueError(f"max_memory is of cards, by number, and of 'cpu', not of '{device}'")
+        return self
 
 
 class Evaluation(Section):
@@ -387,6 +433,8 @@ class Recipe(Section):
     branches_at_once: int = Field(1, gt=0)  # experts trained side by side, one thread each: for small models on CPUs
     routing: Routing = Routing()
     gate_training: GateTraining = GateTraining()
+    heal: HealSettings | None = None  # where there is one, `run` heals the merge before it evaluates
+    loading: Loading = Loading()
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
     _places: dict[Location, str] = PrivateAttr(default_factory=dict)  # of what was read from a file

@@ -39,6 +39,7 @@ def write_report(recipe: Recipe) -> Path:
             (folder / "gates.md").read_text(encoding="utf-8"),
             "![Routing accuracy by layer](gates.png)",
             "",
+            *(["## Healing", "", (folder / "healing.md").read_text(encoding="utf-8")] if "healed" in manifest else []),
             "## Answers",
             "",
             answers,

@@ -1,4 +1,4 @@
-"""The whole road of a recipe, step by step: plan, branch, anchor, merge, train-gates, evaluate, ask.
+"""The whole road of a recipe, step by step: plan, branch, anchor, merge, train-gates, heal, evaluate, ask.
 
     qwen-fusion run configs/demo.yaml
 
@@ -8,6 +8,7 @@ they were.
 
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
 
-LATER = ("merge", "train-gates", "evaluate", "ask")
+LATER = ("merge", "train-gates", "heal", "evaluate", "ask")
 
 
 def run(recipe: Recipe) -> None:
@@ -70,6 +71,8 @@ def run(recipe: Recipe) -> None:
         anchor(recipe)
     merge(recipe)
     train_gates(recipe)
+    if recipe.heal:
+        heal(recipe)
     evaluate(recipe)
     ask_samples(recipe)
     report(recipe)
@@ -330,6 +333,7 @@ def merge(recipe: Recipe, force: bool = False) -> None:
         from fusion.merge import merge as merge_models
 
         merge_models(recipe, out)
+        shutil.rmtree(_unhealed(recipe), ignore_errors=True)
         forget(recipe.folder, LATER[1:])  # the gates are random again
 
     named = [expert.model_dump(mode="json", exclude={"branch", "anchor"}) for expert in recipe.experts]
@@ -356,7 +360,8 @@ def _shared_step(recipe: Recipe) -> Step:
 
 
 def train_gates(recipe: Recipe, force: bool = False) -> None:
-    """Fits the fused model's gates and writes their report."""
+    """Fits the gates of the fused model as it was merged, before any healing, and writes their report."""
+    from fusion.healed import restore
     from fusion.merge import gates_are_trained, write_papers
     from gate_training.trainer import is_helper
     from gate_training.trainer import train_gates as train
@@ -365,10 +370,13 @@ def train_gates(recipe: Recipe, force: bool = False) -> None:
     if is_helper():
         train(recipe, folder)
         return
+    if recipe.heal is None:
+        restore(folder, _unhealed(recipe))
 
     def action() -> str:
         from gate_training.report import write_report
 
+        restore(folder, _unhealed(recipe))
         result = train(recipe, folder)
         write_report(result, recipe.folder)
         last = result.layers[-1]
@@ -377,7 +385,7 @@ def train_gates(recipe: Recipe, force: bool = False) -> None:
             f"{last.answer_accuracy:.1%} of answer tokens"
         )
 
-    weights = [path for path in sorted(folder.glob("[a-z]*.safetensors")) if path.name != "gates.safetensors"]
+    weights = [path for path in _merged_shards(recipe) if path.name != "gates.safetensors"]
     data = _domain_files(recipe)
     parts = [recipe.gate_training, recipe.domains, [expert.domain for expert in recipe.experts]]
     outputs = [folder / "gates.safetensors", *(recipe.folder / f"gates.{kind}" for kind in ("json", "md", "png"))]
@@ -386,16 +394,67 @@ def train_gates(recipe: Recipe, force: bool = False) -> None:
     write_papers(recipe, folder)
 
 
+def heal(recipe: Recipe, force: bool = False) -> None:
+    """Trains attention, norms and gates of the fused model end to end. Raises UserError where no section says how."""
+    from fusion.heal import heal as heal_model
+    from fusion.heal import markdown
+    from fusion.healed import is_healed, restore
+    from fusion.merge import write_papers
+
+    if recipe.heal is None:
+        raise UserError("the recipe has no 'heal' section: add one (`heal: {}` takes what is usual)")
+    folder, path = _fused(recipe), recipe.folder / "healing.json"
+    _refuse_random_gates(folder)
+
+    def action() -> str:
+        restore(folder, _unhealed(recipe))
+        result = heal_model(recipe, folder, _unhealed(recipe))
+        write_text(recipe.folder / "healing.md", markdown(result.as_dict()))
+        write_json(path, result.as_dict())
+        before, after = (result.retained_share(row) for row in ("merged", "healed"))
+        share = "no gain to retain" if before is None else f"{before:.2f} -> {after:.2f} of the experts' gain kept"
+        return f"{share}, {result.tokens:,} tokens in {result.seconds:.0f} s"
+
+    sources = [anchor_source(recipe), *(original_source(recipe, expert) for expert in recipe.experts)]
+    models = [path for source in sources for path in source.paths]
+    parts = [recipe.heal, recipe.domains, [expert.domain for expert in recipe.experts]]
+    inputs = [*_merged_shards(recipe), *models, *_domain_files(recipe)]
+    outputs = [path, recipe.folder / "healing.md"]
+    run_step(Step("heal", parts, inputs, outputs, action), recipe.folder, force or not is_healed(folder))
+    write_papers(recipe, folder)
+
+
+def _unhealed(recipe: Recipe) -> Path:
+    """Where healing keeps the files that it replaces, as merge and train-gates left them."""
+    return recipe.folder / "unhealed"
+
+
+def _merged_shards(recipe: Recipe) -> list[Path]:
+    """The fused model's weights as merge and train-gates left them, wherever they lie."""
+    from fusion.healed import is_healed
+
+    folder, kept = _fused(recipe), _unhealed(recipe)
+    shards = sorted(folder.glob("[a-z]*.safetensors"))
+    if not is_healed(folder):
+        return shards
+    return [kept / path.name if (kept / path.name).is_file() else path for path in shards]
+
+
+def _refuse_random_gates(folder: Path) -> None:
+    from fusion.merge import gates_are_trained
+
+    if not gates_are_trained(folder):
+        raise UserError(f"the gates in {folder} are random ones: run `qwen-fusion train-gates` on the recipe first")
+
+
 def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     """Measures the fused model beside its experts; returns the figures."""
     from fusion.evaluation.evaluate import evaluate as measure
     from fusion.evaluation.evaluate import result_path
     from fusion.evaluation.table import draw_routing, markdown
-    from fusion.merge import gates_are_trained
 
     folder, path = _fused(recipe), result_path(recipe)
-    if not gates_are_trained(folder):
-        raise UserError(f"the gates in {folder} are random ones: run `qwen-fusion train-gates` on the recipe first")
+    _refuse_random_gates(folder)
 
     def action() -> None:
         result = measure(recipe)

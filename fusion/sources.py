@@ -1,5 +1,8 @@
 """Where a recipe's models lie: named ones on the hub or on disk, trained ones under the recipe's output folder."""
 
+import shutil
+import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from fusion.adapter import Adapter
 from fusion.checkpoint import resolve_model
 from fusion.errors import UserError
 from fusion.hardware import attention_implementation, compute_dtype
-from fusion.recipe import Expert, Recipe
+from fusion.recipe import Expert, Loading, Recipe
 
 SHARED_NOTE, ANCHORING_NOTE = "shared.json", "anchoring.json"
 
@@ -114,21 +117,53 @@ def shared_expert_source(recipe: Recipe) -> ModelSource | None:
     return ModelSource("shared", resolve_model(name))
 
 
-def load_model(source: ModelSource, attention: str = "auto") -> Any:
-    """The whole model for inference in the dtype that is fast here, its adapter merged in."""
+def load_model(
+    source: ModelSource,
+    attention: str = "auto",
+    loading: Loading | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """The whole model for inference, its adapter merged in, spread by accelerate as `loading` says.
+
+    `dtype` is the one that is fast here where none is named. What is offloaded to disk lies in `loading`'s folder, or
+    in a temporary one that goes with the model.
+    """
     from transformers import AutoModelForCausalLM
 
     if source.adapter:
         Adapter(source.adapter)  # refuses a pickled one, which PEFT would read
+    loading = loading or Loading()
+    limits = {int(device) if str(device).isdecimal() else device: size for device, size in loading.max_memory.items()}
+    spread = loading.device_map or ("auto" if torch.cuda.is_available() else None)
+    offload = loading.offload_folder or (tempfile.mkdtemp(prefix="qwen-fusion-offload-") if spread else None)
     model = AutoModelForCausalLM.from_pretrained(
         source.folder,
-        dtype=compute_dtype(),
+        dtype=dtype or compute_dtype(),
         attn_implementation=attention_implementation(attention),
-        device_map="auto" if torch.cuda.is_available() else None,
+        device_map=spread,
+        max_memory=limits or None,
+        offload_folder=offload,
         use_safetensors=True,
     ).eval()
+    _keep_empty(model)
     if source.adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, source.adapter).merge_and_unload()
+    if offload and not loading.offload_folder:
+        weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
     return model
+
+
+def _keep_empty(model: Any) -> None:
+    """Takes weights without elements (a fused model's missing shared expert) out of accelerate's offloading.
+
+    They are in no file, where its hooks would look for them.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    for module in model.modules():
+        weight, hook = getattr(module, "weight", None), getattr(module, "_hf_hook", None)
+        if hook is not None and weight is not None and weight.numel() == 0:
+            module.weight = torch.nn.Parameter(torch.empty_like(weight, device=hook.execution_device))
+            remove_hook_from_module(module)

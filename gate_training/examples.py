@@ -89,8 +89,10 @@ def expert_labels(recipe: Recipe, examples: Sequence[RoutingExample]) -> list[in
 class RoutingData:
     """Labelled conversations as token ids: those that gates are fitted on, and those that they are judged by."""
 
+    train_examples: list[RoutingExample]
     train: list[Encoded]
     train_labels: list[int]  # the expert of each
+    held_out_examples: list[RoutingExample]
     held_out: list[Encoded]
     held_out_labels: list[int]
     domains: list[str]  # of held-out conversations
@@ -128,8 +130,10 @@ def routing_data(recipe: Recipe, folder: Path) -> RoutingData:
     train = routing_examples(recipe, "train", settings.rows)
     held_out = routing_examples(recipe, "held_out", settings.held_out_rows)
     return RoutingData(
+        train_examples=train,
         train=[encode(tokenizer, row.example, settings.max_length) for row in train],
         train_labels=expert_labels(recipe, train),
+        held_out_examples=held_out,
         held_out=[encode(tokenizer, row.example, settings.max_length) for row in held_out],
         held_out_labels=expert_labels(recipe, held_out),
         domains=[example.domain for example in held_out],

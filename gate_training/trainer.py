@@ -6,8 +6,9 @@
 At every layer the tokens pass the attention, the gate is fitted on the exact input it will see when served (the output
 of post_attention_layernorm, chat template applied), and the tokens move on through the experts that the fresh gate
 picks, or through their label's (`propagation`). Held-out examples travel along, always by the gates, and are only
-measured. `auto` fits with every method and keeps the one with the least answer loss on them. An interrupted fit goes on
-after the last layer that was done. Processes share the conversations; what they add up are sums.
+measured. `auto` fits with every such method and keeps the one with the least answer loss on them; `lm` goes on from
+cross-entropy through the whole model (gate_training/refine.py). An interrupted fit goes on after the last layer that
+was done. Processes share the conversations; what they add up are sums.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -55,6 +56,7 @@ class GateReport:
     layers: list[LayerReport]
     # where methods were compared, by what is compared (gate_training/compare.py)
     compared: dict[str, Losses] = field(default_factory=dict)
+    refined: dict[str, Any] | None = None  # method lm: gate_training.refine.Refined
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -67,9 +69,12 @@ def train_gates(recipe: Recipe, folder: Path) -> GateReport:
     Raises UserError where the data leave an expert without examples.
     """
     settings = recipe.gate_training
+    PartialState().wait_for_everyone()  # for the one that has prepared the folder
     data = routing_data(recipe, folder)
     if settings.method == "auto":
         gates, report = _best(recipe, folder, data)
+    elif settings.method == "lm":
+        gates, report = _refined(recipe, folder, data)
     else:
         gates, report = fit_gates(recipe, folder, data, settings.method)
     if not is_helper():
@@ -98,6 +103,32 @@ def _best(recipe: Recipe, folder: Path, data: RoutingData) -> tuple[Gates, GateR
     best = min(METHODS, key=lambda name: mean_loss(compared[compared_name(name, recipe.routing.top_k)]))
     chosen, report = fitted[best]
     return chosen, replace(report, compared=compared)
+
+
+def _refined(recipe: Recipe, folder: Path, data: RoutingData) -> tuple[Gates, GateReport]:
+    """Gates by cross-entropy, refined by the answers' loss; both compared, the report that of the refined ones."""
+    from gate_training.refine import refine  # transformers' Trainer takes seconds to import
+
+    start, report = fit_gates(recipe, folder, data, "cross-entropy")
+    gates, refined = refine(recipe, folder, start, data)
+    compared = references(recipe, folder, data)
+    losses = held_out_losses(folder, data, {"cross-entropy": start, "lm": gates})
+    compared |= {compared_name(name, recipe.routing.top_k): row for name, row in losses.items()}
+    layers = _layer_reports(recipe, folder, data, gates)
+    return gates, replace(report, method="lm", layers=layers, compared=compared, refined=asdict(refined))
+
+
+def _layer_reports(recipe: Recipe, folder: Path, data: RoutingData, gates: Gates) -> list[LayerReport]:
+    """Held-out routing of gates that are there already."""
+    checkpoint, batches = Checkpoint(folder), data.held_out_batches()
+    stream = LayerStream(checkpoint, batches, description="gates by lm")
+    reports = []
+    for layer in stream:
+        layer.attend()
+        if layer.sparse:
+            reports.append(layer_report(layer.index, gates[layer.index], stream, batches, data.domains, recipe))
+        layer.mix(gated(gates, checkpoint.config["num_experts_per_tok"]))
+    return reports
 
 
 def fit_gates(

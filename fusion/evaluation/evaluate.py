@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint, read_json
-from fusion.data import ChatExample, general_rows, load_examples, trained_on
+from fusion.data import ChatExample, domain_rows, general_rows, load_examples, trained_on
 from fusion.drift import as_plain, moved_by_group
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import UserError
@@ -23,9 +22,10 @@ from fusion.evaluation.baselines import expert_prompts, hidden_gates, random_gat
 from fusion.evaluation.generate import answer_examples
 from fusion.evaluation.intervals import difference, mean_interval, retained_share
 from fusion.evaluation.scores import score
-from fusion.layers import Gates, checkpoint_gates
+from fusion.layers import checkpoint_gates
 from fusion.progress import console
 from fusion.recipe import Recipe
+from fusion.router import place_gates
 from fusion.served import routed_weight
 from fusion.sources import (
     ANCHORING_NOTE,
@@ -94,9 +94,9 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         figures["own_expert"].update({name: found[name] for name in own})
         cross[expert.name] = {name: mean_interval(f.scores).value for name, f in found.items()}
     fewer = {name: rows[: settings.baseline_rows] for name, rows in held_out.items()}
-    fused = load_model(ModelSource("fused", folder), recipe.attn_implementation)
+    fused = load_model(ModelSource("fused", folder), recipe.attn_implementation, recipe.loading)
     for name, gate in gates.items():
-        _set_gates(fused, gate)
+        place_gates(fused, gate)
         wanted = scored if name == "fused_trained" else fewer
         figures[name] = _score_model(recipe, fused, tokenizer, wanted, name)
     del fused
@@ -183,7 +183,7 @@ def _extra(recipe: Recipe) -> dict[str, list[ChatExample]]:
 def _leave_out_trained(
     recipe: Recipe, gate_rows: dict[str, list[ChatExample]], held_out: dict[str, list[ChatExample]]
 ) -> None:
-    """Takes out of the rows to be scored, with a note, those that an expert or the gates were trained on.
+    """Takes out of the rows to be scored, with a note, those that an expert, the gates or a healing were trained on.
 
     Raises UserError where that leaves none.
     """
@@ -194,6 +194,8 @@ def _leave_out_trained(
                 trained += load_examples(section.data, expert.domain, section.rows, section.seed)
         if expert.branch:
             trained += general_rows(recipe, expert.branch)
+    if recipe.heal:
+        trained += domain_rows(recipe, "train", recipe.heal.rows, recipe.heal.seed)
     seen = trained_on(trained)
     for name, rows in held_out.items():
         kept = [row for row in rows if not seen(row)]
@@ -204,17 +206,12 @@ def _leave_out_trained(
             rows[:] = kept
 
 
-def _set_gates(model: Any, gates: Gates) -> None:
-    """Puts gates `(experts, hidden)` into a loaded fused model."""
-    state = {gate_tensor(layer): gate for layer, gate in gates.items()}
-    unknown = model.load_state_dict(state, strict=False).unexpected_keys
-    assert not unknown, f"transformers names gates otherwise: {unknown}"
-
-
 def _scores(
     recipe: Recipe, source: ModelSource, tokenizer: Any, examples: dict[str, list[ChatExample]]
 ) -> dict[str, Figures]:
-    return _score_model(recipe, load_model(source, recipe.attn_implementation), tokenizer, examples, source.name)
+    return _score_model(
+        recipe, load_model(source, recipe.attn_implementation, recipe.loading), tokenizer, examples, source.name
+    )
 
 
 def _score_model(

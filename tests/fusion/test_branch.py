@@ -18,6 +18,7 @@ from fusion.errors import UserError
 from fusion.evaluation.generate import answer_losses
 from fusion.packing import IGNORED, pack, training_row
 from fusion.recipe import BranchSettings, DataSource
+from fusion.training import fitting
 from tests.families import byte_tokenizer, config, write_model
 
 SHARED = ("attention", "norms", "embeddings")
@@ -248,6 +249,6 @@ def test_loss_counts_answers_and_their_end_alone(anchor: Path):
     labels = training_row(tokenizer, row)["labels"]
     assert labels == [IGNORED] * start + ids[start:]
     assert tokenizer.decode(ids[start:]) == row.answer + tokenizer.eos_token
-    assert len(branch._fitting(tokenizer, [row, row], 64)) == 2
+    assert len(fitting(tokenizer, [row, row], 64, "branch")) == 2
     with pytest.raises(UserError, match="max_length"):
-        branch._fitting(tokenizer, [row], 4)
+        fitting(tokenizer, [row], 4, "branch")

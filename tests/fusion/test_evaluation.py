@@ -14,11 +14,11 @@ from fusion.checkpoint import Checkpoint
 from fusion.data import chat
 from fusion.encoding import encode, load_tokenizer
 from fusion.evaluation.baselines import embedding_gates, hidden_gates, random_gates
-from fusion.evaluation.evaluate import _set_gates
 from fusion.evaluation.intervals import difference, mean_interval, retained_share
 from fusion.evaluation.table import _anchoring, _moved
 from fusion.layers import checkpoint_gates
 from fusion.merge import merge
+from fusion.router import place_gates
 from fusion.served import expert_shares
 from gate_training.trainer import install_gates
 from tests.recipes import make_recipe
@@ -110,6 +110,6 @@ def test_shares_of_an_answer_are_what_transformers_routes(
             expected.index_add_(0, chosen[answer, slot], weights[answer, slot])
     assert torch.allclose(torch.tensor(list(shares.values())), expected / expected.sum(), atol=1e-4)
 
-    _set_gates(model, {layer: torch.zeros_like(gate) for layer, gate in gates.items()})
+    place_gates(model, {layer: torch.zeros_like(gate) for layer, gate in gates.items()})
     with torch.no_grad():
         assert not torch.allclose(model(torch.tensor([encoded.ids])).logits, output.logits)
