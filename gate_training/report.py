@@ -35,6 +35,10 @@ def markdown(report: GateReport) -> str:
         lines.append(f"| {row.layer} | " + " | ".join(cells) + " |")
     if report.compared:
         lines += ["", *_compared(report.compared)]
+    if report.refined:
+        loss = "{loss_before:.4f} -> {loss_after:.4f} at step {best_step} of {steps}".format(**report.refined)
+        cost = "{tokens:,} tokens, {seconds:.0f} s".format(**report.refined)
+        lines += ["", f"Refined through the whole model (`lm`): held-out loss, mean over domains, {loss}; {cost}."]
     lines += [
         "",
         "Share of held-out tokens per expert:",
