@@ -140,54 +140,77 @@ def fit_gates(
     """
     settings, checkpoint, process = recipe.gate_training, Checkpoint(folder), PartialState()
     dtype = getattr(torch, checkpoint_dtype(folder))
-    experts = len(recipe.experts)
     top_k = top_k or checkpoint.config["num_experts_per_tok"]
     general = recipe.expert_of(general_domain(recipe.domains))
     incremental = method == "ridge" and settings.propagation == "labels"
     statistics = Statistics(recipe, folder, data) if incremental else None
-    trained, hidden = data.train_batches(statistics.missing if statistics else None), checkpoint.config["hidden_size"]
-    if len(trained) < process.num_processes and trained:
+    work = _laid_out(recipe, checkpoint, data, method, top_k, statistics)
+    weights = read_json(folder / MANIFEST)["sha256"]
+    notes = LayerNotes(recipe.folder, (settings, method, top_k, data.digest(), weights), process.process_index)
+    gates, reports = notes.restore(work.stream)
+    route = _labels_first(gates, top_k, work.trained) if settings.propagation == "labels" else gated(gates, top_k)
+    for layer in work.stream:
+        layer.attend()
+        if layer.sparse:
+            work.tokens.reach(layer)
+            work.judges.reach(layer)
+            sums = statistics.add(layer.index, work.tokens) if statistics else moments(work.tokens)
+            gate = METHODS[method](work.judges, sums, settings)
+            if settings.threshold is not None:
+                gate = lean(gate, sums, general, settings.threshold)
+            gates[layer.index] = gate.to("cpu", dtype)  # tokens move on through what will be served, rounding included
+            reports.append(
+                layer_report(layer.index, gates[layer.index], work.stream, work.measured, data.domains, recipe)
+            )
+        layer.mix(route)
+        notes.keep(layer.index, work.stream, gates, reports)
+    if statistics and process.is_main_process:
+        statistics.save()
+    counts = [sum(len(row.ids) for row in rows) for rows in (data.train, data.held_out)]
+    return gates, GateReport(method, settings.labels, counts[0], counts[1], data.rules_agreement, reports)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """This process's share: the stream, what of it is trained on and what is held out, and the tokens a fit sees.
+
+    `judges` choose what is chosen: the same tokens, or where sums stand for those, the held-out ones.
+    """
+
+    stream: LayerStream
+    trained: list[Batch]
+    measured: list[Batch]
+    tokens: LayerTokens
+    judges: LayerTokens
+
+
+def _laid_out(
+    recipe: Recipe, checkpoint: Checkpoint, data: RoutingData, method: str, top_k: int, statistics: Statistics | None
+) -> _Work:
+    """The conversations that this process streams. Raises UserError where there are too few for all processes."""
+    process, experts = PartialState(), len(recipe.experts)
+    trained = data.train_batches(statistics.missing if statistics else None)
+    if trained and len(trained) < process.num_processes:
         raise UserError(
             f"{process.num_processes} processes are more than the {len(trained)} batches of routing examples: launch "
             "fewer, or lower gate_training.batch_tokens"
         )
     share = slice(process.process_index, None, process.num_processes)
-    marks = [torch.zeros(0, 2, dtype=torch.bool), *token_marks(trained, hidden)[share]]
+    marks = [torch.zeros(0, 2, dtype=torch.bool), *token_marks(trained, checkpoint.config["hidden_size"])[share]]
     trained, measured = trained[share], data.held_out_batches()[share]
     targets = label_targets(trained, experts)
     if method == "likelihood":
-        targets = torch.cat(token_targets(checkpoint, trained, experts, settings.window))
+        targets = torch.cat(token_targets(checkpoint, trained, experts, recipe.gate_training.window))
     batches = joined([trained, measured])
     before = sum(len(batch.rows) for batch in trained)
     trained, measured = batches[: len(trained)], batches[len(trained) :]
-    measured = [replace(batch, rows=batch.rows - before) for batch in measured]
+    measured = [replace(batch, rows=batch.rows - before) for batch in measured]  # as `data` numbers them
     stream = LayerStream(checkpoint, batches, dtype=compute_dtype(), description=f"gates by {method}")
-    tokens = LayerTokens(stream, trained, targets, torch.cat(marks), top_k if method == "regression" else None)
-    judged = tokens
+    tokens = judges = LayerTokens(stream, trained, targets, torch.cat(marks), top_k if method == "regression" else None)
     if statistics:
         wanted = label_targets(measured, experts)
-        judged = LayerTokens(stream, measured, wanted, torch.tensor([[False, True]]).expand(len(wanted), 2))
-    weights = read_json(folder / MANIFEST)["sha256"]
-    notes = LayerNotes(recipe.folder, (settings, method, top_k, data.digest(), weights), process.process_index)
-    gates, reports = notes.restore(stream)
-    route = _labels_first(gates, top_k, trained) if settings.propagation == "labels" else gated(gates, top_k)
-    for layer in stream:
-        layer.attend()
-        if layer.sparse:
-            tokens.reach(layer)
-            judged.reach(layer)
-            sums = statistics.add(layer.index, tokens) if statistics else moments(tokens)
-            gate = METHODS[method](judged, sums, settings)
-            if settings.threshold is not None:
-                gate = lean(gate, sums, general, settings.threshold)
-            gates[layer.index] = gate.to("cpu", dtype)  # tokens move on through what will be served, rounding included
-            reports.append(layer_report(layer.index, gates[layer.index], stream, measured, data.domains, recipe))
-        layer.mix(route)
-        notes.keep(layer.index, stream, gates, reports)
-    if statistics and process.is_main_process:
-        statistics.save()
-    counts = [sum(len(row.ids) for row in rows) for rows in (data.train, data.held_out)]
-    return gates, GateReport(method, settings.labels, counts[0], counts[1], data.rules_agreement, reports)
+        judges = LayerTokens(stream, measured, wanted, torch.tensor([[False, True]]).expand(len(wanted), 2))
+    return _Work(stream, trained, measured, tokens, judges)
 
 
 def _labels_first(gates: Gates, top_k: int, trained: list[Batch]) -> Route:
