@@ -196,7 +196,7 @@ class AnchoringSettings(TrainingSettings):
 
     method: Literal["logits", "text"]
     teacher: str | None = None  # path or hub id, for logits with the anchor's vocabulary; None: the drifted expert
-    # whose MLPs the training starts from; best: the one of the others with the least held-out loss
+    # whose MLPs the training starts from; best: of expert, halfway and anchor the one with the least held-out loss
     start: Literal["best", "expert", "halfway", "anchor", "transported"] = "best"
     top_logits: int = Field(64, gt=0)  # of the teacher's, kept for every answer token
     sampling: AnswerSampling = AnswerSampling()  # of the teacher's answers, for text
