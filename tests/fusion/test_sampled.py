@@ -120,6 +120,7 @@ def test_requests_ask_for_all_samples_and_repeat_themselves(sampler: Sampler) ->
 
 
 def test_a_killed_call_goes_on_behind_its_last_whole_line(sampler: Sampler) -> None:
+    sampler = changed(sampler, questions_at_once=1)  # lines come in the order of the answers
     rows = sums(5)
     script = [completion(f"it is {2 * i}", "no", "no") for i in range(5)]
     with Upstream(*script) as upstream:
