@@ -104,7 +104,6 @@ class Sampler:
                 gpu_memory_utilization=serving.gpu_memory_utilization,
                 max_model_len=self.settings.max_model_len,
                 cpu_kv_cache_bytes=serving.cpu_kv_cache_bytes,
-                whole_prompts=True,
             )
             with Engine(settings, log) as engine:
                 try:

@@ -39,8 +39,7 @@ class EngineSettings:
     `yarn_factor` stretches the model's positions by that factor. `cpu_kv_cache_bytes` is used on CPU, where a share
     of all memory would be asked for per worker; `gpu_memory_utilization` on GPU. `compact_json` writes constrained JSON
     without any white space, so that no model can fill its budget with spaces; experts trained on another style answer
-    better without it. `whole_prompts` reads every prompt in one step: vLLM 0.32's CPU build ends when a request with a
-    `seed` has its prompt cut ("CPU Generator does not use offset").
+    better without it.
     """
 
     model: str
@@ -54,7 +53,6 @@ class EngineSettings:
     temperature: float = 0.7
     top_p: float = 0.9
     compact_json: bool = False
-    whole_prompts: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,12 +102,12 @@ def engine_arguments(settings: EngineSettings, hardware: Hardware, port: int) ->
         length = length or overrides["max_position_embeddings"]
     if length is not None:
         arguments.append(f"--max-model-len={length}")
-    if settings.whole_prompts:
-        arguments.append("--no-enable-chunked-prefill")
     if hardware.gpus:
         arguments.append(f"--gpu-memory-utilization={settings.gpu_memory_utilization}")
     else:
         arguments += [f"--kv-cache-memory-bytes={settings.cpu_kv_cache_bytes}", "--enforce-eager"]
+        # vLLM 0.32's CPU build ends when a request with a seed has its prompt cut ("CPU Generator does not use offset")
+        arguments.append("--no-enable-chunked-prefill")
     return arguments
 
 

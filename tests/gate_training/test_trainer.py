@@ -22,14 +22,14 @@ from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint, file_hash, read_json
 from fusion.encoding import encode, encode_batches, load_tokenizer
 from fusion.errors import UserError
-from fusion.layers import Batch, Layer, LayerStream, checkpoint_gates
+from fusion.layers import Batch, Layer, LayerStream, checkpoint_gates, gated
 from fusion.merge import GATES_FILE, merge
 from fusion.recipe import Recipe
 from gate_training import trainer
 from gate_training.compare import ANCHOR, LABELLED, OWN, held_out_losses, mean_loss, mergekit_gates, retained
 from gate_training.examples import expert_labels, routing_data, routing_examples
 from gate_training.labelling.likelihood import token_targets
-from gate_training.layer_tokens import LayerTokens, token_marks
+from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
 from gate_training.methods import InMemory, TokenPass, Tokens, moments, ridge
 from gate_training.methods.regression import costs
 from gate_training.report import markdown
@@ -60,9 +60,12 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.name: file_hash(path) for path in folder.iterdir()}
 
 
-def gate_inputs(folder: Path, rows: list[list[int]]) -> list[dict[int, torch.Tensor]]:
+def gate_inputs(
+    folder: Path, rows: list[list[int]], dtype: torch.dtype = torch.float32
+) -> list[dict[int, torch.Tensor]]:
     """transformers' own output of post_attention_layernorm by layer, `(length, hidden)`, for each row alone."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    loaded = {} if dtype == torch.float32 else {"experts_implementation": "eager"}  # the other ones know no float64
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **loaded).eval()
     seen: dict[int, torch.Tensor] = {}
 
     def keep(layer: int) -> Callable[..., None]:
@@ -119,6 +122,27 @@ def test_gates_are_fitted_on_what_transformers_will_feed_them(
     for layer, (x, y) in zip(layers, fitted_on, strict=True):
         assert torch.allclose(x, torch.cat([expected[row][layer] for row in order]), atol=1e-4)
         assert y.tolist() == [labels[row] for row in order for _ in rows[row]]
+
+
+def test_streamed_sums_are_those_of_the_whole_model(recipe: Recipe, folder: Path) -> None:
+    """In float64, but for what transformers' own norm rounds to float32 inside."""
+    data, checkpoint = routing_data(recipe, folder), Checkpoint(folder)
+    batches = data.train_batches()
+    stream = LayerStream(checkpoint, batches, dtype=torch.float64)
+    targets = label_targets(batches, 3).double()
+    tokens = LayerTokens(stream, batches, targets, torch.cat(token_marks(batches, stream.hidden)))
+    expected = gate_inputs(folder, [row.ids for row in data.train], torch.float64)
+    whole = torch.cat([torch.full((len(row.ids),), k) for row, k in zip(data.train, data.train_labels, strict=True)])
+    for layer in stream:
+        layer.attend()
+        tokens.reach(layer)
+        streamed = moments(tokens)
+        x = torch.cat([row[layer.index] for row in expected])
+        assert x.dtype == torch.float64
+        wanted = (x.T @ x, x.T @ torch.nn.functional.one_hot(whole, 3).double())
+        for found, sums in zip((streamed.gram, streamed.cross), wanted, strict=True):
+            assert float((found - sums).norm() / sums.norm()) < 1e-8
+        layer.mix(gated(checkpoint_gates(checkpoint), 1))
 
 
 def test_the_prompt_is_the_chat_template_and_the_answer_ends_with_its_mark(recipe: Recipe, folder: Path) -> None:

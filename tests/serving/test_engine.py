@@ -49,20 +49,18 @@ def test_arguments_on_a_cpu(model: Path) -> None:
     settings = EngineSettings(str(model), "m", dtype="float32", tensor_parallel_size=2, max_model_len=2048)
     arguments = engine_arguments(settings, CPU, 9000)
     for argument in ("--host=127.0.0.1", "--port=9000", "--dtype=float32", "--tensor-parallel-size=2",
-                     "--max-model-len=2048", "--enforce-eager", f"--kv-cache-memory-bytes={1 << 30}",
+                     "--max-model-len=2048", "--enforce-eager", "--no-enable-chunked-prefill", f"--kv-cache-memory-bytes={1 << 30}",
                      "--enable-auto-tool-choice", "--tool-call-parser=hermes", "--generation-config=vllm",
                      '--override-generation-config={"temperature": 0.7, "top_p": 0.9}'):  # fmt: skip
         assert argument in arguments
     assert not any("gpu-memory" in argument for argument in arguments)
-    assert "--no-enable-chunked-prefill" not in arguments
-    assert "--no-enable-chunked-prefill" in engine_arguments(replace(settings, whole_prompts=True), CPU, 9000)
     assert engine_environment(settings, CPU)["VLLM_CPU_OMP_THREADS_BIND"] == "0|1"
 
 
 def test_arguments_on_gpus(model: Path) -> None:
     arguments = engine_arguments(EngineSettings(str(model), "m", tensor_parallel_size=2), Hardware(2, (0, 1)), 9000)
     assert "--gpu-memory-utilization=0.9" in arguments
-    assert not {"--enforce-eager"} & set(arguments)
+    assert not {"--enforce-eager", "--no-enable-chunked-prefill"} & set(arguments)
     assert not any("kv-cache-memory-bytes" in argument for argument in arguments)
     assert "VLLM_CPU_OMP_THREADS_BIND" not in engine_environment(EngineSettings(str(model), "m"), Hardware(1, (0,)))
 
