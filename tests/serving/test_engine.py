@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,8 @@ def test_arguments_on_a_cpu(model: Path) -> None:
     settings = EngineSettings(str(model), "m", dtype="float32", tensor_parallel_size=2, max_model_len=2048)
     arguments = engine_arguments(settings, CPU, 9000)
     for argument in ("--host=127.0.0.1", "--port=9000", "--dtype=float32", "--tensor-parallel-size=2",
-                     "--max-model-len=2048", "--enforce-eager", "--no-enable-chunked-prefill", f"--kv-cache-memory-bytes={1 << 30}",
+                     "--max-model-len=2048", "--enforce-eager", "--no-enable-chunked-prefill",
+                     f"--kv-cache-memory-bytes={1 << 30}",
                      "--enable-auto-tool-choice", "--tool-call-parser=hermes", "--generation-config=vllm",
                      '--override-generation-config={"temperature": 0.7, "top_p": 0.9}'):  # fmt: skip
         assert argument in arguments
