@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fusion.data import ChatExample, domain_rows
+from fusion.data import ChatExample, domain_rows, trained_on
 from fusion.encoding import Encoded, encode, load_tokenizer
 from fusion.errors import UserError
 from fusion.layers import Batch, make_batches
+from fusion.progress import console
 from fusion.recipe import Recipe
 from gate_training.labelling.classifier import Classify, recipe_classifier
 from gate_training.labelling.combine import QuestionLabel, label_questions
@@ -129,6 +130,13 @@ def routing_data(recipe: Recipe, folder: Path) -> RoutingData:
     settings, tokenizer = recipe.gate_training, load_tokenizer(folder)
     train = routing_examples(recipe, "train", settings.rows)
     held_out = routing_examples(recipe, "held_out", settings.held_out_rows)
+    seen = trained_on([row.example for row in train])
+    if both := sum(seen(row.example) for row in held_out):
+        console.print(
+            f"  {both} of {len(held_out)} held-out routing examples are also trained on: what they say flatters",
+            highlight=False,
+            soft_wrap=True,
+        )
     return RoutingData(
         train_examples=train,
         train=[encode(tokenizer, row.example, settings.max_length) for row in train],

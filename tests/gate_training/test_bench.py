@@ -1,0 +1,68 @@
+"""The benchmark's figures: what is quoted is what the weights have, and the peers' way trains gates alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from fusion import road
+from fusion.checkpoint import Checkpoint
+from fusion.errors import UserError
+from fusion.layers import checkpoint_gates
+from fusion.recipe_file import load_recipe
+from gate_training import bench
+from gate_training.bench import Run, quality
+from gate_training.examples import routing_data
+from gate_training.peer import routing_accuracy
+from gate_training.trainer import fit_gates, install_gates
+from tests.recipes import QUESTIONS, recipe_data
+
+
+@pytest.fixture
+def path(tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]) -> Path:
+    """A recipe whose held-out rows are not its training rows."""
+    short = {"rows": 4, "max_new_tokens": 4, "batch_rows": 8, "hidden_prompts": 2}
+    data = recipe_data(tmp_path, anchor, anchored_experts, evaluation=short)
+    for name, domain in data["domains"].items():
+        file = tmp_path / f"{name}-held-out.jsonl"
+        rows = [{"prompt": f"{question} Well?", "answer": f"{name}"} for question in QUESTIONS[name]]
+        file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+        domain["held_out"] = {"path": str(file)}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return recipe
+
+
+def test_what_is_retained_is_quoted_only_where_the_weights_still_have_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "RUNS", {"demo": Run(str(path))})
+    assert quality() == {"demo_mean": None, "demo_worst": None}
+    assert f"qwen-fusion run {path}" in capsys.readouterr().out
+    recipe = load_recipe(path)
+    road.merge(recipe)
+    road.train_gates(recipe)
+    result = road.evaluate(recipe)
+    shares = [d["retained_share_by_loss"] for d in result["domains"].values()]
+    shares = [share for share in shares if share is not None]
+    assert shares
+    found = quality()
+    assert found["demo_mean"] == pytest.approx(sum(shares) / len(shares)) and found["demo_worst"] == min(shares)
+    gates = checkpoint_gates(Checkpoint(recipe.fused))
+    install_gates(recipe.fused, {layer: gate.roll(1, 0) for layer, gate in gates.items()})  # every token elsewhere
+    with pytest.raises(UserError, match="evaluate --force"):
+        quality()
+
+
+def test_routing_accuracy_is_the_layer_reports(path: Path) -> None:
+    recipe = load_recipe(path)
+    road.merge(recipe)
+    data = routing_data(recipe, recipe.fused)
+    gates, report = fit_gates(recipe, recipe.fused, data, "ridge")
+    install_gates(recipe.fused, gates)
+    model = AutoModelForCausalLM.from_pretrained(recipe.fused, dtype=torch.float32)
+    found = routing_accuracy(model, data.held_out_batches())
+    assert found == pytest.approx(sum(layer.accuracy for layer in report.layers) / len(report.layers), abs=1e-4)
