@@ -246,6 +246,7 @@ class Layer:
             gate = self._read("mlp.shared_expert_gate.")["weight"]
             shares = [torch.sigmoid(F.linear(stream.inputs(batch).to(self.device), gate)) for batch in stream.batches]
             self._pass("mlp.shared_expert.", every, torch.cat(shares).float().cpu(), 0)
+        self._mlps.clear()
 
     def _pass(self, mlp: str, tokens: torch.Tensor, weights: torch.Tensor | None, share: float = 1) -> None:
         """Adds the output of one MLP, times `weights` `(tokens, 1)`, to the states of `tokens`, by number.
@@ -259,11 +260,12 @@ class Layer:
                 output *= weights[start : start + MLP_TOKENS].to(self.device, output.dtype)
             self._stream.add(part, output)
             self._stream.passed(share * len(part))
-        del self._mlps[mlp]
+        self._mlps.pop(mlp, None)
 
     @torch.no_grad()
     def every_expert(self, x: torch.Tensor) -> torch.Tensor:
         """What each routed expert makes of gate input `x`, `(experts, tokens, hidden)`; kept in memory for `mix`."""
+        x = x.to(self.device, self._stream.dtype)
         return torch.stack([self._mlp(f"mlp.experts.{expert}.", x) for expert in range(self.experts)])
 
     def dense_mlp(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -338,7 +338,8 @@ class GateTraining(Section):
     ridge: float = Field(1e-3, gt=0)  # λ of method ridge, relative to the mean diagonal of the Gram matrix
     # while gates are fitted, tokens move on through the experts that the fresh gates pick, or through their label's
     propagation: Literal["gates", "labels"] = "gates"
-    threshold: float | None = Field(None, ge=0.5, lt=1)  # of confidence, below which a token goes to the general expert
+    # a token goes to the general expert unless the gate gives another one this probability against it
+    threshold: float | None = Field(None, ge=0.5, lt=1)
     window: int = Field(8, ge=0)  # tokens to each side whose likelihoods decide a token's label (method likelihood)
     refinement: Refinement = Refinement()  # of method lm
     seed: int = 0

@@ -5,6 +5,7 @@ models that the fused one is measured against; the gates' rows are the methods a
 and with two experts a token.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fusion.checkpoint import Checkpoint
@@ -51,18 +52,19 @@ def references(recipe: Recipe, folder: Path, data: RoutingData) -> dict[str, Los
     return {**found, OWN: own, LABELLED: _losses(Checkpoint(folder), data, forced(), LABELLED)}
 
 
-def mergekit_gates(recipe: Recipe, folder: Path) -> dict[str, Gates]:
-    """mergekit's gate modes for the fused model in `folder`, by name."""
+def mergekit_gates(recipe: Recipe, folder: Path, modes: Sequence[str] | None = None) -> dict[str, Gates]:
+    """mergekit's gates for the fused model in `folder`, by name; of `modes` alone where they are given."""
     settings, config, tokenizer = recipe.gate_training, Checkpoint(folder).config, load_tokenizer(folder)
     rows = {name: domain_rows(recipe, "train", settings.rows, settings.seed, [name]) for name in recipe.domains}
     prompts, base = expert_prompts(recipe, rows, tokenizer), base_source(recipe).folder
-    return {
-        "mergekit random": random_gates(config, settings.seed),
-        "mergekit uniform_random": random_gates(config, settings.seed, uniform=True),
-        "mergekit cheap_embed": embedding_gates(config, base, tokenizer, prompts),
-        HIDDEN: hidden_gates(config, base, tokenizer, prompts),
-        "mergekit hidden_avg": hidden_gates(config, base, tokenizer, prompts, average=True),
+    made: dict[str, Callable[[], Gates]] = {
+        "mergekit random": lambda: random_gates(config, settings.seed),
+        "mergekit uniform_random": lambda: random_gates(config, settings.seed, uniform=True),
+        "mergekit cheap_embed": lambda: embedding_gates(config, base, tokenizer, prompts),
+        HIDDEN: lambda: hidden_gates(config, base, tokenizer, prompts),
+        "mergekit hidden_avg": lambda: hidden_gates(config, base, tokenizer, prompts, average=True),
     }
+    return {mode: made[mode]() for mode in modes or made}
 
 
 def compared_name(gates: str, top_k: int) -> str:

@@ -26,15 +26,16 @@ from fusion.recipe import GateTraining
 from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
 from gate_training.methods import cross_entropy, moments
 
+HIDDEN, INNER, VOCABULARY, KEYS = 3584, 18944, 152064, 512  # keys: of 4 heads, as values
 SHAPES = {  # config.json of Qwen/Qwen2.5-7B-Instruct, one layer of it
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
     "num_attention_heads": 28,
     "num_key_value_heads": 4,
     "num_hidden_layers": 1,
-    "vocab_size": 152064,
+    "vocab_size": VOCABULARY,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e6,
     "max_position_embeddings": 32768,
@@ -46,38 +47,35 @@ ROW = 512  # tokens a conversation
 
 def tensors(experts: int) -> Iterator[tuple[str, torch.Tensor]]:
     """The random tensors that a layer stream reads, one at a time, in bfloat16."""
-    hidden, inner = SHAPES["hidden_size"], SHAPES["intermediate_size"]
-    assert isinstance(hidden, int) and isinstance(inner, int)
-    kv = hidden // 28 * 4
 
     def random(*shape: int, std: float = 0.02) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(std=std)
 
-    yield "model.embed_tokens.weight", random(152064, hidden, std=1.0)
+    yield "model.embed_tokens.weight", random(VOCABULARY, HIDDEN, std=1.0)
     layer = "model.layers.0."
-    yield layer + "input_layernorm.weight", torch.ones(hidden, dtype=torch.bfloat16)
-    yield layer + "post_attention_layernorm.weight", torch.ones(hidden, dtype=torch.bfloat16)
-    for name, size in (("q", hidden), ("k", kv), ("v", kv)):
-        yield f"{layer}self_attn.{name}_proj.weight", random(size, hidden)
+    yield layer + "input_layernorm.weight", torch.ones(HIDDEN, dtype=torch.bfloat16)
+    yield layer + "post_attention_layernorm.weight", torch.ones(HIDDEN, dtype=torch.bfloat16)
+    for name, size in (("q", HIDDEN), ("k", KEYS), ("v", KEYS)):
+        yield f"{layer}self_attn.{name}_proj.weight", random(size, HIDDEN)
         yield f"{layer}self_attn.{name}_proj.bias", random(size)
-    yield layer + "self_attn.o_proj.weight", random(hidden, hidden)
+    yield layer + "self_attn.o_proj.weight", random(HIDDEN, HIDDEN)
     for expert in range(experts):
         for part in MLP_PARTS:
-            shape = (hidden, inner) if part == "down_proj" else (inner, hidden)
+            shape = (HIDDEN, INNER) if part == "down_proj" else (INNER, HIDDEN)
             yield f"{layer}mlp.experts.{expert}.{part}.weight", random(*shape)
 
 
 def matmul_rate() -> float:
-    """Products of the machine's dtype and device in FLOP/s: (2048, 3584) x (3584, 18944), the best of five."""
+    """Products in the dtype and on the device of a fit, in FLOP/s: (2048, hidden) x (hidden, intermediate), best of five."""
     device, dtype = stream_device(), compute_dtype()
-    x = torch.randn(2048, 3584, device=device, dtype=dtype)
-    weight = torch.randn(18944, 3584, device=device, dtype=dtype)
+    x = torch.randn(2048, HIDDEN, device=device, dtype=dtype)
+    weight = torch.randn(INNER, HIDDEN, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
         float(torch.nn.functional.linear(x, weight)[0, 0])  # waits for the device
         best = min(best, time.perf_counter() - start)
-    return 2 * 2048 * 3584 * 18944 / best
+    return 2 * 2048 * HIDDEN * INNER / best
 
 
 def measure(tokens: int, experts: int) -> dict[str, Any]:
@@ -90,7 +88,7 @@ def measure(tokens: int, experts: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
         rows = tokens // ROW
         labels = [row % experts for row in range(rows)]
-        span = 152064 // experts
+        span = VOCABULARY // experts
         ids = [(torch.randint(span, (ROW,), generator=generator) + label * span).tolist() for label in labels]
         batches = make_batches(ids, labels=labels)
         start = time.perf_counter()
@@ -104,8 +102,7 @@ def measure(tokens: int, experts: int) -> dict[str, Any]:
             gates[layer.index] = cross_entropy.fit(given, moments(given), GateTraining()).cpu()
             layer.mix(gated(gates, 1))
         seconds = time.perf_counter() - start
-        attention = 2 * stream.hidden**2 + 2 * stream.hidden * (stream.hidden // 28 * 4)
-        needed = 2 * stream.tokens * (attention + 3 * 3584 * 18944)  # FLOP of the dense layer's products
+        needed = 2 * stream.tokens * HIDDEN * (2 * HIDDEN + 2 * KEYS + 3 * INNER)  # FLOP of the dense layer's products
         inputs = torch.cat([stream.inputs(batch)[:8].float() for batch in batches])
         wanted = torch.cat([batch.token_labels()[:8] for batch in batches])
         right = (inputs @ gates[0].T).argmax(dim=1) == wanted

@@ -40,6 +40,11 @@ class LayerTokens:
         self._sampled = marks[:, 1].nonzero()[:, 0].to(stream.device)  # (sample,)
         self._sample = self._all
 
+    @property
+    def hidden(self) -> int:
+        """The width of the inputs."""
+        return self._stream.hidden
+
     def reach(self, layer: Layer) -> None:
         """Takes the inputs of `layer`, after its attention."""
         inputs = self._stream.inputs(self._span)
@@ -47,7 +52,7 @@ class LayerTokens:
             inputs = inputs.to(self._stream.device)
         self._all = replace(self._all, inputs=inputs)
         if self._top_k is not None:
-            found = [costs(layer.every_expert(p.inputs.to(p.targets)), p.targets, self._top_k) for p in self()]
+            found = [costs(layer.every_expert(p.inputs).float(), p.targets, self._top_k) for p in self()]
             self._all = replace(self._all, costs=torch.cat(found))
         everything = len(self._sampled) == len(inputs)
         self._sample = self._all if everything else self._all.part(self._sampled)

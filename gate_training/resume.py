@@ -1,7 +1,7 @@
 """What a fit keeps of every layer, so that one that was interrupted goes on from there, bit for bit.
 
-The hidden states after a layer, the gates and their reports, in `<output>/.gates`, written aside and renamed; the files
-of the layer before go when the next are complete.
+The hidden states after a layer, the gates and their reports, in `<output>/.gates`, written aside and renamed. The notes
+of the layer before go when those of all processes are complete, and a fit goes on from the last layer that all have.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -23,11 +25,16 @@ FOLDER = ".gates"
 
 
 class LayerNotes:
-    """The notes of one fit by one process: `parts` tell it from any other."""
+    """The notes of one fit: `parts` tell it from any other."""
 
-    def __init__(self, folder: Path, parts: tuple[Any, ...], process: int):
-        key = hashlib.sha256(json.dumps(parts, default=_plain, sort_keys=True).encode()).hexdigest()[:16]
-        self._path = folder / FOLDER / f"{key}-{process}.safetensors"
+    def __init__(self, folder: Path, parts: tuple[Any, ...]):
+        process = PartialState()
+        told = json.dumps([process.num_processes, *parts], default=_plain, sort_keys=True)
+        self._folder = folder / FOLDER
+        self._stem = f"{hashlib.sha256(told.encode()).hexdigest()[:16]}-{process.process_index}"
+
+    def _path(self, layer: int) -> Path:
+        return self._folder / f"{self._stem}.{layer}.safetensors"
 
     @staticmethod
     def forget(folder: Path) -> None:
@@ -37,20 +44,25 @@ class LayerNotes:
     def keep(self, layer: int, stream: LayerStream, gates: Gates, reports: list[LayerReport]) -> None:
         """Notes that `layer` is done."""
         tensors = {"states": stream.states, **{f"gate.{index}": gate for index, gate in gates.items()}}
-        said = {"layer": str(layer), "reports": json.dumps([dataclasses.asdict(report) for report in reports])}
-        with written_aside(self._path) as aside:
+        said = {"reports": json.dumps([dataclasses.asdict(report) for report in reports])}
+        with written_aside(self._path(layer)) as aside:
             save_file(tensors, aside, said)
+        PartialState().wait_for_everyone()
+        self._path(layer - 1).unlink(missing_ok=True)
 
     def restore(self, stream: LayerStream) -> tuple[Gates, list[LayerReport]]:
         """Brings `stream` to where the notes end; the gates and reports so far, none where there are no notes."""
-        if not self._path.is_file():
+        mine = [int(path.name.split(".")[-2]) for path in self._folder.glob(f"{self._stem}.*.safetensors")]
+        common = set.intersection(*map(set, gather_object([mine])))
+        if not common:
             return {}, []
+        layer = max(common)
         try:
-            with safe_open(self._path, framework="pt") as file:
-                said = file.metadata()
-                gates = {int(n.removeprefix("gate.")): file.get_tensor(n) for n in file.offset_keys() if n != "states"}
-                stream.resume(int(said["layer"]) + 1, file.get_tensor("states"))
-        except SafetensorError:
+            with safe_open(self._path(layer), framework="pt") as file:
+                said, names = file.metadata(), [name for name in file.offset_keys() if name != "states"]
+                gates = {int(name.removeprefix("gate.")): file.get_tensor(name) for name in names}
+                stream.resume(layer + 1, file.get_tensor("states"))
+        except SafetensorError:  # a broken disk: the file was complete when it was renamed
             return {}, []
         return dict(sorted(gates.items())), [_report(row) for row in json.loads(said["reports"])]
 

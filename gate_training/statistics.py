@@ -4,8 +4,8 @@
 
 Under label-forced propagation what an expert's examples look like at every layer depends on the shared parts and that
 expert alone. So their sums stay right when another expert comes or goes: only experts whose weights or rows have
-changed are run again. (DUME, 2026, adds up statistics over experts in the same way.) One file an expert in
-`<output>/statistics`, hidden² numbers a layer.
+changed are run again. (DUME, 2026, adds up statistics over experts in the same way.) One file an expert and layer in
+`<output>/statistics`, hidden² numbers each.
 """
 
 import hashlib
@@ -13,9 +13,12 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from fusion.architecture import expert_tensor
 from fusion.checkpoint import Checkpoint, read_json, written_aside
 from fusion.merge import MANIFEST
 from fusion.recipe import Recipe
@@ -28,55 +31,68 @@ class Statistics:
     """The sums of all experts: those on record, and those that are added layer by layer."""
 
     def __init__(self, recipe: Recipe, folder: Path, data: RoutingData):
-        self._paths = [recipe.folder / "statistics" / f"{expert.name}.safetensors" for expert in recipe.experts]
-        self._keys = [_key(folder, data, index) for index in range(len(recipe.experts))]
-        self.missing = {i for i, path in enumerate(self._paths) if _key_of(path) != self._keys[i]}
-        self._new: dict[int, dict[str, torch.Tensor]] = {index: {} for index in self.missing}
+        self._folders = [recipe.folder / "statistics" / expert.name for expert in recipe.experts]
+        checkpoint = Checkpoint(folder)
+        first = [expert_tensor(f"model.layers.{i}.mlp.gate_proj.weight", 0) for i in range(_layers(checkpoint))]
+        sparse = [layer for layer, name in enumerate(first) if name in checkpoint]
+        found: list[list[str]] = [[]]
+        if PartialState().is_main_process:
+            found = [[_key(checkpoint, folder, data, index) for index in range(len(recipe.experts))]]
+        self._keys: list[str] = broadcast_object_list(found)[0]
+        self.missing = {
+            index
+            for index, key in enumerate(self._keys)
+            if any(_key_of(self._path(index, layer)) != key for layer in sparse)
+        }
+        PartialState().wait_for_everyone()  # before anyone writes
+
+    def _path(self, index: int, layer: int) -> Path:
+        return self._folders[index] / f"{layer}.safetensors"
 
     def add(self, layer: int, tokens: LayerTokens) -> Moments:
-        """Takes the sums of `tokens`, of missing experts, at `layer`; returns those of all experts."""
+        """Takes and keeps the sums of `tokens`, of missing experts, at `layer`; returns those of all experts."""
         found = _label_sums(tokens, self.missing)
-        for index, path in enumerate(self._paths):
-            if index in found:
-                self._new[index] |= {f"{layer}.{name}": part for name, part in found[index].items()}
-            else:
-                with safe_open(path, framework="pt") as file:
-                    found[index] = {name: file.get_tensor(f"{layer}.{name}") for name in ("gram", "sum", "count")}
-        rows = [found[index] for index in range(len(self._paths))]
-        gram = sum((row["gram"].double() for row in rows), torch.zeros(()))
-        cross = torch.stack([row["sum"].double() for row in rows], dim=1)  # (hidden, experts)
-        return Moments(gram, cross, int(sum(row["count"] for row in rows)))
-
-    def save(self) -> None:
-        """Writes the files of the experts that were missing."""
-        for index, tensors in self._new.items():
-            with written_aside(self._paths[index]) as aside:
-                save_file(tensors, aside, {"key": self._keys[index]})
+        if PartialState().is_main_process:
+            for index, sums in found.items():
+                with written_aside(self._path(index, layer)) as aside:
+                    save_file(sums, aside, {"key": self._keys[index]})
+        total: Moments | None = None
+        for index in range(len(self._keys)):
+            sums = found[index] if index in found else load_file(self._path(index, layer))
+            cross = torch.zeros(len(sums["sum"]), len(self._keys), dtype=torch.double)
+            cross[:, index] = sums["sum"]
+            mine = Moments(sums["gram"], cross, int(sums["count"]))
+            total = mine if total is None else total + mine
+        assert total is not None
+        return total
 
 
 def _label_sums(tokens: LayerTokens, experts: set[int]) -> dict[int, dict[str, torch.Tensor]]:
-    """XᵀX `(hidden, hidden)`, Σx `(hidden,)` and the count of each label's tokens, in float32 as kept."""
-    sums: dict[int, list[torch.Tensor]] = {expert: [torch.zeros(())] * 3 for expert in sorted(experts)}
+    """XᵀX `(hidden, hidden)`, Σx `(hidden,)` and the count of each label's tokens, in float64."""
+    names = {"gram": (tokens.hidden, tokens.hidden), "sum": (tokens.hidden,), "count": ()}
+    sums = {e: {n: torch.zeros(shape, dtype=torch.double) for n, shape in names.items()} for e in sorted(experts)}
     for part in tokens():
         labels = part.targets.argmax(dim=1)
-        for expert, so_far in sums.items():
+        for expert, total in sums.items():
             x = part.inputs[labels == expert]
-            found = [(x.T @ x).double(), x.double().sum(dim=0), torch.tensor(float(len(x)), dtype=torch.double)]
-            sums[expert] = [total + more.cpu() for total, more in zip(so_far, found, strict=True)]
-    return {
-        expert: dict(zip(("gram", "sum", "count"), (summed(part).float() for part in found), strict=True))
-        for expert, found in sums.items()
-    }
+            total["gram"] += (x.T @ x).double().cpu()
+            total["sum"] += x.double().sum(dim=0).cpu()
+            total["count"] += len(x)
+    return {expert: {name: summed(part) for name, part in total.items()} for expert, total in sums.items()}
 
 
-def _key(folder: Path, data: RoutingData, index: int) -> str:
+def _layers(checkpoint: Checkpoint) -> int:
+    count: int = checkpoint.config["num_hidden_layers"]
+    return count
+
+
+def _key(checkpoint: Checkpoint, folder: Path, data: RoutingData, index: int) -> str:
     """What the sums of expert `index` depend on."""
     shards: dict[str, str] = read_json(folder / MANIFEST)["sha256"]
     shared = {name: value for name, value in shards.items() if not name.startswith("expert-")}
     rows = [row.ids for row, label in zip(data.train, data.train_labels, strict=True) if label == index]
     digest = hashlib.sha256(json.dumps([shared, rows], sort_keys=True).encode())
-    checkpoint = Checkpoint(folder)
-    for layer in range(checkpoint.config["num_hidden_layers"]):  # by content: a shard's names change with the number
+    for layer in range(_layers(checkpoint)):  # by content: a shard's names change with the expert's number
         for name, tensor in sorted(checkpoint.tensors(f"model.layers.{layer}.mlp.experts.{index}.").items()):
             digest.update(name.encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,4 @@
-"""A threshold on a gate's confidence: below it a token falls back to the general expert.
+"""A threshold on a gate's odds against the general expert: below it a token falls back to that.
 
 A gate has no bias, so the general expert's head start of log(t / (1 - t)) is given along the direction v that comes
 closest to v·x = 1 over the training tokens, v = (XᵀX)⁻¹ Σx. Against it alone another expert then needs a probability

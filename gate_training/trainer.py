@@ -74,6 +74,8 @@ def train_gates(recipe: Recipe, folder: Path) -> GateReport:
     if settings.method == "auto":
         gates, report = _best(recipe, folder, data)
     elif settings.method == "lm":
+        if PartialState().num_processes > 1:
+            raise UserError("gate_training.method 'lm' is the work of one process: launch one")
         gates, report = _refined(recipe, folder, data)
     else:
         gates, report = fit_gates(recipe, folder, data, settings.method)
@@ -95,6 +97,8 @@ def _best(recipe: Recipe, folder: Path, data: RoutingData) -> tuple[Gates, GateR
     The report has those of every method and of mergekit's gates, with one and with two experts a token.
     """
     fitted = {name: fit_gates(recipe, folder, data, name) for name in METHODS}
+    if is_helper():
+        return fitted["ridge"]  # the comparison is one process's
     gates = {name: found for name, (found, _) in fitted.items()} | mergekit_gates(recipe, folder)
     compared = references(recipe, folder, data)
     for top_k in sorted({1, 2, recipe.routing.top_k} & set(range(1, len(recipe.experts) + 1))):
@@ -138,7 +142,7 @@ def fit_gates(
 
     Tokens move on through their first `top_k` experts (None: the checkpoint's).
     """
-    settings, checkpoint, process = recipe.gate_training, Checkpoint(folder), PartialState()
+    settings, checkpoint = recipe.gate_training, Checkpoint(folder)
     dtype = getattr(torch, checkpoint_dtype(folder))
     top_k = top_k or checkpoint.config["num_experts_per_tok"]
     general = recipe.expert_of(general_domain(recipe.domains))
@@ -146,7 +150,8 @@ def fit_gates(
     statistics = Statistics(recipe, folder, data) if incremental else None
     work = _laid_out(recipe, checkpoint, data, method, top_k, statistics)
     weights = read_json(folder / MANIFEST)["sha256"]
-    notes = LayerNotes(recipe.folder, (settings, method, top_k, data.digest(), weights), process.process_index)
+    missing = sorted(statistics.missing) if statistics else None
+    notes = LayerNotes(recipe.folder, (settings, method, top_k, data.digest(), weights, missing))
     gates, reports = notes.restore(work.stream)
     route = _labels_first(gates, top_k, work.trained) if settings.propagation == "labels" else gated(gates, top_k)
     for layer in work.stream:
@@ -164,8 +169,6 @@ def fit_gates(
             )
         layer.mix(route)
         notes.keep(layer.index, work.stream, gates, reports)
-    if statistics and process.is_main_process:
-        statistics.save()
     counts = [sum(len(row.ids) for row in rows) for rows in (data.train, data.held_out)]
     return gates, GateReport(method, settings.labels, counts[0], counts[1], data.rules_agreement, reports)
 
@@ -190,14 +193,16 @@ def _laid_out(
     """The conversations that this process streams. Raises UserError where there are too few for all processes."""
     process, experts = PartialState(), len(recipe.experts)
     trained = data.train_batches(statistics.missing if statistics else None)
-    if trained and len(trained) < process.num_processes:
-        raise UserError(
-            f"{process.num_processes} processes are more than the {len(trained)} batches of routing examples: launch "
-            "fewer, or lower gate_training.batch_tokens"
-        )
+    held_out = data.held_out_batches()
+    for batches in filter(None, (trained, held_out)):
+        if len(batches) < process.num_processes:
+            raise UserError(
+                f"{process.num_processes} processes are more than the {len(batches)} batches of routing examples: "
+                "launch fewer, or lower gate_training.batch_tokens"
+            )
     share = slice(process.process_index, None, process.num_processes)
     marks = [torch.zeros(0, 2, dtype=torch.bool), *token_marks(trained, checkpoint.config["hidden_size"])[share]]
-    trained, measured = trained[share], data.held_out_batches()[share]
+    trained, measured = trained[share], held_out[share]
     targets = label_targets(trained, experts)
     if method == "likelihood":
         targets = torch.cat(token_targets(checkpoint, trained, experts, recipe.gate_training.window))

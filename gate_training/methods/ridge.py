@@ -25,7 +25,7 @@ def best_temperature(tokens: TokenPass, weight: torch.Tensor) -> float:
     """The factor among TEMPERATURES on `weight` `(experts, hidden)` with the least cross-entropy on the labels."""
     losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
     for part in tokens.sample():
-        scores = part.inputs @ weight.T  # (tokens, experts)
+        scores = part.inputs @ weight.T.to(part.inputs.device)  # (tokens, experts)
         for i, temperature in enumerate(TEMPERATURES):
-            losses[i] += label_loss(scores * temperature, part)[0].double().sum()
+            losses[i] += float(label_loss(scores * float(temperature), part)[0].double().sum())
     return float(TEMPERATURES[summed(losses).argmin()])

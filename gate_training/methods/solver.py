@@ -52,19 +52,21 @@ class _Problem:
 
     def __init__(self, tokens: TokenPass, moments: Moments, token_loss: TokenLoss):
         self._tokens, self._loss = tokens, token_loss
-        rows = [[len(part.inputs), part.held_back.sum(), part.judged.sum()] for part in tokens.sample()]
-        sampled, held_back, self.judged = summed(torch.tensor(rows).sum(dim=0)).tolist()
+        counts = torch.zeros(3, dtype=torch.long)
+        for part in tokens.sample():
+            counts += torch.tensor([len(part.inputs), int(part.held_back.sum()), int(part.judged.sum())])
+        sampled, held_back, self.judged = summed(counts).tolist()
         self._sampled = sampled - held_back
         self._count = moments.count
         diagonal = moments.gram.diagonal() / moments.count
         self.scale = diagonal.sqrt().clamp_min(1e-6).float()  # (hidden,)
-        self._moments = (moments.gram / moments.count / torch.outer(self.scale, self.scale).double()).float()
+        self._moments = moments.gram / moments.count / torch.outer(self.scale, self.scale).double()
 
     def solve(self, weight: torch.Tensor, penalty: float, steps: int, choosing: bool = False) -> torch.Tensor:
         """The gate after at most `steps` from `weight`, on all tokens or (`choosing`) the sample but its held back."""
         curvature = CURVATURE * self._moments
         curvature.diagonal().add_(penalty + 1e-7)
-        factor = torch.linalg.cholesky(curvature)  # (hidden, hidden), of W = u factor⁻¹
+        factor = torch.linalg.cholesky(curvature).float()  # (hidden, hidden), of W = u factor⁻¹
         free = (weight @ factor).requires_grad_(True)
         optimizer = torch.optim.LBFGS(
             [free], max_iter=steps, history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-6

@@ -40,7 +40,7 @@ def test_what_is_retained_is_quoted_only_where_the_weights_still_have_it(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "RUNS", {"demo": Run(str(path))})
-    assert quality() == {"demo_mean": None, "demo_worst": None}
+    assert quality() == {"demo_mean": None, "demo_worst": None, "demo_hidden": None}
     assert f"qwen-fusion run {path}" in capsys.readouterr().out
     recipe = load_recipe(path)
     road.merge(recipe)

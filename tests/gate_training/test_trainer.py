@@ -195,6 +195,18 @@ def test_trained_gates_tell_the_domains_apart(recipe: Recipe, folder: Path) -> N
     assert all(row.answer_accuracy > 0.9 for row in report.layers)
 
 
+def test_gates_are_fitted_in_bfloat16_where_the_machine_has_it(
+    recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "compute_dtype", lambda: torch.bfloat16)
+    data = routing_data(recipe, folder)
+    for method in METHODS:
+        gates, report = fit_gates(recipe, folder, data, method, 2)
+        assert all(gate.isfinite().all() for gate in gates.values())
+        if method != "likelihood":
+            assert report.layers[0].answer_accuracy > 0.9
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_training_twice_gives_the_same_bytes(recipe: Recipe, folder: Path, method: str) -> None:
     chosen = recipe.gate_training.model_copy(update={"method": method})
@@ -399,13 +411,15 @@ def interrupted_at(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-@pytest.mark.parametrize("method", ["cross-entropy", "auto"])  # auto begins with ridge
+@pytest.mark.parametrize("method", ["cross-entropy", "auto", "ridge by kept sums"])  # auto begins with ridge
 def test_an_interrupted_fit_goes_on_after_its_last_layer(
     recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch, layer: int, method: str
 ) -> None:
-    recipe = with_settings(recipe, method=method)
+    method, _, kept_sums = method.partition(" ")
+    recipe = with_settings(recipe, method=method, propagation="labels" if kept_sums else "gates")
     whole = train_gates(recipe, folder)
     first = file_hash(folder / GATES_FILE)
+    shutil.rmtree(recipe.folder / "statistics", ignore_errors=True)
     with monkeypatch.context() as patch:
         interrupted_at(layer, patch)
         with pytest.raises(KeyboardInterrupt):
@@ -424,6 +438,9 @@ def test_an_interrupted_fit_goes_on_after_its_last_layer(
     assert file_hash(folder / GATES_FILE) == first
     assert again == whole
     assert not (recipe.folder / ".gates").exists()
+    if kept_sums:  # all layers of all experts are on record
+        train_gates(recipe, folder)
+        assert file_hash(folder / GATES_FILE) == first
 
 
 def test_notes_of_other_rows_are_not_taken_up(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,7 +519,7 @@ def test_an_expert_comes_and_goes_without_the_others_rows(
     assert all(torch.equal(again[layer], gate) for layer, gate in without.items())
 
 
-def test_statistics_of_two_halves_add_up(recipe: Recipe, folder: Path) -> None:
+def test_statistics_of_two_halves_add_up() -> None:
     x, labels = torch.randn(100, 8), torch.arange(100) % 3
     targets, none = torch.nn.functional.one_hot(labels, 3).float(), torch.zeros(100, dtype=torch.bool)
     whole = Tokens(x.double(), targets.double(), none, none)
