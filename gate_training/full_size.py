@@ -66,7 +66,7 @@ def tensors(experts: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def matmul_rate() -> float:
-    """Products in the dtype and on the device of a fit, in FLOP/s: (2048, hidden) x (hidden, intermediate), best of five."""
+    """FLOP/s of (2048, hidden) x (hidden, intermediate) in the dtype and on the device of a fit, the best of five."""
     device, dtype = stream_device(), compute_dtype()
     x = torch.randn(2048, HIDDEN, device=device, dtype=dtype)
     weight = torch.randn(INNER, HIDDEN, device=device, dtype=dtype)

@@ -17,9 +17,9 @@ from gate_training.methods import Moments, TokenPass, Tokens, summed
 
 # (scores (tokens, experts), tokens) -> losses (tokens,) and their slopes in the scores (tokens, experts)
 TokenLoss = Callable[[torch.Tensor, Tokens], tuple[torch.Tensor, torch.Tensor]]
-PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+PENALTIES = (1e-1, 1e-2, 1e-3, 1e-5, 1e-7)
 FALLBACK = 1e-3  # where no conversation can be held back
-STEPS = 8  # of L-BFGS at each penalty; a hundred more at the last gain nothing on tokens not seen (notebooks/LOG.md)
+STEPS = 6  # of L-BFGS at each penalty; more at the last gain nothing on tokens not seen (notebooks/LOG.md)
 CURVATURE = 0.05  # of a token's loss in its scores, about
 
 
