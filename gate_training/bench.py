@@ -226,8 +226,9 @@ def main(path: str) -> None:
     shares = throughput(recipe)
     peers = against_peers(path)
     large = _child("gate_training.full_size", "100000", "5")
+    dense = _child("gate_training.full_size", "8192")["tokens_per_s"]
     print(
-        f"at 7B shapes, {large['experts']} experts, {large['tokens']:,} tokens: {large['tokens_per_s']:.0f} tokens/s a "
+        f"at 7B shapes, a dense layer's forward pass: {dense:.0f} tokens/s; gate training, {large['experts']} experts, {large['tokens']:,} tokens: {large['tokens_per_s']:.0f} tokens/s a "
         f"layer, {large['share_of_matmul_rate']:.2f} of the matmul rate, {large['peak_rss_gb']:.2f} GB resident at most"
     )
     kept = quality()
@@ -235,6 +236,7 @@ def main(path: str) -> None:
         "throughput_vs_forward_top1": shares["cross-entropy, top-1"],
         "throughput_vs_forward_top2": shares["cross-entropy, top-2"],
         **peers,
+        "throughput_vs_forward_top1_7b_shapes": large["tokens_per_s"] / dense,
         "peak_rss_gb_7b_shapes": large["peak_rss_gb"],
         "retained_demo_mean": kept["demo_mean"],
         "retained_demo_worst": kept["demo_worst"],

@@ -1,6 +1,7 @@
 """Gate training at the layer shapes of Qwen2.5-7B: memory, tokens/s, and the share of the machine's matmul rate.
 
     python -m gate_training.full_size 100000 5     # tokens, experts
+    python -m gate_training.full_size 8192         # a plain forward pass of transformers' dense layer, for comparison
 
 One layer with random weights, written to disk as a fused checkpoint is, and hidden states in a file. Every expert's
 tokens come from a part of the vocabulary, so that there is something to learn. Prints one JSON object.
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Qwen2Config, Qwen2Model
 
 from fusion.architecture import MLP_PARTS, fused_config
 from fusion.checkpoint import Checkpoint, write_json
@@ -118,5 +120,21 @@ def measure(tokens: int, experts: int) -> dict[str, Any]:
     }
 
 
+def forward(tokens: int) -> dict[str, float]:
+    """tokens/s of transformers' dense layer without head on rows as above, a few at a time."""
+    config = Qwen2Config(
+        **{**SHAPES, "vocab_size": ROW, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    )
+    model = Qwen2Model(config).to(stream_device(), compute_dtype()).eval()
+    rows = torch.arange(ROW, device=model.device).expand(8, -1)  # (8, ROW)
+    with torch.inference_mode():
+        start = time.perf_counter()
+        for _ in range(tokens // rows.numel()):
+            states = model(input_ids=rows, use_cache=False).last_hidden_state
+        float(states[0, 0, 0])  # waits for the device
+    return {"tokens_per_s": tokens // rows.numel() * rows.numel() / (time.perf_counter() - start)}
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(*(int(given) for given in sys.argv[1:3]))))
+    given = [int(number) for number in sys.argv[1:]]
+    print(json.dumps(forward(*given) if len(given) == 1 else measure(*given)))
