@@ -228,8 +228,8 @@ def main(path: str) -> None:
     large = _child("gate_training.full_size", "100000", "5")
     dense = _child("gate_training.full_size", "8192")["tokens_per_s"]
     print(
-        f"at 7B shapes, a dense layer's forward pass: {dense:.0f} tokens/s; gate training, {large['experts']} experts, "
-        f"{large['tokens']:,} tokens: {large['tokens_per_s']:.0f} tokens/s a layer, {large['share_of_matmul_rate']:.2f} "
+        f"at 7B shapes a dense layer's forward pass: {dense:.0f} tokens/s; gate training, {large['experts']} experts, "
+        f"{large['tokens']:,} tokens: {large['tokens_per_s']:.0f} tokens/s, {large['share_of_matmul_rate']:.2f} "
         f"of the matmul rate, {large['peak_rss_gb']:.2f} GB resident at most"
     )
     kept = quality()
