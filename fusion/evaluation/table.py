@@ -40,6 +40,12 @@ def markdown(result: dict[str, Any]) -> str:
     means = [_figure(result["mean_exact_match"][row]) for row in LABELS]
     overall = f"mean {_figure(result['mean_retained_share'])}, worst {_figure(result['worst_retained_share'])}"
     lines += [f"| **mean score** | {' | '.join(means)} | {overall} |", ""]
+    kept = {name: domain.get("retained_share_by_loss") for name, domain in result["domains"].items()}
+    shares = {name: share for name, share in kept.items() if share is not None}
+    if shares:
+        by_domain = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+        mean, worst = sum(shares.values()) / len(shares), min(shares.values())
+        lines += [f"Retained of the gain in answer loss: mean {mean:.3f}, worst {worst:.3f} ({by_domain}).", ""]
     lines += _moved(result) + _anchoring(result)
     if any(len(row) > 1 for row in result["experts_by_domain"].values()):
         lines += _cross(result)
