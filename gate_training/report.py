@@ -35,6 +35,9 @@ def markdown(report: GateReport) -> str:
         lines.append(f"| {row.layer} | " + " | ".join(cells) + " |")
     if report.compared:
         lines += ["", *_compared(report.compared)]
+    if report.active_parameters:
+        costs = ", ".join(f"{count:,} ({name})" for name, count in report.active_parameters.items())
+        lines += ["", f"Parameters that a token passes: {costs}."]
     if report.refined:
         loss = "{loss_before:.4f} -> {loss_after:.4f} at step {best_step} of {steps}".format(**report.refined)
         cost = "{tokens:,} tokens, {seconds:.0f} s".format(**report.refined)

@@ -25,7 +25,9 @@ from fusion.errors import UserError
 from fusion.hardware import compute_dtype
 from fusion.layers import Batch, Choice, Gates, LayerStream, Route, forced, gated, joined
 from fusion.merge import MANIFEST, checkpoint_dtype, record_gates, write_gates
+from fusion.plan.budget import budget
 from fusion.recipe import Recipe, general_domain
+from fusion.sources import anchor_source
 from gate_training.compare import Losses, compared_name, held_out_losses, mean_loss, mergekit_gates, references
 from gate_training.examples import RoutingData, routing_data
 from gate_training.held_out import LayerReport, layer_report
@@ -56,6 +58,7 @@ class GateReport:
     layers: list[LayerReport]
     # where methods were compared, by what is compared (gate_training/compare.py)
     compared: dict[str, Losses] = field(default_factory=dict)
+    active_parameters: dict[str, int] = field(default_factory=dict)  # a token passes, by "top-k", where compared
     refined: dict[str, Any] | None = None  # method lm: gate_training.refine.Refined
 
     def as_dict(self) -> dict[str, Any]:
@@ -101,12 +104,21 @@ def _best(recipe: Recipe, folder: Path, data: RoutingData) -> tuple[Gates, GateR
         return fitted["ridge"]  # the comparison is one process's
     gates = {name: found for name, (found, _) in fitted.items()} | mergekit_gates(recipe, folder)
     compared = references(recipe, folder, data)
+    active = {}
     for top_k in sorted({1, 2, recipe.routing.top_k} & set(range(1, len(recipe.experts) + 1))):
         losses = held_out_losses(folder, data, gates, top_k)
+        active[f"top-{top_k}"] = _active_parameters(recipe, top_k)
         compared |= {compared_name(name, top_k): row for name, row in losses.items()}
     best = min(METHODS, key=lambda name: mean_loss(compared[compared_name(name, recipe.routing.top_k)]))
     chosen, report = fitted[best]
-    return chosen, replace(report, compared=compared)
+    return chosen, replace(report, compared=compared, active_parameters=active)
+
+
+def _active_parameters(recipe: Recipe, top_k: int) -> int:
+    """The parameters that a token passes with `top_k` experts."""
+    routing = recipe.routing.model_copy(update={"top_k": top_k})
+    config = read_json(anchor_source(recipe).folder / "config.json")
+    return budget(recipe.model_copy(update={"routing": routing}), config).active_parameters
 
 
 def _refined(recipe: Recipe, folder: Path, data: RoutingData) -> tuple[Gates, GateReport]:

@@ -353,6 +353,8 @@ def test_auto_takes_the_method_with_the_least_held_out_loss(recipe: Recipe, fold
     shares = retained(report.compared[LABELLED], report.compared)
     assert shares and list(shares.values()) == pytest.approx([1] * len(shares), rel=1e-3)
     assert "| labelled |" in markdown(report)
+    expert = 3 * 64 * 96 * 3  # of every layer
+    assert report.active_parameters["top-2"] - report.active_parameters["top-1"] == expert
 
 
 def test_compared_losses_are_transformers_own(recipe: Recipe, folder: Path) -> None:
