@@ -14,12 +14,14 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from fusion.checkpoint import Checkpoint, read_json
 from fusion.encoding import encode_batches, load_tokenizer
@@ -38,6 +40,9 @@ from gate_training.peer import routing_accuracy
 from gate_training.resume import LayerNotes
 from gate_training.trainer import METHODS, fit_gates
 
+transformers_logging.set_verbosity_error()  # the fused model's empty shared expert is meant
+transformers_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
 ROUNDS = 3
 LEARNING_RATES = (3e-3, 1e-2, 3e-2)  # of the peers' way, the best counts
 

@@ -12,6 +12,7 @@ import resource
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from fusion.layers import Batch
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from gate_training.examples import routing_data
 
+transformers_logging.set_verbosity_error()  # the fused model's empty shared expert is meant
+transformers_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
 BATCH_ROWS = 16
 EPOCHS = 3
 EVALUATE_EVERY = 5  # steps
@@ -112,6 +117,7 @@ def train_gates(recipe: Recipe, learning_rate: float) -> dict[str, Any]:
             logging_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            dataloader_pin_memory=False,
             remove_unused_columns=False,
             seed=settings.seed,
         )
