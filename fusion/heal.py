@@ -175,8 +175,8 @@ def _dense_figures(
     own: Judged = {}
     for index, expert in enumerate(recipe.experts):
         rows = {name: found for name, found in held_out.items() if recipe.expert_of(name) == index}
-        own |= _judged(load_model(original_source(recipe, expert), "sdpa"), tokenizer, rows, settings)
-    anchor = _judged(load_model(anchor_source(recipe), "sdpa"), tokenizer, held_out, settings)
+        own |= _judged(load_model(original_source(recipe, expert), "sdpa", recipe.loading), tokenizer, rows, settings)
+    anchor = _judged(load_model(anchor_source(recipe), "sdpa", recipe.loading), tokenizer, held_out, settings)
     return {"anchor": anchor, "own_expert": {name: own[name] for name in anchor}}
 
 
