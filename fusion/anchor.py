@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from fusion.architecture import layer_of
 from fusion.branch import RESULT, judge, train_expert, trainable_model, write_full
-from fusion.checkpoint import Checkpoint, put_in_place, read_json, write_index, write_json, write_shards
+from fusion.checkpoint import Checkpoint, put_in_place, read_json, weight_stamps, write_index, write_json, write_shards
 from fusion.data import ChatExample
 from fusion.drift import Moved, moved_by_group
 from fusion.encoding import encode_batches
@@ -145,7 +145,7 @@ def _prepared(
     `start` names the row of STARTS that the folder holds, `starts` has the loss of each that was tried.
     """
     note = partial / "prepared.json"
-    stamps = [path.stat().st_mtime_ns for source in (anchor, expert) for path in source.folder.glob("*.safetensors")]
+    stamps = [weight_stamps(path) for source in (anchor, expert) for path in source.paths]
     texts = [(row.question, row.answer) for row in (*train[:TRANSPORT_ROWS], *held_out)]
     key = repr((anchor, expert, stamps, settings.start, as_branch, layers, texts))
     if note.is_file() and (noted := read_json(note))["key"] == key:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from fusion import training
 from fusion.architecture import MLP_PARTS, is_mlp, layer_of
-from fusion.checkpoint import Checkpoint, put_in_place, read_json, write_json
+from fusion.checkpoint import Checkpoint, put_in_place, read_json, weight_stamps, write_json
 from fusion.data import ChatExample
 from fusion.drift import GROUPS, Moved, group_of, moved_by_group
 from fusion.errors import UserError
@@ -103,7 +103,7 @@ def train_expert(
         settings,
         tokenizer.pad_token_id or 0,
         before["loss"],
-        lambda: _mean_loss(model, tokenizer, watched, settings),
+        lambda: training.mean_loss(model, tokenizer, watched, settings.batch_rows),
         torch.float32 if settings.lora_rank else _saved_dtype(start),
         callbacks=[_Pull(model, settings.anchor_penalty)] if settings.anchor_penalty else [],
     )
@@ -210,10 +210,6 @@ class _Pull(TrainerCallback):
             parameter.copy_(torch.lerp(old.to(parameter.device), parameter, kept))
 
 
-def _mean_loss(model: Any, tokenizer: Any, rows: Sequence[ChatExample], settings: BranchSettings) -> float:
-    return training.per_token(answer_losses(model, tokenizer, rows, settings.batch_rows))
-
-
 def judge(
     model: Any,
     tokenizer: Any,
@@ -265,5 +261,4 @@ def write_full(model: Any, start: Path, folder: Path) -> None:
 def _fingerprint(start: Path, *parts: Any) -> str:
     """A hash of all that decides the training, so that a changed call starts anew instead of going on."""
     config = (start / "config.json").read_text(encoding="utf-8")
-    weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(start.glob("*.safetensors"))]
-    return hashlib.sha256(repr((config, weights, parts)).encode()).hexdigest()
+    return hashlib.sha256(repr((config, weight_stamps(start), parts)).encode()).hexdigest()

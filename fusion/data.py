@@ -93,6 +93,12 @@ def domain_rows(
     ]
 
 
+def gate_rows(recipe: Recipe) -> dict[str, list[ChatExample]]:
+    """The rows that the gates are trained on, by domain."""
+    settings = recipe.gate_training
+    return {n: load_examples(d.train, n, settings.rows, settings.seed) for n, d in recipe.domains.items()}
+
+
 def general_rows(recipe: Recipe, settings: BranchSettings) -> list[ChatExample]:
     """The rows of the general domain that a branch mixes into its own: at least `general_share` of all."""
     share, name = settings.general_share, general_domain(recipe.domains)

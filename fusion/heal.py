@@ -23,11 +23,10 @@ import torch
 from fusion import training
 from fusion.architecture import part_of
 from fusion.branch import ATTENTION_PARTS, judge
-from fusion.checkpoint import Checkpoint, read_json, write_json
+from fusion.checkpoint import Checkpoint, read_json, weight_stamps, write_json
 from fusion.data import ChatExample, load_examples, trained_on
 from fusion.encoding import load_tokenizer
 from fusion.errors import UserError
-from fusion.evaluation.generate import answer_losses
 from fusion.healed import write_healed
 from fusion.layers import checkpoint_gates
 from fusion.merge import checkpoint_dtype
@@ -97,7 +96,8 @@ def heal(recipe: Recipe, folder: Path, kept: Path) -> HealResult:
     limits = [_mean(figures[row]) for row in ("anchor", "own_expert")]
 
     def held_out_loss() -> float:
-        return _mean({n: {"loss": _loss(model, tokenizer, r, settings)} for n, r in _watched(held_out, settings)})
+        watched = _watched(held_out, settings)
+        return _mean({n: {"loss": training.mean_loss(model, tokenizer, r, settings.batch_rows)} for n, r in watched})
 
     def shown(loss: float) -> str:
         gain = limits[0] - limits[1]
@@ -206,10 +206,6 @@ def _watched(held_out: dict[str, list[ChatExample]], settings: HealSettings) -> 
     return [(name, rows[: settings.held_out_rows]) for name, rows in held_out.items()]
 
 
-def _loss(model: Any, tokenizer: Any, rows: Sequence[ChatExample], settings: HealSettings) -> float:
-    return training.per_token(answer_losses(model, tokenizer, rows, settings.batch_rows))
-
-
 def _mean(found: Judged) -> float:
     """The mean loss over domains."""
     return sum(figures["loss"] for figures in found.values()) / len(found)
@@ -262,6 +258,4 @@ def _healed_tensors(model: Any, saved: torch.dtype) -> dict[str, torch.Tensor]:
 
 def _fingerprint(folder: Path, *parts: Any) -> str:
     """A hash of all that decides the steps."""
-    shards = sorted(folder.glob("[a-z]*.safetensors"))
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
-    return hashlib.sha256(repr((stamps, parts)).encode()).hexdigest()
+    return hashlib.sha256(repr((weight_stamps(folder), parts)).encode()).hexdigest()

@@ -1,6 +1,7 @@
 """Progress bars with rate and time left; `QWEN_FUSION_QUIET=1` silences them."""
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
@@ -16,6 +17,15 @@ console = Console(stderr=True)
 def quiet() -> bool:
     """True where progress is switched off by the environment."""
     return os.environ.get("QWEN_FUSION_QUIET", "") not in ("", "0")
+
+
+def quiet_libraries() -> None:
+    """Silences transformers' bars, and what it and torch say of an empty shared expert, which is meant."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
 
 
 class _Rate(ProgressColumn):

@@ -10,14 +10,11 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from transformers.utils import logging as transformers_logging
 
 from fusion.architecture import sparse_layers
 from fusion.checkpoint import INDEX, read_json, resolve_model, write_json, write_text
@@ -26,7 +23,7 @@ from fusion.drift import sentence
 from fusion.errors import UserError
 from fusion.plan.budget import budget
 from fusion.plan.preflight import check, describe_anchor, raise_on_error
-from fusion.progress import console
+from fusion.progress import console, quiet_libraries
 from fusion.recipe import (
     AnchoringSettings,
     BranchSettings,
@@ -53,10 +50,7 @@ from fusion.sources import (
 )
 from fusion.steps import Step, forget, run_step, run_steps
 
-# one bar a step is enough, and an empty shared expert is meant
-transformers_logging.disable_progress_bar()
-transformers_logging.set_verbosity_error()
-warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+quiet_libraries()  # one bar a step is enough
 
 LATER = ("merge", "train-gates", "heal", "evaluate", "ask")
 

@@ -21,13 +21,21 @@ from transformers.utils import logging as transformers_logging
 from fusion.checkpoint import read_json, write_json
 from fusion.data import ChatExample
 from fusion.errors import UserError
-from fusion.evaluation.generate import unwrapped
+from fusion.evaluation.generate import answer_losses, unwrapped
 from fusion.hardware import compute_dtype
 from fusion.packing import answer_loss, pack, training_row
 from fusion.progress import console, progress_bar
 from fusion.recipe import Steps
 
 BEST = "best.safetensors"
+QUIET: dict[str, Any] = {  # of TrainingArguments: no files, no lines, no bars of the Trainer's own
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "remove_unused_columns": False,
+}
 
 Batch = dict[str, torch.Tensor]
 Loss = Callable[[Any, Batch], tuple[torch.Tensor, int]]  # (model, packed batch) -> summed loss, number of terms
@@ -108,6 +116,11 @@ def per_token(losses: Sequence[tuple[float, int]]) -> float:
     return sum(nats for nats, _ in losses) / max(1, sum(tokens for _, tokens in losses))
 
 
+def mean_loss(model: Any, tokenizer: Any, rows: Sequence[ChatExample], batch_rows: int) -> float:
+    """The whole model's loss over the rows' answers, in nats a token."""
+    return per_token(answer_losses(model, tokenizer, rows, batch_rows))
+
+
 def _last_checkpoint(partial: Path) -> str | None:
     """The newest complete checkpoint (its trainer_state.json is written last); half-written ones are removed."""
     found = sorted(partial.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -133,14 +146,9 @@ def _arguments(partial: Path, settings: Steps, rows: int) -> TrainingArguments:
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=torch.cuda.is_available(),
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        save_strategy="no",  # _Progress asks for it
-        save_total_limit=1,
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
+        save_total_limit=1,  # of checkpoints, which _Progress asks for
         seed=settings.seed,
+        **QUIET,
     )
 
 

@@ -14,14 +14,12 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from fusion.checkpoint import Checkpoint, read_json
 from fusion.encoding import encode_batches, load_tokenizer
@@ -30,6 +28,7 @@ from fusion.evaluation.answer_loss import answer_losses
 from fusion.evaluation.evaluate import held_out_rows, result_path
 from fusion.hardware import compute_dtype, stream_device
 from fusion.layers import Batch, Gates, Route, Source, checkpoint_gates, forced, gated
+from fusion.progress import quiet_libraries
 from fusion.reader import Reader
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
@@ -40,9 +39,7 @@ from gate_training.peer import routing_accuracy
 from gate_training.resume import LayerNotes
 from gate_training.trainer import METHODS, fit_gates
 
-transformers_logging.set_verbosity_error()  # the fused model's empty shared expert is meant
-transformers_logging.disable_progress_bar()
-warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+quiet_libraries()
 ROUNDS = 3
 LEARNING_RATES = (3e-3, 1e-2, 3e-2)  # of the peers' way, the best counts
 

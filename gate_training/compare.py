@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fusion.checkpoint import Checkpoint
-from fusion.data import domain_rows
+from fusion.data import gate_rows
 from fusion.encoding import load_tokenizer
 from fusion.evaluation.answer_loss import answer_losses
 from fusion.evaluation.baselines import embedding_gates, expert_prompts, hidden_gates, random_gates
@@ -55,8 +55,7 @@ def references(recipe: Recipe, folder: Path, data: RoutingData) -> dict[str, Los
 def mergekit_gates(recipe: Recipe, folder: Path, modes: Sequence[str] | None = None) -> dict[str, Gates]:
     """mergekit's gates for the fused model in `folder`, by name; of `modes` alone where they are given."""
     settings, config, tokenizer = recipe.gate_training, Checkpoint(folder).config, load_tokenizer(folder)
-    rows = {name: domain_rows(recipe, "train", settings.rows, settings.seed, [name]) for name in recipe.domains}
-    prompts, base = expert_prompts(recipe, rows, tokenizer), base_source(recipe).folder
+    prompts, base = expert_prompts(recipe, gate_rows(recipe), tokenizer), base_source(recipe).folder
     made: dict[str, Callable[[], Gates]] = {
         "mergekit random": lambda: random_gates(config, settings.seed),
         "mergekit uniform_random": lambda: random_gates(config, settings.seed, uniform=True),

@@ -12,7 +12,6 @@ import resource
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,16 +20,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from fusion.layers import Batch
+from fusion.progress import quiet_libraries
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
+from fusion.training import QUIET
 from gate_training.examples import routing_data
 
-transformers_logging.set_verbosity_error()  # the fused model's empty shared expert is meant
-transformers_logging.disable_progress_bar()
-warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+quiet_libraries()
 BATCH_ROWS = 16
 EPOCHS = 3
 EVALUATE_EVERY = 5  # steps
@@ -113,13 +111,8 @@ def train_gates(recipe: Recipe, learning_rate: float) -> dict[str, Any]:
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=5,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
             seed=settings.seed,
+            **QUIET,
         )
         trainer = _GateTrainer(
             model=model, args=arguments, train_dataset=rows, data_collator=_collate, callbacks=[clock]

@@ -20,6 +20,7 @@ import torch
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from fusion import training
+from fusion.checkpoint import weight_stamps
 from fusion.encoding import load_tokenizer
 from fusion.evaluation.generate import answer_losses
 from fusion.layers import Gates
@@ -107,8 +108,7 @@ def domain_mean(model: Any, tokenizer: Any, held_out: Sequence[RoutingExample], 
 
 def _fingerprint(folder: Path, gates: Gates, *parts: Any) -> str:
     """A hash of all that decides the steps."""
-    shards = [path for path in sorted(folder.glob("[a-z]*.safetensors")) if path.name != GATES_FILE]
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
+    stamps = [stamp for stamp in weight_stamps(folder) if stamp[0] != GATES_FILE]
     digest = hashlib.sha256(repr((stamps, parts)).encode())
     for _, gate in sorted(gates.items()):
         digest.update(gate.float().numpy().tobytes())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fusion.checkpoint import Checkpoint, read_json
-from fusion.data import ChatExample, domain_rows, general_rows, load_examples, trained_on
+from fusion.data import ChatExample, domain_rows, gate_rows, general_rows, load_examples, trained_on
 from fusion.drift import as_plain, moved_by_group
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import UserError
@@ -72,10 +72,10 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
     names = sorted(recipe.domains, key=recipe.expert_of)  # in the experts' order, as the pictures show them
     extra = _extra(recipe)
-    held_out = held_out_rows(recipe, names)
-    gate_rows = _gate_rows(recipe)
-    _leave_out_trained(recipe, gate_rows, extra)
-    prompts = expert_prompts(recipe, gate_rows, tokenizer)
+    held_out = _held_out(recipe, names)
+    fitted_on = gate_rows(recipe)
+    _leave_out_trained(recipe, fitted_on, held_out | extra)
+    prompts = expert_prompts(recipe, fitted_on, tokenizer)
     gates = {
         "fused_random": random_gates(checkpoint.config, recipe.gate_training.seed),
         "fused_hidden": hidden_gates(checkpoint.config, base_source(recipe).folder, tokenizer, prompts),
@@ -155,16 +155,14 @@ def _extra_task(figures: dict[str, dict[str, Figures]], name: str) -> dict[str, 
 
 def held_out_rows(recipe: Recipe, names: Sequence[str]) -> dict[str, list[ChatExample]]:
     """The rows that domains `names` are scored on, less those that an expert or the gates were trained on."""
-    settings = recipe.evaluation
-    rows = {n: load_examples(recipe.domains[n].held_out, n, settings.rows, settings.seed) for n in names}
-    _leave_out_trained(recipe, _gate_rows(recipe), rows)
+    rows = _held_out(recipe, names)
+    _leave_out_trained(recipe, gate_rows(recipe), rows)
     return rows
 
 
-def _gate_rows(recipe: Recipe) -> dict[str, list[ChatExample]]:
-    """The rows that the gates are trained on, by domain."""
-    fitted = recipe.gate_training
-    return {n: load_examples(recipe.domains[n].train, n, fitted.rows, fitted.seed) for n in recipe.domains}
+def _held_out(recipe: Recipe, names: Sequence[str]) -> dict[str, list[ChatExample]]:
+    settings = recipe.evaluation
+    return {n: load_examples(recipe.domains[n].held_out, n, settings.rows, settings.seed) for n in names}
 
 
 def _extra(recipe: Recipe) -> dict[str, list[ChatExample]]:
@@ -181,13 +179,13 @@ def _extra(recipe: Recipe) -> dict[str, list[ChatExample]]:
 
 
 def _leave_out_trained(
-    recipe: Recipe, gate_rows: dict[str, list[ChatExample]], held_out: dict[str, list[ChatExample]]
+    recipe: Recipe, fitted_on: dict[str, list[ChatExample]], held_out: dict[str, list[ChatExample]]
 ) -> None:
     """Takes out of the rows to be scored, with a note, those that an expert, the gates or a healing were trained on.
 
     Raises UserError where that leaves none.
     """
-    trained = [row for rows in gate_rows.values() for row in rows]
+    trained = [row for rows in fitted_on.values() for row in rows]
     for expert in recipe.experts:
         for section in (expert.branch, expert.anchor):
             if section:

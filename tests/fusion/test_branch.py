@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
-from fusion import branch
+from fusion import branch, training
 from fusion.branch import train_expert
 from fusion.data import ChatExample, chat
 from fusion.drift import as_plain
@@ -191,7 +191,7 @@ def test_no_gain_is_an_error_unless_allowed(anchor: Path, tmp_path: Path):
 
 def interrupted(anchor: Path, out: Path, chosen: BranchSettings, monkeypatch) -> None:
     """A branch that dies in its second evaluation, at step 40 after that of step 20."""
-    measured = branch._mean_loss
+    measured = training.mean_loss
     calls = 0
 
     def dies(*args):
@@ -201,11 +201,11 @@ def interrupted(anchor: Path, out: Path, chosen: BranchSettings, monkeypatch) ->
             raise KeyboardInterrupt
         return measured(*args)
 
-    monkeypatch.setattr(branch, "_mean_loss", dies)
+    monkeypatch.setattr(training, "mean_loss", dies)
     with pytest.raises(KeyboardInterrupt):
         train_expert(anchor, out, rows(64, 0), rows(8, 1), chosen)
     assert not out.exists()
-    monkeypatch.setattr(branch, "_mean_loss", measured)
+    monkeypatch.setattr(training, "mean_loss", measured)
 
 
 def test_interrupted_branch_goes_on_and_ends_the_same(anchor: Path, tmp_path: Path, monkeypatch):
