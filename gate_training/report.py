@@ -123,7 +123,7 @@ def draw(report: GateReport, path: Path) -> None:
     axes.set_xticks(layers)
     lowest = min(min(row.accuracy_by_domain.values()) for row in report.layers)
     axes.set_ylim(max(0.0, lowest - 0.05), 1.01)
-    axes.legend()
+    figure.legend(loc="outside right center")  # over no line
     with written_aside(path) as aside:
         figure.savefig(aside, dpi=120, format="png")
     pyplot.close(figure)
