@@ -30,6 +30,7 @@ from fusion.data import ChatExample
 from fusion.drift import GROUPS, Moved, group_of, moved_by_group
 from fusion.errors import UserError
 from fusion.evaluation.generate import answer_examples, answer_losses
+from fusion.evaluation.intervals import difference
 from fusion.evaluation.scores import score
 from fusion.progress import console
 from fusion.recipe import BranchSettings, HealSettings
@@ -50,6 +51,7 @@ class TrainResult:
     loss_after: float
     score_before: float
     score_after: float
+    score_gain_interval: tuple[float, float]  # 95%, of score_after - score_before, paired by row
     score_name: str
     best_step: int
     steps: int
@@ -119,11 +121,13 @@ def train_expert(
         for name, parameter in model.named_parameters():
             parameter.requires_grad = ".mlp." in name
     made = _write(model, start, partial / "out")
+    gain = difference(after["scores"], before["scores"])
     result = TrainResult(
         loss_before=before["loss"],
         loss_after=after["loss"],
         score_before=before["score"],
         score_after=after["score"],
+        score_gain_interval=(gain.low, gain.high),
         score_name=score_name,
         best_step=trained.best_step,
         steps=settings.steps,
@@ -217,13 +221,16 @@ def judge(
     watched: Sequence[ChatExample],
     settings: BranchSettings | HealSettings,
     who: str,
-) -> dict[str, float]:
-    """The task score of `judged`, from 0 to 1, and the answer loss of `watched`, which begin alike, in nats a token."""
+) -> dict[str, Any]:
+    """The task score of `judged`, from 0 to 1, and the answer loss of `watched`, which begin alike, in nats a token.
+
+    Also the `scores` of the rows.
+    """
     answers = answer_examples(model, tokenizer, judged, settings.max_new_tokens, 32, f"task score, {who}")
     scores = [score(answer.text, row) for answer, row in zip(answers, judged, strict=True)]
     losses = [(answer.nats, answer.tokens) for answer in answers[: len(watched)]]
     losses += answer_losses(model, tokenizer, watched[len(losses) :], settings.batch_rows)
-    return {"score": sum(scores) / max(1, len(scores)), "loss": training.per_token(losses)}
+    return {"score": sum(scores) / max(1, len(scores)), "loss": training.per_token(losses), "scores": scores}
 
 
 def _saved_dtype(start: Path) -> torch.dtype:

@@ -38,7 +38,7 @@ class Checkpoint:
                 f"{folder} needs code of its own (auto_map in config.json): only native architectures are used"
             )
         self.weight_map = self._weight_map()
-        self._handles: dict[str, Any] = {}
+        self._open: tuple[str, Any] = ("", None)  # the shard last read; the others' pages go back to the kernel
 
     def _weight_map(self) -> dict[str, str]:
         if (self.folder / INDEX).is_file():
@@ -65,9 +65,9 @@ class Checkpoint:
             file = self.weight_map[name]
         except KeyError:
             raise UserError(f"{self.folder} has no tensor '{name}': it is not the model its config.json says") from None
-        if file not in self._handles:
-            self._handles[file] = open_safetensors(self.folder / file)
-        return self._handles[file]
+        if self._open[0] != file:
+            self._open = (file, open_safetensors(self.folder / file))
+        return self._open[1]
 
     def __contains__(self, name: str) -> bool:
         return name in self.weight_map

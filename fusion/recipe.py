@@ -136,9 +136,17 @@ class TrainingSettings(Steps):
     allow_no_gain: bool = False
 
 
+class Turn(Section):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(min_length=1)
+
+
 class AnswerSampling(Section):
     """How a teacher's answers are drawn, and which of them an expert learns (fusion/sampled.py)."""
 
+    preamble: tuple[Turn, ...] = ()  # before every question, for the teacher alone: an instruction, worked examples
     samples: int = Field(4, gt=0)  # a question
     temperature: float = Field(0.7, gt=0)
     top_p: float = Field(0.95, gt=0, le=1)
@@ -157,6 +165,15 @@ class AnswerSampling(Section):
         if self.keep > self.samples:
             raise ValueError(f"keep {self.keep} is more than the {self.samples} samples a question")
         return self
+
+    @field_validator("preamble")
+    @classmethod
+    def _whole_turns(cls, preamble: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        roles = [turn.role for turn in preamble]
+        examples = roles[roles[:1] == ["system"] :]
+        if examples != ["user", "assistant"] * (len(examples) // 2):
+            raise ValueError("a preamble is a system message, questions of the user with their answers, or both")
+        return preamble
 
 
 class BranchSettings(TrainingSettings):

@@ -130,8 +130,10 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
     rows, notes = _learnt(recipe, expert, settings, rows)
     mixed = general_rows(recipe, settings)
     result = train_expert(anchor.folder, out, rows, held_out, settings, _trained_layers(recipe), mixed, notes=notes)
+    low, high = result.score_gain_interval
     return (
-        f"{expert.name}: {result.score_name} {result.score_before:.3f} -> {result.score_after:.3f}, "
+        f"{expert.name}: {result.score_name} {result.score_before:.3f} -> {result.score_after:.3f} "
+        f"(95% of the difference {low:+.3f} to {high:+.3f}), "
         f"loss {result.loss_before:.3f} -> {result.loss_after:.3f}, {result.tokens:,} tokens in "
         f"{result.seconds:.0f} s; moved: {sentence(result.moved)}"
     )

@@ -6,7 +6,8 @@ Rejection sampling is how experts are made that are better than their anchor, wh
 et al., 2022; RFT: Yuan et al., 2023): reference answers are written in another's style and may teach a model to skip
 the reasoning that it needs. vLLM draws several answers a question; of the verified ones the first different ones are
 learnt, in the order in which they were drawn. That is the teacher's own distribution given that the answer is right;
-the shortest ones would teach brevity.
+the shortest ones would teach brevity. A `preamble` (an instruction, worked examples) says how to answer to the teacher
+alone: what it brings is learnt into the weights (context distillation: Askell et al., 2021, arXiv:2112.00861).
 
 Every question that has been asked is a line of a JSON-lines file, with all answers and their verdicts, under a key of
 all that decides them: an interrupted call goes on behind the last whole line, and more rows ask the new ones alone.
@@ -39,7 +40,15 @@ from fusion.sources import ModelSource, load_model
 
 RIGHT = "right"
 ANSWER_TIMEOUT_S = 3600.0  # many answers share one CPU
-DECISIVE = ("samples", "temperature", "top_p", "max_tokens", "minimum_chrf", "seed")  # for what a question's line says
+DECISIVE = (
+    "preamble",
+    "samples",
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "minimum_chrf",
+    "seed",
+)  # for what a question's line says
 
 
 @dataclass(frozen=True)
@@ -186,14 +195,21 @@ class Sampler:
         tokenizer = load_tokenizer(self.teacher.folder)
         room = self.settings.max_model_len - self.settings.max_tokens
         try:
-            lengths = [len(tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True)) for row in rows]
+            asked = [tokenizer.apply_chat_template(self._asked(row), add_generation_prompt=True) for row in rows]
         except ValueError as error:
             raise UserError(f"teacher {self.teacher.folder} cannot be asked ({error}): name a chat model") from error
-        fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= room]
+        fitting = [row for row, ids in zip(rows, asked, strict=True) if len(ids) <= room]
         if len(fitting) < len(rows):
             left = f"{len(rows) - len(fitting)} questions over sampling.max_model_len less max_tokens ({room} tokens)"
             console.print(f"  {left} left out", highlight=False)
         return fitting
+
+    def _asked(self, row: ChatExample) -> list[dict[str, Any]]:
+        """The row's messages behind the preamble; a system message of the row's own takes the place of its."""
+        prompt = list(row.prompt)
+        own = [prompt.pop(0)] if prompt[0]["role"] == "system" else []
+        before = [turn.model_dump() for turn in self.settings.preamble if not (own and turn.role == "system")]
+        return [*own, *before, *prompt]
 
     def _keyed(self, rows: Sequence[ChatExample]) -> dict[str, ChatExample]:
         """The rows by their keys, each question once."""
@@ -228,7 +244,7 @@ class Sampler:
                 "seed": seed,
             }
         options["max_tokens"] = settings.max_tokens
-        return chat(url, "teacher", row.prompt, timeout_s=ANSWER_TIMEOUT_S, **options).raw
+        return chat(url, "teacher", self._asked(row), timeout_s=ANSWER_TIMEOUT_S, **options).raw
 
     def _line(self, key: str, row: ChatExample, completion: dict[str, Any]) -> dict[str, Any]:
         minimum = 0.0 if self._greedy(row) else self.settings.minimum_chrf

@@ -65,6 +65,7 @@ def test_anchored_expert_differs_in_its_mlps_alone_and_learns(anchor: Path, tmp_
         f"model.layers.{layer}.mlp.{part}.weight" for layer in range(3) for part in branch.MLP_PARTS
     }
     assert (result.score_before, result.score_after) == (0.0, 1.0)
+    assert result.score_gain_interval == (1.0, 1.0)
     assert result.loss_after < 1.0 < result.loss_before
     record = json.loads((tmp_path / "expert" / "branch.json").read_text())
     assert record["best_step"] == result.best_step and record["settings"]["steps"] == 40

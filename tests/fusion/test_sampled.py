@@ -119,6 +119,32 @@ def test_requests_ask_for_all_samples_and_repeat_themselves(sampler: Sampler) ->
     assert first["seed"] != second["seed"]
 
 
+PREAMBLE = [
+    {"role": "system", "content": "Say the sum alone."},
+    {"role": "user", "content": "1+2="},
+    {"role": "assistant", "content": "3"},
+]
+
+
+def test_a_preamble_goes_before_every_question_and_is_not_learnt(sampler: Sampler) -> None:
+    settings = AnswerSampling.model_validate({"preamble": PREAMBLE, "samples": 3})
+    told = Sampler(sampler.teacher, settings, sampler.store)
+    told_before = ChatExample(({"role": "system", "content": "In full."}, *sums(1)[0].messages), "math", score="number")
+    with Upstream(completion("0")) as upstream:
+        told.ask_server(upstream.url, [*sums(1), told_before])
+        plain, own = (request["messages"] for request in upstream.requests)
+    assert plain == [*PREAMBLE, {"role": "user", "content": "0+0="}]
+    assert own == [{"role": "system", "content": "In full."}, *PREAMBLE[1:], {"role": "user", "content": "0+0="}]
+    assert [row.prompt for row in told.learnt(sums(1))[0]] == [sums(1)[0].prompt]
+    assert sampler.missing(sums(1)) == sums(1)
+
+
+@pytest.mark.parametrize("turns", [PREAMBLE[:2], PREAMBLE[2:], PREAMBLE[1:] + PREAMBLE[:1]])
+def test_a_preamble_of_half_a_turn_is_refused(turns: list[dict[str, str]]) -> None:
+    with pytest.raises(ValueError, match="questions of the user with their answers"):
+        AnswerSampling.model_validate({"preamble": turns})
+
+
 def test_a_killed_call_goes_on_behind_its_last_whole_line(sampler: Sampler) -> None:
     sampler = changed(sampler, questions_at_once=1)  # lines come in the order of the answers
     rows = sums(5)
