@@ -6,7 +6,7 @@ fusion/recipe_file.py reads both.
 
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -355,11 +355,18 @@ class GateTraining(Section):
     ridge: float = Field(1e-3, gt=0)  # λ of method ridge, relative to the mean diagonal of the Gram matrix
     # while gates are fitted, tokens move on through the experts that the fresh gates pick, or through their label's
     propagation: Literal["gates", "labels"] = "gates"
-    # a token goes to the general expert unless the gate gives another one this probability against it
-    threshold: float | None = Field(None, ge=0.5, lt=1)
+    # a token goes to the general expert unless the gate gives another one this probability against it; auto: what
+    # loses least on held-out examples
+    threshold: Annotated[float, Field(ge=0.5, lt=1)] | Literal["auto"] | None = None
     window: int = Field(8, ge=0)  # tokens to each side whose likelihoods decide a token's label (method likelihood)
     refinement: Refinement = Refinement()  # of method lm
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _threshold_of_a_fit(self) -> "GateTraining":
+        if self.threshold == "auto" and self.method == "lm":
+            raise ValueError("threshold 'auto' does not go with method 'lm': name a number")
+        return self
 
 
 class HealSettings(Steps):

@@ -1,4 +1,4 @@
-"""The gate training's report: JSON beside Markdown, and a picture of routing accuracy by layer and domain."""
+"""The gate training's report: JSON beside Markdown, and a picture of routing accuracy and of calibration."""
 
 from pathlib import Path
 
@@ -33,6 +33,8 @@ def markdown(report: GateReport) -> str:
         cells = [f"{row.accuracy:.3f} / {row.answer_accuracy:.3f}"]
         cells += [f"{row.accuracy_by_domain[d]:.3f} / {row.answer_accuracy_by_domain[d]:.3f}" for d in domains]
         lines.append(f"| {row.layer} | " + " | ".join(cells) + " |")
+    if report.threshold is not None:
+        lines += ["", f"Another expert than the general one needs a probability of {report.threshold} against it."]
     if report.compared:
         lines += ["", *_compared(report.compared)]
     if report.active_parameters:
@@ -65,23 +67,25 @@ def markdown(report: GateReport) -> str:
         "| --- " * (len(report.layers) + 1) + "|",
         "| entropy | " + " | ".join(f"{row.entropy:.3f}" for row in report.layers) + " |",
         "",
-        *_calibration(report),
+        "| confidence | right | share of tokens |",
+        "| --- | --- | --- |",
+        *(f"| {found.confidence:.3f} | {found.accuracy:.3f} | {found.share:.4f} |" for found in _calibration(report)),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _calibration(report: GateReport) -> list[str]:
-    """Confidence against accuracy over all layers, in tenths of confidence."""
+def _calibration(report: GateReport) -> list[Confidence]:
+    """Confidence against accuracy over all layers, in tenths of confidence; shares add up to 1."""
     bins: dict[int, list[Confidence]] = {}
     for row in report.layers:
         for found in row.calibration:
             bins.setdefault(min(int(found.confidence * BINS), BINS - 1), []).append(found)
-    lines = ["| confidence | right | share of tokens |", "| --- | --- | --- |"]
+    merged = []
     for _, members in sorted(bins.items()):
         share = sum(found.share for found in members)
         sure, right = (sum(getattr(f, key) * f.share for f in members) / share for key in ("confidence", "accuracy"))
-        lines.append(f"| {sure:.3f} | {right:.3f} | {share / len(report.layers):.4f} |")
-    return lines
+        merged.append(Confidence(sure, right, share / len(report.layers)))
+    return merged
 
 
 def _compared(losses: dict[str, Losses]) -> list[str]:
@@ -104,14 +108,14 @@ def _compared(losses: dict[str, Losses]) -> list[str]:
 
 
 def draw(report: GateReport, path: Path) -> None:
-    """A line a domain: held-out routing accuracy on answer tokens over the layers, all tokens dashed."""
+    """Held-out routing accuracy over the layers, a line a domain, and how often gates are right that are so sure."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     layers = [row.layer for row in report.layers]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, (axes, sure) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=[3, 2], layout="constrained")
     for domain in report.layers[0].accuracy_by_domain:
         answers = [row.answer_accuracy_by_domain[domain] for row in report.layers]
         (line,) = axes.plot(layers, answers, marker="o", label=domain)
@@ -119,10 +123,19 @@ def draw(report: GateReport, path: Path) -> None:
         axes.plot(layers, everything, linestyle="--", color=line.get_color(), alpha=0.6)
     axes.set_xlabel("layer")
     axes.set_ylabel("routed to the labelled expert")
-    axes.set_title("Held-out routing accuracy: answer tokens (solid), all tokens (dashed)")
+    axes.set_title("Held-out tokens: answers (solid), all (dashed)")
     axes.set_xticks(layers)
     lowest = min(min(row.accuracy_by_domain.values()) for row in report.layers)
     axes.set_ylim(max(0.0, lowest - 0.05), 1.01)
+    found = _calibration(report)
+    sure.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    sizes = [400 * tenth.share for tenth in found]
+    sure.scatter([tenth.confidence for tenth in found], [tenth.accuracy for tenth in found], sizes, alpha=0.7)
+    sure.set_xlim(0, 1.03)
+    sure.set_ylim(0, 1.03)
+    sure.set_xlabel("confidence of the gate's first choice")
+    sure.set_ylabel("right")
+    sure.set_title("All tokens, area: their share")
     figure.legend(loc="outside right center")  # over no line
     with written_aside(path) as aside:
         figure.savefig(aside, dpi=120, format="png")

@@ -6,9 +6,10 @@
 At every layer the tokens pass the attention, the gate is fitted on the exact input it will see when served (the output
 of post_attention_layernorm, chat template applied), and the tokens move on through the experts that the fresh gate
 picks, or through their label's (`propagation`). Held-out examples travel along, always by the gates, and are only
-measured. `auto` fits with every such method and keeps the one with the least answer loss on them; `lm` goes on from
-cross-entropy through the whole model (gate_training/refine.py). An interrupted fit goes on after the last layer that
-was done. Processes share the conversations; what they add up are sums.
+measured. `auto` fits with every such method and keeps the one with the least answer loss on them; `threshold: auto`
+does so with how sure a gate has to be against the general expert; `lm` goes on from cross-entropy through the whole
+model (gate_training/refine.py). An interrupted fit goes on after the last layer that was done. Processes share the
+conversations; what they add up are sums.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -44,6 +45,7 @@ METHODS = {
     "likelihood": cross_entropy.fit,  # on the experts' own likelihoods in the place of labels
     "regression": regression.fit,
 }
+THRESHOLDS = (0.6, 0.75, 0.9)  # that `threshold: auto` tries beside none
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class GateReport:
     held_out_tokens: int
     rules_agreement: dict[str, float]  # per domain, of held-out examples
     layers: list[LayerReport]
-    # where methods were compared, by what is compared (gate_training/compare.py)
+    threshold: float | None = None  # against the general expert
+    # where methods or thresholds were compared, by what is compared (gate_training/compare.py)
     compared: dict[str, Losses] = field(default_factory=dict)
     active_parameters: dict[str, int] = field(default_factory=dict)  # a token passes, by "top-k", where compared
     refined: dict[str, Any] | None = None  # method lm: gate_training.refine.Refined
@@ -74,6 +77,10 @@ def train_gates(recipe: Recipe, folder: Path) -> GateReport:
     settings = recipe.gate_training
     PartialState().wait_for_everyone()  # for the one that has prepared the folder
     data = routing_data(recipe, folder)
+    if settings.method == settings.threshold == "auto" and PartialState().num_processes > 1:
+        raise UserError(
+            "method and threshold 'auto' together are the work of one process: launch one, or name a method"
+        )
     if settings.method == "auto":
         gates, report = _best(recipe, folder, data)
     elif settings.method == "lm":
@@ -82,6 +89,8 @@ def train_gates(recipe: Recipe, folder: Path) -> GateReport:
         gates, report = _refined(recipe, folder, data)
     else:
         gates, report = fit_gates(recipe, folder, data, settings.method)
+    if settings.threshold == "auto":
+        gates, report = _calibrated(recipe, folder, data, gates, report)
     if not is_helper():
         install_gates(folder, gates)
         record_gates(folder, report.method, report.labels, report.tokens)
@@ -112,6 +121,26 @@ def _best(recipe: Recipe, folder: Path, data: RoutingData) -> tuple[Gates, GateR
     best = min(METHODS, key=lambda name: mean_loss(compared[compared_name(name, recipe.routing.top_k)]))
     chosen, report = fitted[best]
     return chosen, replace(report, compared=compared, active_parameters=active)
+
+
+def _calibrated(
+    recipe: Recipe, folder: Path, data: RoutingData, gates: Gates, report: GateReport
+) -> tuple[Gates, GateReport]:
+    """`gates`, or those of the same method under the threshold with the least held-out answer loss."""
+    fitted: dict[float | None, tuple[Gates, GateReport]] = {None: (gates, report)}
+    for threshold in THRESHOLDS:
+        settings = recipe.gate_training.model_copy(update={"threshold": threshold})
+        leaning = recipe.model_copy(update={"gate_training": settings})
+        fitted[threshold] = fit_gates(leaning, folder, data, report.method)
+    if is_helper():
+        return gates, report
+    names = {t: report.method if t is None else f"{report.method}, threshold {t}" for t in fitted}
+    losses = held_out_losses(folder, data, {names[t]: found for t, (found, _) in fitted.items()})
+    best = min(fitted, key=lambda t: mean_loss(losses[names[t]]))
+    compared = report.compared or references(recipe, folder, data)
+    compared = compared | {compared_name(name, recipe.routing.top_k): row for name, row in losses.items()}
+    chosen, found = fitted[best]
+    return chosen, replace(found, compared=compared, active_parameters=report.active_parameters)
 
 
 def _active_parameters(recipe: Recipe, top_k: int) -> int:
@@ -173,7 +202,7 @@ def fit_gates(
             work.judges.reach(layer)
             sums = statistics.add(layer.index, work.tokens) if statistics else moments(work.tokens)
             gate = METHODS[method](work.judges, sums, settings)
-            if settings.threshold is not None:
+            if isinstance(settings.threshold, float):
                 gate = lean(gate, sums, general, settings.threshold)
             gates[layer.index] = gate.to("cpu", dtype)  # tokens move on through what will be served, rounding included
             reports.append(
@@ -182,7 +211,8 @@ def fit_gates(
         layer.mix(route)
         notes.keep(layer.index, work.stream, gates, reports)
     counts = [sum(len(row.ids) for row in rows) for rows in (data.train, data.held_out)]
-    return gates, GateReport(method, settings.labels, counts[0], counts[1], data.rules_agreement, reports)
+    found = GateReport(method, settings.labels, counts[0], counts[1], data.rules_agreement, reports)
+    return gates, replace(found, threshold=settings.threshold if isinstance(settings.threshold, float) else None)
 
 
 @dataclass(frozen=True)

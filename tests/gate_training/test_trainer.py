@@ -33,7 +33,7 @@ from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
 from gate_training.methods import InMemory, TokenPass, Tokens, moments, ridge
 from gate_training.methods.regression import costs
 from gate_training.report import markdown
-from gate_training.trainer import METHODS, fit_gates, install_gates, train_gates
+from gate_training.trainer import METHODS, THRESHOLDS, fit_gates, install_gates, train_gates
 from tests.recipes import make_recipe
 
 SETTINGS = {"rows": 4, "held_out_rows": 3, "batch_tokens": 128}
@@ -355,6 +355,22 @@ def test_auto_takes_the_method_with_the_least_held_out_loss(recipe: Recipe, fold
     assert "| labelled |" in markdown(report)
     expert = 3 * 64 * 96 * 3  # of every layer
     assert report.active_parameters["top-2"] - report.active_parameters["top-1"] == expert
+
+
+@pytest.mark.parametrize("method", ["ridge", "auto"])
+def test_the_threshold_with_the_least_held_out_loss_is_taken(recipe: Recipe, folder: Path, method: str) -> None:
+    report = train_gates(with_settings(recipe, method=method, threshold="auto"), folder)
+    fitted = report.method
+    names = {t: f"{fitted}, threshold {t}, top-1" for t in THRESHOLDS} | {None: f"{fitted}, top-1"}
+    means = {threshold: mean_loss(report.compared[name]) for threshold, name in names.items()}
+    assert len(set(means.values())) > 1
+    assert report.threshold == min(means, key=lambda threshold: means[threshold])
+    installed = held_out_losses(folder, routing_data(recipe, folder), {"": checkpoint_gates(Checkpoint(folder))})[""]
+    assert installed == pytest.approx(report.compared[names[report.threshold]], rel=1e-5)
+    alone = train_gates(with_settings(recipe, method=fitted, threshold=0.9), folder)
+    assert alone.threshold == 0.9 and "needs a probability of 0.9 against it" in markdown(alone)
+    again = held_out_losses(folder, routing_data(recipe, folder), {"": checkpoint_gates(Checkpoint(folder))})[""]
+    assert mean_loss(again) == pytest.approx(means[0.9], rel=1e-5)
 
 
 def test_compared_losses_are_transformers_own(recipe: Recipe, folder: Path) -> None:
