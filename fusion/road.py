@@ -445,12 +445,21 @@ def _refuse_random_gates(folder: Path) -> None:
 
 def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     """Measures the fused model beside its experts; returns the figures."""
+    from fusion.evaluation.evaluate import result_path
+
+    _refuse_random_gates(_fused(recipe))
+    run_step(evaluate_step(recipe), recipe.folder, force)
+    result: dict[str, Any] = read_json(result_path(recipe))
+    return result
+
+
+def evaluate_step(recipe: Recipe) -> Step:
+    """The evaluation, under the hash of all that decides its figures."""
     from fusion.evaluation.evaluate import evaluate as measure
     from fusion.evaluation.evaluate import result_path
     from fusion.evaluation.table import draw_routing, markdown
 
-    folder, path = _fused(recipe), result_path(recipe)
-    _refuse_random_gates(folder)
+    path = result_path(recipe)
 
     def action() -> None:
         result = measure(recipe)
@@ -462,12 +471,9 @@ def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     sources = [anchor_source(recipe), *(original_source(recipe, expert) for expert in recipe.experts)]
     experts = [path for source in sources for path in source.paths]
     parts = [recipe.evaluation, recipe.domains, recipe.gate_training]
-    inputs = [*_checkpoint_files(folder), *experts, *data]
+    inputs = [*_checkpoint_files(_fused(recipe)), *experts, *data]
     outputs = [path, *(recipe.folder / name for name in ("evaluation.md", "routing.png"))]
-    step = Step("evaluate", parts, inputs, outputs, action)
-    run_step(step, recipe.folder, force)
-    result: dict[str, Any] = read_json(path)
-    return result
+    return Step("evaluate", parts, inputs, outputs, action)
 
 
 def ask_samples(recipe: Recipe, force: bool = False) -> list[dict[str, Any]]:

@@ -6,12 +6,15 @@ place by then, because every writer writes aside and renames.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from fusion.checkpoint import file_hash, write_json
 from fusion.errors import UserError
@@ -79,17 +82,22 @@ def _side_by_side(due: dict[str, tuple[Step, str]], folder: Path, at_once: int) 
 
 
 def _record(folder: Path, name: str, digest: str, line: str | None) -> None:
-    _write(folder, {**_read(folder), name: digest})
+    with _records(folder) as records:
+        records[name] = digest
     if line:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
 def forget(folder: Path, names: Sequence[str]) -> None:
     """Removes the records of steps whose outputs another step has just replaced."""
-    records = _read(folder)
-    kept = {name: value for name, value in records.items() if name not in names}
-    if kept != records:
-        _write(folder, kept)
+    with _records(folder) as records:
+        for name in names:
+            records.pop(name, None)
+
+
+def is_current(step: Step, folder: Path) -> bool:
+    """Whether the record in `folder` is of the step as it is: settings and input files as they were when it ran."""
+    return _read(folder).get(step.name) == step_hash(step)
 
 
 def step_hash(step: Step) -> str:
@@ -125,5 +133,13 @@ def _read(folder: Path) -> dict[str, str]:
     return records if isinstance(records, dict) else {}
 
 
-def _write(folder: Path, records: dict[str, str]) -> None:
-    write_json(folder / STATE, records)
+@contextmanager
+def _records(folder: Path) -> Iterator[dict[str, str]]:
+    """The records, to be changed and written back; commands at work on other experts of the folder wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{STATE}.lock"):
+        records = _read(folder)
+        before = dict(records)
+        yield records
+        if records != before:
+            write_json(folder / STATE, records)

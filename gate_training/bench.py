@@ -32,7 +32,9 @@ from fusion.progress import quiet_libraries
 from fusion.reader import Reader
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
+from fusion.road import evaluate_step
 from fusion.sources import anchor_source, expert_sources
+from fusion.steps import is_current
 from gate_training.compare import HIDDEN, mergekit_gates
 from gate_training.examples import RoutingData, routing_data
 from gate_training.peer import routing_accuracy
@@ -176,9 +178,10 @@ def quality() -> dict[str, float | None]:
             hidden = _check(recipe, domains)
             shares = [d["retained_share_by_loss"] for d in domains.values() if d["retained_share_by_loss"] is not None]
             mean, worst = sum(shares) / len(shares), min(shares)
+            since = "" if is_current(evaluate_step(recipe), recipe.folder) else " (recipe or files have changed since)"
             print(
-                f"{name}: of the own experts' gain in answer loss {mean:.3f} kept in the mean, {worst:.3f} at worst; "
-                f"by mergekit's hidden gates {hidden:.3f} on '{_checked(recipe)}'"
+                f"{name}{since}: of the own experts' gain in answer loss {mean:.3f} kept in the mean, "
+                f"{worst:.3f} at worst; by mergekit's hidden gates {hidden:.3f} on '{_checked(recipe)}'"
             )
         else:
             print(f"{name}: not there; {run.command()}")

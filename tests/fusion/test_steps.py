@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def test_the_second_call_does_nothing_and_says_so(work: Work, capsys: pytest.Cap
     assert [work.run(), work.run(), work.run()] == [True, False, False]
     assert work.runs == 1
     assert capsys.readouterr().err.count("copy: unchanged, skipped") == 2
+
+
+def test_commands_at_work_on_other_experts_keep_each_others_records(work: Work) -> None:
+    def run(number: int) -> bool:
+        return run_step(work.step(name=f"expert {number}", action=lambda: None, outputs=[]), work.folder / "state")
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(run, range(40)))
+    assert len(json.loads((work.folder / "state" / STATE).read_text())) == 40
 
 
 def test_changed_content_runs_again(work: Work) -> None:

@@ -51,6 +51,10 @@ def test_what_is_retained_is_quoted_only_where_the_weights_still_have_it(
     assert shares
     found = quality()
     assert found["demo_mean"] == pytest.approx(sum(shares) / len(shares)) and found["demo_worst"] == min(shares)
+    assert "changed since" not in capsys.readouterr().out
+    monkeypatch.setattr(bench, "RUNS", {"demo": Run(str(path), ("evaluation.batch_rows=4",))})
+    assert quality() == found
+    assert "changed since" in capsys.readouterr().out
     gates = checkpoint_gates(Checkpoint(recipe.fused))
     install_gates(recipe.fused, {layer: gate.roll(1, 0) for layer, gate in gates.items()})  # every token elsewhere
     with pytest.raises(UserError, match="evaluate --force"):
