@@ -149,7 +149,7 @@ class AnswerSampling(Section):
     preamble: tuple[Turn, ...] = ()  # before every question, for the teacher alone: an instruction, worked examples
     samples: int = Field(4, gt=0)  # a question
     temperature: float = Field(0.7, gt=0)
-    top_p: float = Field(0.95, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1)  # less sorts the vocabulary at every token, much of the time on CPUs
     max_tokens: int = Field(512, gt=0)  # an answer; one that is cut there is not learnt
     keep: int = Field(2, gt=0)  # different verified answers a question, at most
     unanswered: Literal["leave_out", "reference"] = "leave_out"  # what a question without a verified answer teaches

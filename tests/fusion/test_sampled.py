@@ -113,7 +113,7 @@ def test_requests_ask_for_all_samples_and_repeat_themselves(sampler: Sampler) ->
         sampler.store.unlink()
         sampler.ask_server(upstream.url, sums(2))
         first, second, again, _ = upstream.requests
-    assert (first["n"], first["temperature"], first["top_p"], first["max_tokens"]) == (3, 0.7, 0.95, 512)
+    assert (first["n"], first["temperature"], first["top_p"], first["max_tokens"]) == (3, 0.7, 1.0, 512)
     assert first["messages"] == [{"role": "user", "content": "0+0="}]
     assert first == again
     assert first["seed"] != second["seed"]
