@@ -127,7 +127,7 @@ def test_the_penalty_is_the_one_that_serves_the_held_back_best(noise: float) -> 
     assert (best == PENALTIES[0]) == (noise == 3.0)  # noise wants much of it
     gate = minimise(tokens, moments(tokens), torch.zeros(EXPERTS, HIDDEN), label_loss)
     wanted = problem.solve(torch.zeros(EXPERTS, HIDDEN), best, 300) / problem.scale
-    assert loss(gate, x, labels) == pytest.approx(loss(wanted, x, labels), rel=0.05)
+    assert loss(gate, x, labels) == pytest.approx(loss(wanted, x, labels), rel=0.1)  # in a few steps
 
 
 @pytest.mark.parametrize("method", METHODS)
