@@ -1,6 +1,7 @@
 """How fast gates are trained, as ratios measured in one run: against a plain forward pass, and against the peers' way.
 
     make bench-gates      # python -m gate_training.bench configs/demo.yaml, after `make demo`
+    python -m gate_training.bench configs/qwen2.5-0.5b-two-experts.yaml peers gate_training.rows=8   # that part alone
 
 Every token has to pass every layer once, so one dense expert's forward pass without head over the same tokens is the
 limit at top-1; at top-2 the MLPs count twice. The peers' way (gate_training/peer.py) trains the gates of the whole
@@ -102,10 +103,10 @@ def ours(recipe: Recipe) -> dict[str, Any]:
     return {"seconds": seconds, "accuracy": accuracy, "peak_bytes": peak}
 
 
-def against_peers(path: str) -> dict[str, float]:
+def against_peers(path: str, *overrides: str) -> dict[str, float]:
     """Time and memory of the peers' way over ours, to 99% of the weaker side's final held-out routing accuracy."""
-    mine = _child("gate_training.bench", path, "ours")
-    runs = [_child("gate_training.peer", path, str(rate)) for rate in LEARNING_RATES]
+    mine = _child("gate_training.bench", path, "ours", *overrides)
+    runs = [_child("gate_training.peer", path, str(rate), *overrides) for rate in LEARNING_RATES]
     best = max(runs, key=lambda run: run["curve"][-1][1])
     goal = 0.99 * min(mine["accuracy"], best["curve"][-1][1])
     reached = next(seconds for seconds, accuracy in best["curve"] if accuracy >= goal)
@@ -223,13 +224,21 @@ def _check(recipe: Recipe, domains: dict[str, Any]) -> float:
     return (losses["anchor"] - losses["hidden"]) / (losses["anchor"] - losses["own_expert"])
 
 
-def main(path: str) -> None:
-    """Prints all figures for the recipe at `path`, whose fused model must exist."""
-    recipe = load_recipe(Path(path))
+def main(path: str = "configs/demo.yaml", part: str = "all", *overrides: str) -> None:
+    """Prints all figures for the recipe at `path`, whose fused model must exist, or those of one part."""
+    if part not in ("all", "ours", "peers"):
+        raise UserError(f"the benchmark has no part '{part}': name all or peers")
+    recipe = load_recipe(Path(path), list(overrides))
     if not (recipe.fused / "config.json").is_file():
         raise UserError(f"{recipe.fused} does not exist yet: run `qwen-fusion run {path}` first")
+    if part == "ours":
+        print(json.dumps(ours(recipe)))
+        return
+    if part == "peers":
+        print(json.dumps(against_peers(path, *overrides)))
+        return
     shares = throughput(recipe)
-    peers = against_peers(path)
+    peers = against_peers(path, *overrides)
     large = _child("gate_training.full_size", "100000", "5")
     dense = _child("gate_training.full_size", "8192")["tokens_per_s"]
     print(
@@ -258,10 +267,7 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     try:
-        if sys.argv[2:] == ["ours"]:
-            print(json.dumps(ours(load_recipe(Path(sys.argv[1])))))
-        else:
-            main(*(sys.argv[1:] or ["configs/demo.yaml"]))
+        main(*sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

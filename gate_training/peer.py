@@ -123,4 +123,5 @@ def train_gates(recipe: Recipe, learning_rate: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(train_gates(load_recipe(Path(sys.argv[1])), float(sys.argv[2]))))
+    path, rate, *overrides = sys.argv[1:]
+    print(json.dumps(train_gates(load_recipe(Path(path), overrides), float(rate))))
