@@ -22,7 +22,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fusion.architecture import layer_of
-from fusion.branch import RESULT, judge, train_expert, trainable_model, write_full
+from fusion.branch import RESULT, judge, train_expert, trainable_model, training_dtype, write_full
 from fusion.checkpoint import Checkpoint, put_in_place, read_json, weight_stamps, write_index, write_json, write_shards
 from fusion.data import ChatExample
 from fusion.drift import Moved, moved_by_group
@@ -31,7 +31,7 @@ from fusion.errors import UserError
 from fusion.layers import Batch
 from fusion.progress import console
 from fusion.reader import Reader
-from fusion.recipe import AnchoringSettings, BranchSettings, TrainingSettings
+from fusion.recipe import AnchoringSettings, BranchSettings, Loading, TrainingSettings
 from fusion.sources import ANCHORING_NOTE, ModelSource, load_model
 from fusion.teacher import Teacher
 from fusion.transport import transported
@@ -84,10 +84,12 @@ def anchor_expert(
     settings: AnchoringSettings,
     layers: Sequence[int] | None = None,
     notes: Mapping[str, Any] | None = None,
+    loading: Loading | None = None,
 ) -> AnchorResult:
     """Trains the MLPs of `layers` (None: all) and writes the anchored expert to folder `out`, with `anchoring.json`.
 
-    Without a `teacher` the answers of `train` are learnt as they are. `notes` go into `anchoring.json`.
+    Without a `teacher` the answers of `train` are learnt as they are. `notes` go into `anchoring.json`. `loading` says
+    how whole models that are only asked are spread.
     An interrupted call goes on when it is made again. Raises UserError where the result scores no better than the
     anchor, or the teacher's vocabulary is another.
     """
@@ -95,14 +97,14 @@ def anchor_expert(
     # the gain over the start may be none: the one over the anchor is checked here
     as_branch = BranchSettings(**{**training, "trainable": "mlp", "allow_no_gain": True})
     partial = out.with_name(f".{out.name}.anchor")
-    prepared = _prepared(anchor, expert, partial, train, held_out, settings, as_branch, layers)
+    prepared = _prepared(anchor, expert, partial, train, held_out, settings, as_branch, layers, loading)
     before = prepared["before"]
+    limits = (before["anchor"]["loss"], before["expert"]["loss"])
     learnt_from = None
     if teacher is not None:
-        vocabulary = read_json(anchor.folder / "config.json")["vocab_size"]
-        learnt_from = Teacher(teacher, settings.top_logits, vocabulary)
+        learnt_from = Teacher(teacher, settings.top_logits, anchor.folder, loading)
     start, done = partial / "start", partial / "done"
-    trained = train_expert(start, done, train, held_out, as_branch, layers, (), learnt_from, whole=True)
+    trained = train_expert(start, done, train, held_out, as_branch, layers, (), learnt_from, whole=True, limits=limits)
     result = AnchorResult(
         losses={**{name: found["loss"] for name, found in before.items()}, "anchored": trained.loss_after},
         scores={**{name: found["score"] for name, found in before.items()}, "anchored": trained.score_after},
@@ -139,6 +141,7 @@ def _prepared(
     settings: AnchoringSettings,
     as_branch: BranchSettings,
     layers: Sequence[int] | None,
+    loading: Loading | None,
 ) -> dict[str, Any]:
     """What comes before the training, done once: `before`, what anchor and expert score and lose, and folder `start`.
 
@@ -156,9 +159,10 @@ def _prepared(
     judged, watched = held_out[: settings.score_rows], held_out[: settings.held_out_rows]
     before = {}
     for name, source in (("anchor", anchor), ("expert", expert)):
-        before[name] = judge(load_model(source, "sdpa"), tokenizer, judged, watched, as_branch, source.name)
+        before[name] = judge(load_model(source, "sdpa", loading), tokenizer, judged, watched, as_branch, source.name)
 
-    model = trainable_model(anchor.folder, as_branch.model_copy(update={"lora_rank": None}), layers)
+    whole = as_branch.model_copy(update={"lora_rank": None})
+    model = trainable_model(anchor.folder, whole, layers, training_dtype(as_branch))
     starts = {}
     for name in STARTS if settings.start == "best" else [settings.start]:
         if name == "transported":

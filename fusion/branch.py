@@ -72,11 +72,13 @@ def train_expert(
     teacher: Teacher | None = None,
     whole: bool = False,
     notes: Mapping[str, Any] | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> TrainResult:
     """Trains the model in folder `start` on `train` and writes the expert to folder `out`, with `branch.json`.
 
     `layers` restricts what is trained in decoder layers to these. With a `teacher` the answers are learnt as it sees
-    them. With `whole` an adapter is merged into the result. `notes` go into `branch.json`. `general` rows are mixed
+    them. With `whole` an adapter is merged into the result. `notes` go into `branch.json`. With `limits`, the losses of
+    anchor and drifted expert, the bar says what of that gain is kept. `general` rows are mixed
     in until they are `settings.general_share` of all. The first `held_out_rows` of `held_out` pick the best step, the
     first `score_rows` judge the result. An interrupted call goes on from its last evaluation when it is made again.
     Raises UserError where a row is too long, a layer does not exist, or the expert scores no better than `start`.
@@ -107,6 +109,7 @@ def train_expert(
         before["loss"],
         lambda: training.mean_loss(model, tokenizer, watched, settings.batch_rows),
         torch.float32 if settings.lora_rank else _saved_dtype(start),
+        limits=limits,
         callbacks=[_Pull(model, settings.anchor_penalty)] if settings.anchor_penalty else [],
     )
     after = judge(model, tokenizer, judged, watched, settings, "expert")
@@ -153,15 +156,20 @@ def _mixed(train: Sequence[ChatExample], general: Sequence[ChatExample], setting
     return [*train, *general[:wanted]]
 
 
-def trainable_model(start: Path, settings: BranchSettings, layers: Sequence[int] | None) -> Any:
-    """The anchor in float32, with gradients only where the expert may differ from it."""
-    gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if gpu and settings.lora_rank else torch.float32
+def training_dtype(settings: BranchSettings) -> torch.dtype:
+    """What the model is held in while it is trained: float32, but bfloat16 under an adapter on a GPU."""
+    return torch.bfloat16 if torch.cuda.is_available() and settings.lora_rank else torch.float32
+
+
+def trainable_model(
+    start: Path, settings: BranchSettings, layers: Sequence[int] | None, dtype: torch.dtype | None = None
+) -> Any:
+    """The anchor in `dtype` (None: what it is trained in), with gradients only where the expert may differ from it."""
     model = AutoModelForCausalLM.from_pretrained(
         start,
-        dtype=dtype,
+        dtype=dtype or training_dtype(settings),
         attn_implementation="sdpa",  # keeps packed rows apart by their positions; flash-attn would want one sequence
-        device_map="auto" if gpu else None,
+        device_map="auto" if torch.cuda.is_available() else None,
         use_safetensors=True,
     )
     model.config.use_cache = False

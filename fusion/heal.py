@@ -93,19 +93,15 @@ def heal(recipe: Recipe, folder: Path, kept: Path) -> HealResult:
 
     noted = _noted(partial / "merged.json", lambda: {"merged": judged(False), "merged_labelled": judged(True)})
     figures = {**figures, **noted}
-    limits = [_mean(figures[row]) for row in ("anchor", "own_expert")]
+    limits = (_mean(figures["anchor"]), _mean(figures["own_expert"]))
 
     def held_out_loss() -> float:
         watched = _watched(held_out, settings)
         return _mean({n: {"loss": training.mean_loss(model, tokenizer, r, settings.batch_rows)} for n, r in watched})
 
-    def shown(loss: float) -> str:
-        gain = limits[0] - limits[1]
-        return f"held-out loss {loss:.3f}" + (f", {(limits[0] - loss) / gain:.2f} of the gain kept" if gain > 0 else "")
-
     model.train()
     before, pad = round(_mean(figures["merged"]), 5), tokenizer.pad_token_id or 0
-    done = training.train(model, rows, partial, settings, pad, before, held_out_loss, keep_start=True, shown=shown)
+    done = training.train(model, rows, partial, settings, pad, before, held_out_loss, keep_start=True, limits=limits)
     model = model.merge_and_unload()
     tensors = _healed_tensors(model, saved)
     training.restore(model, tensors)  # judged is what is saved
@@ -157,12 +153,12 @@ def _taught(
     recipe: Recipe, settings: HealSettings, train: dict[str, list[ChatExample]], tokenizer: Any, partial: Path
 ) -> list[dict[str, Any]]:
     """All training rows with what each one's own expert makes of it, one expert in memory at a time."""
-    vocabulary = read_json(anchor_source(recipe).folder / "config.json")["vocab_size"]
     taught = []
     for index, expert in enumerate(recipe.experts):
         examples = [row for name, rows in train.items() if recipe.expert_of(name) == index for row in rows]
         rows = training.fitting(tokenizer, examples, settings.max_length, "heal")
-        teacher = Teacher(original_source(recipe, expert), settings.top_logits, vocabulary)
+        source = original_source(recipe, expert)
+        teacher = Teacher(source, settings.top_logits, anchor_source(recipe).folder, recipe.loading)
         teacher.teach(rows, partial / f"teacher-{expert.name}.safetensors", settings.batch_rows)
         taught += rows
     return taught
@@ -195,7 +191,8 @@ def _judged(
             for router in routers:
                 router.forced = (experts or {}).get(name)
             judged, watched = rows[: settings.score_rows], rows[: settings.held_out_rows]
-            found[name] = judge(model, tokenizer, judged, watched, settings, name)
+            figures = judge(model, tokenizer, judged, watched, settings, name)
+            found[name] = {key: figures[key] for key in ("loss", "score")}
     finally:
         for router in routers:
             router.forced = None

@@ -364,8 +364,8 @@ class GateTraining(Section):
 
     @model_validator(mode="after")
     def _threshold_of_a_fit(self) -> "GateTraining":
-        if self.threshold == "auto" and self.method == "lm":
-            raise ValueError("threshold 'auto' does not go with method 'lm': name a number")
+        if self.threshold is not None and self.method == "lm":
+            raise ValueError("method 'lm' moves the gates behind a threshold: leave one of the two out")
         return self
 
 

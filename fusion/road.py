@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from fusion.architecture import sparse_layers
 from fusion.checkpoint import INDEX, read_json, resolve_model, write_json, write_text
 from fusion.data import ChatExample, general_rows, load_examples, source_files, trained_on
@@ -101,7 +103,9 @@ def _pretrain(recipe: Recipe) -> None:
 
     code = Path(__file__).with_name("demo_family.py")
     step = Step("anchor", settings, [code, *_data_files(settings.data)], [out / "config.json"], action)
-    run_step(step, recipe.folder)
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(recipe.folder / ".anchor.lock"):  # commands at work on several experts make it once
+        run_step(step, recipe.folder)
 
 
 def _branch_step(recipe: Recipe, expert: Expert) -> Step:
@@ -249,6 +253,7 @@ def _anchor_expert(recipe: Recipe, expert: Expert) -> str:
         settings,
         _trained_layers(recipe),
         notes,
+        recipe.loading,
     )
     share = "no gain to retain" if result.retained_share is None else f"{result.retained_share:.2f} of the gain kept"
 

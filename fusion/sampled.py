@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from fusion.data import ChatExample
-from fusion.encoding import load_tokenizer
+from fusion.encoding import load_tokenizer, prompt_text
 from fusion.errors import UserError
 from fusion.evaluation.scores import expected, score, unfenced
 from fusion.hardware import compute_dtype
@@ -40,15 +40,7 @@ from fusion.sources import ModelSource, load_model
 
 RIGHT = "right"
 ANSWER_TIMEOUT_S = 3600.0  # many answers share one CPU
-DECISIVE = (
-    "preamble",
-    "samples",
-    "temperature",
-    "top_p",
-    "max_tokens",
-    "minimum_chrf",
-    "seed",
-)  # for what a question's line says
+DECISIVE = ("samples", "temperature", "top_p", "max_tokens", "minimum_chrf", "seed")  # for what a question's line says
 
 
 @dataclass(frozen=True)
@@ -109,7 +101,7 @@ class Sampler:
                 model=str(_whole(self.teacher, Path(aside))),
                 served_name="teacher",
                 dtype=str(compute_dtype()).removeprefix("torch."),  # many answers at once are bound by arithmetic
-                tensor_parallel_size=serving.tensor_parallel_size,
+                tensor_parallel_size=_ways(serving),
                 gpu_memory_utilization=serving.gpu_memory_utilization,
                 max_model_len=self.settings.max_model_len,
                 cpu_kv_cache_bytes=serving.cpu_kv_cache_bytes,
@@ -195,9 +187,10 @@ class Sampler:
         tokenizer = load_tokenizer(self.teacher.folder)
         room = self.settings.max_model_len - self.settings.max_tokens
         try:
-            asked = [tokenizer.apply_chat_template(self._asked(row), add_generation_prompt=True) for row in rows]
+            texts = [prompt_text(tokenizer, self._asked(row)) for row in rows]
         except ValueError as error:
             raise UserError(f"teacher {self.teacher.folder} cannot be asked ({error}): name a chat model") from error
+        asked = tokenizer(texts, add_special_tokens=False)["input_ids"]
         fitting = [row for row, ids in zip(rows, asked, strict=True) if len(ids) <= room]
         if len(fitting) < len(rows):
             left = f"{len(rows) - len(fitting)} questions over sampling.max_model_len less max_tokens ({room} tokens)"
@@ -217,6 +210,7 @@ class Sampler:
 
     def _key(self, row: ChatExample) -> str:
         decisive = [self._teacher_stamps, *(getattr(self.settings, name) for name in DECISIVE), self._greedy(row)]
+        decisive += [turn.model_dump() for turn in self.settings.preamble]
         question = [row.prompt, row.score, expected(row), row.schema]
         text = json.dumps([decisive, question], sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
@@ -311,6 +305,12 @@ def _distinct(texts: Sequence[str]) -> list[str]:
 
 def _with_answer(row: ChatExample, text: str) -> ChatExample:
     return replace(row, messages=(*row.messages[:-1], {"role": "assistant", "content": text}))
+
+
+def _ways(serving: Serving) -> int:
+    """Over how many cards the teacher goes: one where this process sees fewer than serving takes."""
+    enough = not torch.cuda.is_available() or torch.cuda.device_count() >= serving.tensor_parallel_size
+    return serving.tensor_parallel_size if enough else 1
 
 
 def _whole(teacher: ModelSource, aside: Path) -> Path:

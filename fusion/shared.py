@@ -104,7 +104,8 @@ class _Experts:
         """Rows of `domains` with their experts as labels, and each row's domain."""
         settings, recipe = self.recipe.shared, self.recipe
         if held_out:
-            rows = domain_rows(recipe, "held_out", settings.held_out_rows, settings.seed, domains)
+            # evaluate draws with another seed: what chooses does not judge
+            rows = domain_rows(recipe, "held_out", settings.held_out_rows, settings.seed + 1, domains)
         else:
             rows = domain_rows(recipe, "train", settings.rows, settings.seed, domains)
         labels = [recipe.expert_of(row.domain) for row in rows]

@@ -6,6 +6,7 @@ from it: only the vocabulary has to be the same.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +18,34 @@ from fusion.checkpoint import read_json
 from fusion.errors import UserError
 from fusion.packing import IGNORED, TEACHER_COLUMNS, answer_logits
 from fusion.progress import track
+from fusion.recipe import Loading
 from fusion.sources import ModelSource, load_model
+from fusion.vocabulary import other_token, vocabulary
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model whose `top_logits` likeliest tokens of the first `vocabulary` a student is to learn."""
+    """A model whose `top_logits` likeliest tokens the student in folder `student` is to learn."""
 
     source: ModelSource
     top_logits: int
-    vocabulary: int
+    student: Path
+    loading: Loading | None = None
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """How many tokens the student has, padding included."""
+        size: int = read_json(self.student / "config.json")["vocab_size"]
+        return size
 
     def teach(self, rows: Sequence[dict[str, Any]], store: Path, batch_rows: int) -> None:
         """Gives every row `teacher_ids` and `teacher_logs`, `(answer tokens, k)`: tokens and log-probabilities.
 
         The file `store` keeps them for a call that is made again. Raises UserError where the teacher's vocabulary is
-        too small.
+        another, or too small.
         """
         if not store.is_file():
-            size = read_json(self.source.folder / "config.json")["vocab_size"]
-            if size < self.vocabulary:
-                raise UserError(
-                    f"teacher {self.source.folder} has a vocabulary of {size} tokens, the anchor one of "
-                    f"{self.vocabulary}: anchor.method 'logits' needs a teacher with the anchor's tokenizer"
-                )
+            self._same_vocabulary()
             aside = store.with_name(f"{store.name}.partial")
             save_file(_columns(rows, self, batch_rows), aside)
             aside.replace(store)
@@ -50,11 +55,22 @@ class Teacher:
             for row, part in zip(rows, columns[name].split(counts), strict=True):
                 row[name] = part
 
+    def _same_vocabulary(self) -> None:
+        folder, wanted = self.source.folder, "a teacher of logits needs the anchor's tokenizer, one of text any"
+        size = read_json(folder / "config.json")["vocab_size"]
+        if size < self.vocabulary:
+            raise UserError(
+                f"teacher {folder} has a vocabulary of {size} tokens, the anchor one of {self.vocabulary}: {wanted}"
+            )
+        token = other_token(vocabulary(self.student), vocabulary(folder))
+        if token is not None:
+            raise UserError(f"teacher {folder} gives {token!r} another id than the anchor: {wanted}")
+
 
 @torch.no_grad()
 def _columns(rows: Sequence[dict[str, Any]], teacher: Teacher, batch_rows: int) -> dict[str, torch.Tensor]:
     """The columns of all rows one after the other, `(answer tokens of all rows, k)`."""
-    model = load_model(teacher.source)
+    model = load_model(teacher.source, loading=teacher.loading)
     k = min(teacher.top_logits, teacher.vocabulary)
     ids: list[torch.Tensor] = []
     logs: list[torch.Tensor] = []

@@ -61,16 +61,17 @@ def train(
     saved_dtype: torch.dtype = torch.float32,
     loss: Loss = answer_loss,
     keep_start: bool = False,
-    shown: Callable[[float], str] = "held-out loss {:.3f}".format,
+    limits: tuple[float, float] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Trains the parameters of `model` that want a gradient and leaves them as the best step had them.
 
     They are rounded to `saved_dtype`. `rows` are those of `fusion.packing`, `pad` fills their sequences. With
-    `keep_start` the start counts as step 0, so that the result is never worse than `loss_before`. `shown` is what the
-    bar says of a held-out loss. Folder `partial` holds what an interrupted call needs to go on when it is made again.
+    `keep_start` the start counts as step 0, so that the result is never worse than `loss_before`. With `limits`, the
+    losses of anchor and own expert, the bar says what of that gain is kept. Folder `partial` holds what an interrupted
+    call needs to go on when it is made again.
     """
-    progress = _Progress(partial, model, settings.evaluate_every, loss_before, held_out_loss, keep_start, shown)
+    progress = _Progress(partial, model, settings.evaluate_every, loss_before, held_out_loss, keep_start, limits)
     trainer = _PackedTrainer(
         model=model,
         args=_arguments(partial, settings, len(rows)),
@@ -192,10 +193,10 @@ class _Progress(TrainerCallback):
         loss_before: float,
         held_out_loss: Callable[[], float],
         keep_start: bool,
-        shown: Callable[[float], str],
+        limits: tuple[float, float] | None,
     ):
         self.partial, self.model, self.every, self.held_out_loss = partial, model, every, held_out_loss
-        self.bar, self.shown = progress_bar(), shown
+        self.bar, self.limits = progress_bar(), limits
         self.curve: list[tuple[int, float]] = [(0, loss_before)]
         self.first = 0 if keep_start else 1  # of the curve's points that may be the best
         self.best_step, self.best_loss = 0, loss_before if keep_start else math.inf
@@ -223,8 +224,13 @@ class _Progress(TrainerCallback):
             self.best_step, self.best_loss = state.global_step, loss
             self._keep()
         write_json(self.partial / "curve.json", {"curve": self.curve, "tokens": self.trainer.tokens})
-        self.bar.update(self.task, description=f"training, {self.shown(loss)}")
+        self.bar.update(self.task, description=f"training, {self._said(loss)}")
         control.should_save = True
+
+    def _said(self, loss: float) -> str:
+        anchor, own = self.limits or (0.0, 0.0)
+        kept = f", {(anchor - loss) / (anchor - own):.2f} of the gain kept" if anchor > own else ""
+        return f"held-out loss {loss:.3f}{kept}"
 
     def _keep(self) -> None:
         aside = self.partial / f"{BEST}.partial"

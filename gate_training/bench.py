@@ -174,10 +174,14 @@ def quality() -> dict[str, float | None]:
     for name, run in RUNS.items():
         recipe = run.load()
         mean = worst = hidden = None
+        found |= dict.fromkeys((f"{name}_mean", f"{name}_worst", f"{name}_hidden"))
         if result_path(recipe).is_file() and (recipe.fused / "config.json").is_file():
             domains = read_json(result_path(recipe))["domains"]
             hidden = _check(recipe, domains)
             shares = [d["retained_share_by_loss"] for d in domains.values() if d["retained_share_by_loss"] is not None]
+            if not shares:
+                print(f"{name}: no own expert gains anything over the anchor")
+                continue
             mean, worst = sum(shares) / len(shares), min(shares)
             since = "" if is_current(evaluate_step(recipe), recipe.folder) else " (recipe or files have changed since)"
             print(

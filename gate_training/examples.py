@@ -35,7 +35,8 @@ def routing_examples(recipe: Recipe, split: Split, rows: int) -> list[RoutingExa
     Raises UserError where an expert is left without a single example.
     """
     settings = recipe.gate_training
-    examples = domain_rows(recipe, split, rows, settings.seed)
+    seed = settings.seed + (split == "held_out")  # evaluate draws with another one: what chooses does not judge
+    examples = domain_rows(recipe, split, rows, seed)
     if settings.labels == "data":
         sources = {name: getattr(domain, split).describe() for name, domain in recipe.domains.items()}
         found = [RoutingExample(e, e.domain, "data", sources[e.domain]) for e in examples]

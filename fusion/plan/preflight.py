@@ -17,6 +17,7 @@ from fusion.checkpoint import Checkpoint, hub_config, is_hub_id, read_json, reso
 from fusion.errors import UserError
 from fusion.recipe import DEMO_ROPE_THETA, Expert, Recipe
 from fusion.sources import trained_anchor, trained_expert
+from fusion.vocabulary import other_token, vocabulary
 from serving.guard.schema import Checker, SchemaError
 
 SHAPES = (
@@ -256,27 +257,17 @@ def _headers(where: str, folder: Path, anchor: Path) -> list[Finding]:
 
 
 def _tokenizer(where: str, folder: Path, anchor: Path) -> list[Finding]:
-    ours, theirs = _vocabulary(anchor), _vocabulary(folder)
+    ours, theirs = vocabulary(anchor), vocabulary(folder)
     if ours is None or theirs is None:
         return [Finding("warning", where, "no tokenizer.json to compare with the anchor's")]
-    different = [token for token, number in theirs.items() if ours.get(token, number) != number]
-    if different:
-        what = f"its tokenizer gives {different[0]!r} id {theirs[different[0]]}, the anchor's {ours[different[0]]}"
+    token = other_token(ours, theirs)
+    if token is not None:
+        what = f"its tokenizer gives {token!r} id {theirs[token]}, the anchor's {ours[token]}"
         return [Finding("error", where, what, "experts must share the anchor's tokenizer")]
     extra = len(theirs.keys() - ours.keys())
     if extra:
         return [Finding("warning", where, f"its tokenizer has {extra} tokens that the anchor's lacks", "they are lost")]
     return []
-
-
-def _vocabulary(folder: Path) -> dict[str, int] | None:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    data = read_json(path)
-    vocabulary: dict[str, int] = dict(data["model"]["vocab"])
-    vocabulary.update({token["content"]: token["id"] for token in data.get("added_tokens", [])})
-    return vocabulary
 
 
 def _serving(recipe: Recipe, config: dict[str, Any]) -> list[Finding]:

@@ -1,6 +1,7 @@
 """Anchoring: the teacher's columns, the divergence, the start, and an expert that has the anchor's shared parts."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fusion import road
 from fusion.anchor import SHARES, STARTS, AnchorResult, anchor_expert
 from fusion.architecture import is_mlp
-from fusion.checkpoint import Checkpoint, read_json
+from fusion.checkpoint import Checkpoint, read_json, write_json
 from fusion.data import ChatExample, chat
 from fusion.encoding import encode_batches
 from fusion.errors import UserError
@@ -72,8 +73,7 @@ def divergence(student: Path, teacher: Path, examples: list[ChatExample]) -> flo
 def columns(teacher: Path, k: int, tmp_path: Path, count: int = 5) -> tuple[list[dict[str, Any]], Any]:
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     encoded = [training_row(tokenizer, row) for row in rows(count, 7)]
-    vocabulary = read_json(teacher / "config.json")["vocab_size"]
-    Teacher(ModelSource("teacher", teacher), k, vocabulary).teach(encoded, tmp_path / "columns.safetensors", 2)
+    Teacher(ModelSource("teacher", teacher), k, teacher).teach(encoded, tmp_path / "columns.safetensors", 2)
     return encoded, AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
 
 
@@ -116,9 +116,19 @@ def test_a_teacher_costs_itself_nothing(tmp_path: Path, drifted: Path) -> None:
     assert abs(float(loss)) / count < 1e-3
 
 
-def test_a_teacher_with_a_smaller_vocabulary_is_refused(tmp_path: Path, drifted: Path) -> None:
-    with pytest.raises(UserError, match="vocabulary of"):
-        Teacher(ModelSource("teacher", drifted), 4, 10_000).teach([], tmp_path / "columns.safetensors", 2)
+def test_a_teacher_with_another_vocabulary_is_refused(tmp_path: Path, drifted: Path) -> None:
+    larger = shutil.copytree(drifted, tmp_path / "larger")
+    config = read_json(larger / "config.json")
+    write_json(larger / "config.json", {**config, "vocab_size": 10_000})
+    other = shutil.copytree(drifted, tmp_path / "other")
+    tokenizer = read_json(other / "tokenizer.json")
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    write_json(other / "tokenizer.json", tokenizer)
+    for student, said in ((larger, "vocabulary of"), (other, "another id than the anchor")):
+        with pytest.raises(UserError, match=said):
+            Teacher(ModelSource("teacher", drifted), 4, student).teach([], tmp_path / "columns.safetensors", 2)
     assert not list(tmp_path.glob("columns*"))
 
 

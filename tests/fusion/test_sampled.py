@@ -13,7 +13,7 @@ from fusion.architecture import is_mlp
 from fusion.branch import train_expert
 from fusion.checkpoint import Checkpoint, read_json
 from fusion.data import ChatExample, chat, general_rows
-from fusion.encoding import load_tokenizer
+from fusion.encoding import load_tokenizer, prompt_text
 from fusion.errors import UserError
 from fusion.evaluation.generate import answer_examples
 from fusion.recipe import AnchoringSettings, AnswerSampling, BranchSettings, DataSource, Serving
@@ -127,7 +127,7 @@ PREAMBLE = [
 
 
 def test_a_preamble_goes_before_every_question_and_is_not_learnt(sampler: Sampler) -> None:
-    settings = AnswerSampling.model_validate({"preamble": PREAMBLE, "samples": 3})
+    settings = AnswerSampling.model_validate({"preamble": PREAMBLE, "samples": 3, "questions_at_once": 1})
     told = Sampler(sampler.teacher, settings, sampler.store)
     told_before = ChatExample(({"role": "system", "content": "In full."}, *sums(1)[0].messages), "math", score="number")
     with Upstream(completion("0")) as upstream:
@@ -137,6 +137,19 @@ def test_a_preamble_goes_before_every_question_and_is_not_learnt(sampler: Sample
     assert own == [{"role": "system", "content": "In full."}, *PREAMBLE[1:], {"role": "user", "content": "0+0="}]
     assert [row.prompt for row in told.learnt(sums(1))[0]] == [sums(1)[0].prompt]
     assert sampler.missing(sums(1)) == sums(1)
+
+
+def test_a_question_that_leaves_no_room_for_an_answer_is_left_out(
+    sampler: Sampler, capsys: pytest.CaptureFixture[str]
+) -> None:
+    length = len(load_tokenizer(sampler.teacher.folder)(prompt_text(byte_tokenizer(), sums(1)[0].prompt))["input_ids"])
+    long = chat("how much is " + "1+" * 40 + "1=", "41", "math", score="number")
+    fits, short = (changed(sampler, max_model_len=length + more, max_tokens=40) for more in (40, 39))
+    assert fits._fitting([*sums(1), long]) == sums(1)
+    assert "1 questions over" in capsys.readouterr().err
+    assert short._fitting(sums(1)) == []
+    told = changed(fits, preamble=AnswerSampling.model_validate({"preamble": PREAMBLE}).preamble)
+    assert told._fitting(sums(1)) == []
 
 
 @pytest.mark.parametrize("turns", [PREAMBLE[:2], PREAMBLE[2:], PREAMBLE[1:] + PREAMBLE[:1]])
