@@ -221,9 +221,10 @@ def write_papers(recipe: Recipe, folder: Path) -> None:
             write_text(path, text)
 
 
-def record_gates(folder: Path, method: str, labels: str, tokens: int) -> None:
+def record_gates(folder: Path, method: str, labels: str, tokens: int, threshold: float | None) -> None:
     """Notes in the manifest how the gates that are in place were made."""
-    gates = {"method": method, "labels": labels, "tokens": tokens, "sha256": file_hash(folder / GATES_FILE)}
+    gates = {"method": method, "labels": labels, "tokens": tokens, "threshold": threshold}
+    gates |= {"sha256": file_hash(folder / GATES_FILE)}
     write_json(folder / MANIFEST, {**read_json(folder / MANIFEST), "gates": gates})
 
 

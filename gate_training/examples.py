@@ -1,11 +1,13 @@
 """Routing examples: a conversation, the domain whose expert should serve it, and where that label came from."""
 
 import hashlib
+import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from fusion.checkpoint import write_text
 from fusion.data import ChatExample, domain_rows, trained_on
 from fusion.encoding import Encoded, encode, load_tokenizer
 from fusion.errors import UserError
@@ -21,12 +23,15 @@ Split = Literal["train", "held_out"]
 
 @dataclass(frozen=True)
 class RoutingExample:
-    """One labelled conversation. `source` is the channel (data, rules, classifier), `evidence` what it went by."""
+    """One labelled conversation."""
 
     example: ChatExample
-    domain: str
-    source: str
-    evidence: str
+    label: QuestionLabel
+
+    @property
+    def domain(self) -> str:
+        """The domain that it is labelled with."""
+        return self.label.domain
 
 
 def routing_examples(recipe: Recipe, split: Split, rows: int) -> list[RoutingExample]:
@@ -39,10 +44,10 @@ def routing_examples(recipe: Recipe, split: Split, rows: int) -> list[RoutingExa
     examples = domain_rows(recipe, split, rows, seed)
     if settings.labels == "data":
         sources = {name: getattr(domain, split).describe() for name, domain in recipe.domains.items()}
-        found = [RoutingExample(e, e.domain, "data", sources[e.domain]) for e in examples]
+        labels = [QuestionLabel(e.domain, "data", sources[e.domain], 1.0, {}) for e in examples]
     else:
         labels = _question_labels(recipe, split, examples)
-        found = [RoutingExample(e, q.domain, q.source, q.evidence) for e, q in zip(examples, labels, strict=True)]
+    found = [RoutingExample(example, label) for example, label in zip(examples, labels, strict=True)]
     served = set(expert_labels(recipe, found))
     for index, expert in enumerate(recipe.experts):
         if index not in served:
@@ -113,6 +118,13 @@ class RoutingData:
     def held_out_batches(self, experts: Collection[int] | None = None) -> list[Batch]:
         """What is held out, labelled; of these experts alone where they are given."""
         return _batches(self.held_out, self.held_out_labels, experts, self.batch_tokens)
+
+
+def write_labels(data: RoutingData, path: Path) -> None:
+    """Every example's label, a JSON object a line: domain, channel, evidence, confidence, what each channel says."""
+    rows = [("train", row) for row in data.train_examples] + [("held_out", row) for row in data.held_out_examples]
+    lines = [{"split": split, **asdict(row.label), "question": row.example.question} for split, row in rows]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _batches(

@@ -24,7 +24,8 @@ def markdown(report: GateReport) -> str:
         f"{report.held_out_tokens:,} held-out tokens that go to the labelled expert first, all tokens / answer tokens.",
         "The recipe's rules alone send to the same expert: "
         + ", ".join(f"{name} {share:.0%}" for name, share in report.rules_agreement.items())
-        + " of held-out examples.",
+        + " of held-out examples."
+        + (f" The channels disagree on {report.disputed} training examples (labels.jsonl)." if report.disputed else ""),
         "",
         "| layer | all | " + " | ".join(domains) + " |",
         "| --- " * (len(domains) + 2) + "|",

@@ -30,7 +30,7 @@ from fusion.plan.budget import budget
 from fusion.recipe import Recipe, general_domain
 from fusion.sources import anchor_source
 from gate_training.compare import Losses, compared_name, held_out_losses, mean_loss, mergekit_gates, references
-from gate_training.examples import RoutingData, routing_data
+from gate_training.examples import RoutingData, routing_data, write_labels
 from gate_training.held_out import LayerReport, layer_report
 from gate_training.labelling.likelihood import token_targets
 from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
@@ -57,6 +57,7 @@ class GateReport:
     tokens: int
     held_out_tokens: int
     rules_agreement: dict[str, float]  # per domain, of held-out examples
+    disputed: int  # training examples whose label channels disagree
     layers: list[LayerReport]
     threshold: float | None = None  # against the general expert
     # where methods or thresholds were compared, by what is compared (gate_training/compare.py)
@@ -93,7 +94,8 @@ def train_gates(recipe: Recipe, folder: Path) -> GateReport:
         gates, report = _calibrated(recipe, folder, data, gates, report)
     if not is_helper():
         install_gates(folder, gates)
-        record_gates(folder, report.method, report.labels, report.tokens)
+        record_gates(folder, report.method, report.labels, report.tokens, report.threshold)
+        write_labels(data, recipe.folder / "labels.jsonl")
         LayerNotes.forget(recipe.folder)
     return report
 
@@ -211,7 +213,8 @@ def fit_gates(
         layer.mix(route)
         notes.keep(layer.index, work.stream, gates, reports)
     counts = [sum(len(row.ids) for row in rows) for rows in (data.train, data.held_out)]
-    found = GateReport(method, settings.labels, counts[0], counts[1], data.rules_agreement, reports)
+    disputed = sum(example.label.disputed for example in data.train_examples)
+    found = GateReport(method, settings.labels, counts[0], counts[1], data.rules_agreement, disputed, reports)
     return gates, replace(found, threshold=settings.threshold if isinstance(settings.threshold, float) else None)
 
 

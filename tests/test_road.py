@@ -76,13 +76,20 @@ def check(folder: Path) -> dict[str, Any]:
     checkpoint = Checkpoint(run / "fused")
     for name in checkpoint.weight_map:
         checkpoint.shape(name)
-    assert not list(run.rglob(".*"))  # everything is written aside under a name with a dot
+    assert not [
+        path for path in run.rglob(".*") if path.suffix != ".lock"
+    ]  # everything is written aside under a name with a dot
     for name in ("report.md", "routing.png", "gates.png", "gates.json", "answers.json"):
         assert (run / name).stat().st_size > 0
     result: dict[str, Any] = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     manifest = json.loads((run / "fused" / "fusion.json").read_text(encoding="utf-8"))
     assert list(result["moved"]) == [expert["name"] for expert in manifest["experts"]]
     assert "How far each expert has moved" in (run / "report.md").read_text(encoding="utf-8")
+    served = {name: domain["fused_trained"]["loss"] for name, domain in result["domains"].items()}
+    assert result["ways"][f"top-{Checkpoint(run / 'fused').config['num_experts_per_tok']}"] == pytest.approx(
+        served, rel=1e-3
+    )
+    assert "perfect routing" in (run / "report.md").read_text(encoding="utf-8")
     return result
 
 

@@ -18,11 +18,12 @@ from fusion.data import ChatExample, domain_rows, gate_rows, general_rows, load_
 from fusion.drift import as_plain, moved_by_group
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import UserError
+from fusion.evaluation.answer_loss import answer_losses
 from fusion.evaluation.baselines import expert_prompts, hidden_gates, random_gates
 from fusion.evaluation.generate import answer_examples
 from fusion.evaluation.intervals import difference, mean_interval, retained_share
 from fusion.evaluation.scores import score
-from fusion.layers import checkpoint_gates
+from fusion.layers import checkpoint_gates, forced, gated
 from fusion.progress import console
 from fusion.recipe import Recipe
 from fusion.router import place_gates
@@ -101,6 +102,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         figures[name] = _score_model(recipe, fused, tokenizer, wanted, name)
     del fused
 
+    ways = _ways(recipe, figures, fewer, tokenizer, checkpoint)
     routing = _routing(recipe, held_out, tokenizer, checkpoint)
     domains = {name: _domain(figures, name, recipe, rows[0].score) for name, rows in held_out.items()}
     shares = [d["retained_share"] for d in domains.values() if d["retained_share"] is not None]
@@ -112,6 +114,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "mean_exact_match": {row: _mean_score(figures, row, list(held_out)) for row in ROWS},
         "extra": {name: _extra_task(figures, name) for name in extra},
         "experts_by_domain": cross,
+        "ways": ways,
         "moved": {e.name: as_plain(moved_by_group(anchor, original_source(recipe, e))) for e in recipe.experts},
         "moved_anchored": {
             e.name: as_plain(moved_by_group(anchor, expert_source(recipe, e))) for e in recipe.experts if e.anchor
@@ -121,6 +124,34 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         },
         "routing": routing,
     }
+
+
+def _ways(
+    recipe: Recipe,
+    figures: dict[str, dict[str, Figures]],
+    rows: dict[str, list[ChatExample]],
+    tokenizer: Any,
+    checkpoint: Checkpoint,
+) -> dict[str, dict[str, float]]:
+    """Answer losses by domain of anchor, own expert and the fused model along other ways, on the baselines' rows.
+
+    `labelled` is perfect routing, every token to its domain's expert; `top-1` and `top-2` are the trained gates.
+    """
+    domains = [name for name, examples in rows.items() for _ in examples]
+    labels = [recipe.expert_of(name) for name in domains]
+    batches = encode_batches(tokenizer, [row for examples in rows.values() for row in examples], labels)
+    gates = checkpoint_gates(checkpoint)
+    routes = {"labelled": forced(), "top-1": gated(gates, 1)}
+    if len(recipe.experts) > 1:
+        routes["top-2"] = gated(gates, 2)
+    found: dict[str, dict[str, float]] = {}
+    for row in ("anchor", "own_expert"):
+        own = {name: figures[row][name] for name in rows}
+        count = {name: len(examples) for name, examples in rows.items()}
+        found[row] = {n: sum(f.nats[: count[n]]) / max(1.0, sum(f.tokens[: count[n]])) for n, f in own.items()}
+    for way, route in routes.items():
+        found[way] = answer_losses(checkpoint, batches, domains, route, f"answer loss, {way}")
+    return found
 
 
 def _domain(figures: dict[str, dict[str, Figures]], name: str, recipe: Recipe, score_name: str) -> dict[str, Any]:

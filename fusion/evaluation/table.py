@@ -46,10 +46,37 @@ def markdown(result: dict[str, Any]) -> str:
         by_domain = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
         mean, worst = sum(shares.values()) / len(shares), min(shares.values())
         lines += [f"Retained of the gain in answer loss: mean {mean:.3f}, worst {worst:.3f} ({by_domain}).", ""]
-    lines += _moved(result) + _anchoring(result)
+    no_gain = {name: domain["loss_minus_own"]["value"] for name, domain in result["domains"].items()}
+    no_gain = {name: loss for name, loss in no_gain.items() if name not in shares}
+    if no_gain:
+        by_domain = ", ".join(f"{name} {loss:+.3f}" for name, loss in no_gain.items())
+        lines += [f"No gain in answer loss to retain; nats a token above the own expert: {by_domain}.", ""]
+    lines += _ways(result) + _moved(result) + _anchoring(result)
     if any(len(row) > 1 for row in result["experts_by_domain"].values()):
         lines += _cross(result)
     return "\n".join(lines)
+
+
+WAY_LABELS = {
+    "anchor": "anchor",
+    "own_expert": "own expert",
+    "labelled": "perfect routing",
+    "top-1": "one expert a token",
+    "top-2": "two experts a token",
+}
+
+
+def _ways(result: dict[str, Any]) -> list[str]:
+    """What the fused model loses along other ways than the one that is served."""
+    ways = result.get("ways", {})
+    if not ways:
+        return []
+    lines = ["Answer loss by who answers a token, on the rows of the baselines:", ""]
+    lines += ["| domain | " + " | ".join(WAY_LABELS[way] for way in ways) + " |", "| --- " * (len(ways) + 1) + "|"]
+    for name in ways["anchor"]:
+        lines.append(f"| {name} | " + " | ".join(_figure(losses[name]) for losses in ways.values()) + " |")
+    means = [sum(losses.values()) / len(losses) for losses in ways.values()]
+    return [*lines, f"| **mean** | {' | '.join(map(_figure, means))} |", ""]
 
 
 def _moved(result: dict[str, Any]) -> list[str]:

@@ -13,7 +13,10 @@ from gate_training.labelling.rules import NO_RULE, label_by_rules
 
 @dataclass(frozen=True)
 class QuestionLabel:
-    """A question's domain, the channel that decided it, what it went by, and what each channel says of it."""
+    """A question's domain, the channel that decided it, what it went by, how sure it is, what each channel says of it.
+
+    Channels are `rules`, `classifier`, and `data`: the row's own domain.
+    """
 
     domain: str
     source: str

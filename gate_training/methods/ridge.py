@@ -15,10 +15,15 @@ TEMPERATURES = torch.logspace(-1, 2, 16)
 
 def fit(tokens: TokenPass, moments: Moments, settings: GateTraining) -> torch.Tensor:
     """The gate `(experts, hidden)` in float32; `settings.ridge` is λ relative to the mean diagonal of XᵀX."""
-    gram = moments.gram.clone()
-    gram.diagonal().add_(settings.ridge * gram.diagonal().mean().clamp_min(1e-12))
-    weight = torch.cholesky_solve(moments.cross, torch.linalg.cholesky(gram)).T.float()  # (experts, hidden)
+    weight = solution(moments, settings.ridge).float()
     return weight * best_temperature(tokens, weight)
+
+
+def solution(moments: Moments, strength: float) -> torch.Tensor:
+    """W `(experts, hidden)` in float64, before any temperature."""
+    gram = moments.gram.clone()
+    gram.diagonal().add_(strength * gram.diagonal().mean().clamp_min(1e-12))
+    return torch.cholesky_solve(moments.cross, torch.linalg.cholesky(gram)).T
 
 
 def best_temperature(tokens: TokenPass, weight: torch.Tensor) -> float:

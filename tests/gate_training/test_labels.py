@@ -91,7 +91,7 @@ def test_no_question_is_labelled_by_what_has_learnt_it(
     found = routing_examples(recipe, "train", 4)
     assert sorted(asked) == sorted(row.example.question for row in found)
     assert Counter(row.source for row in found) == {"classifier": 12}  # the recipe has no rules
-    assert all("classifier: 90%" in row.evidence for row in found)
+    assert all("classifier: 90%" in row.label.evidence for row in found)
 
 
 def test_a_sequence_classifier_by_path(tmp_path: Path) -> None:

@@ -168,6 +168,14 @@ def test_an_expert_without_tokens_is_never_first(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_one_label_alone_goes_to_its_expert(method: str) -> None:
+    x, _ = toy(noise=0.3, count=60)
+    gate = fit(METHODS[method], passes(x, torch.ones(len(x), dtype=torch.long)))
+    assert gate.isfinite().all()
+    assert ((x @ gate.T).argmax(dim=1) == 1).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_fewer_tokens_than_features(method: str) -> None:
     x, labels = toy(noise=0.3, count=6)
     gate = fit(METHODS[method], passes(x, labels))

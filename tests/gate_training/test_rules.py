@@ -84,6 +84,12 @@ def test_languages_are_told_apart(text: str, language: str) -> None:
     assert detect_language(text) == language
 
 
+@pytest.mark.parametrize("text", ["ᏣᎳᎩ ᎦᏬᏂᎯᏍᏗ ᎠᏂᏃᎮᏍᎩ", "qapla' nuqneH tlhIngan maH", "ߒߞߏ ߞߊ߲ ߦߋ߫", "12 + 5"])
+def test_a_language_that_the_detector_does_not_know_is_none(text: str) -> None:
+    assert detect_language(text) is None
+    assert label_by_rules(text, domains(foreign=[{"not_languages": ["en", "zh"]}], general=[])).domain == "general"
+
+
 @pytest.mark.parametrize(
     ("question", "domain"),
     [
@@ -114,7 +120,7 @@ def test_rules_label_the_examples_where_the_recipe_says_so(tmp_path: Path, ancho
     ruled["math"] = ruled["math"].model_copy(update={"rules": (Rule(pattern=r"\d"),)})
     ruled["coding"] = ruled["coding"].model_copy(update={"rules": (Rule(words=("def", "class")),)})
     found = routing_examples(recipe.model_copy(update={"domains": ruled}), "train", 4)
-    assert {example.source for example in found} == {"rules"}
+    assert {example.label.source for example in found} == {"rules"}
     by_question = {example.example.question: example.domain for example in found}
     assert {by_question[q] for q in QUESTIONS["math"]} == {"math"}
     assert [by_question[q] for q in QUESTIONS["coding"]] == ["coding", "coding", "general", "general"]
@@ -126,7 +132,7 @@ def test_the_data_label_the_examples_by_default(tmp_path: Path, anchor: Path) ->
     assert [example.domain for example in found] == ["general"] * 3 + ["math"] * 3 + ["coding"] * 3
     assert all(example.example.question in QUESTIONS[example.domain] for example in found)
     assert expert_labels(recipe, found) == [0] * 3 + [1] * 3 + [2] * 3
-    assert found[0].source == "data"
+    assert found[0].label.source == "data"
 
 
 def test_a_domain_without_an_expert_trains_that_of_its_fallback(tmp_path: Path, anchor: Path) -> None:

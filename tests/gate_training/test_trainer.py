@@ -22,15 +22,16 @@ from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint, file_hash, read_json
 from fusion.encoding import encode, encode_batches, load_tokenizer
 from fusion.errors import UserError
-from fusion.layers import Batch, Layer, LayerStream, checkpoint_gates, gated
+from fusion.layers import Batch, Gates, Layer, LayerStream, checkpoint_gates, gated
 from fusion.merge import GATES_FILE, merge
 from fusion.recipe import Recipe
+from fusion.router import place_gates
 from gate_training import trainer
 from gate_training.compare import ANCHOR, LABELLED, OWN, held_out_losses, mean_loss, mergekit_gates, retained
 from gate_training.examples import expert_labels, routing_data, routing_examples
 from gate_training.labelling.likelihood import token_targets
 from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
-from gate_training.methods import InMemory, TokenPass, Tokens, moments, ridge
+from gate_training.methods import InMemory, Moments, TokenPass, Tokens, moments, ridge
 from gate_training.methods.regression import costs
 from gate_training.report import markdown
 from gate_training.trainer import METHODS, THRESHOLDS, fit_gates, install_gates, train_gates
@@ -61,11 +62,12 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def gate_inputs(
-    folder: Path, rows: list[list[int]], dtype: torch.dtype = torch.float32
+    folder: Path, rows: list[list[int]], dtype: torch.dtype = torch.float32, gates: Gates | None = None
 ) -> list[dict[int, torch.Tensor]]:
     """transformers' own output of post_attention_layernorm by layer, `(length, hidden)`, for each row alone."""
     loaded = {} if dtype == torch.float32 else {"experts_implementation": "eager"}  # the other ones know no float64
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **loaded).eval()
+    place_gates(model, gates or {})
     seen: dict[int, torch.Tensor] = {}
 
     def keep(layer: int) -> Callable[..., None]:
@@ -124,25 +126,31 @@ def test_gates_are_fitted_on_what_transformers_will_feed_them(
         assert y.tolist() == [labels[row] for row in order for _ in rows[row]]
 
 
-def test_streamed_sums_are_those_of_the_whole_model(recipe: Recipe, folder: Path) -> None:
+def test_streamed_gates_are_those_of_the_whole_model(recipe: Recipe, folder: Path) -> None:
     """In float64, but for what transformers' own norm rounds to float32 inside."""
     data, checkpoint = routing_data(recipe, folder), Checkpoint(folder)
     batches = data.train_batches()
     stream = LayerStream(checkpoint, batches, dtype=torch.float64)
     targets = label_targets(batches, 3).double()
     tokens = LayerTokens(stream, batches, targets, torch.cat(token_marks(batches, stream.hidden)))
-    expected = gate_inputs(folder, [row.ids for row in data.train], torch.float64)
-    whole = torch.cat([torch.full((len(row.ids),), k) for row, k in zip(data.train, data.train_labels, strict=True)])
+    sums: dict[int, Moments] = {}
+    gates: Gates = {}
     for layer in stream:
         layer.attend()
         tokens.reach(layer)
-        streamed = moments(tokens)
-        x = torch.cat([row[layer.index] for row in expected])
+        sums[layer.index] = moments(tokens)
+        gates[layer.index] = ridge.solution(sums[layer.index], 1e-3)
+        layer.mix(gated(gates, 1))  # later layers see what the fitted gates have picked
+
+    expected = gate_inputs(folder, [row.ids for row in data.train], torch.float64, gates)
+    whole = torch.cat([torch.full((len(row.ids),), k) for row, k in zip(data.train, data.train_labels, strict=True)])
+    for index, gate in gates.items():
+        x = torch.cat([row[index] for row in expected])
         assert x.dtype == torch.float64
-        wanted = (x.T @ x, x.T @ torch.nn.functional.one_hot(whole, 3).double())
-        for found, sums in zip((streamed.gram, streamed.cross), wanted, strict=True):
-            assert float((found - sums).norm() / sums.norm()) < 1e-8
-        layer.mix(gated(checkpoint_gates(checkpoint), 1))
+        wanted = Moments(x.T @ x, x.T @ torch.nn.functional.one_hot(whole, 3).double(), len(x))
+        pairs = [(sums[index].gram, wanted.gram), (sums[index].cross, wanted.cross)]
+        for found, direct in (*pairs, (gate, ridge.solution(wanted, 1e-3))):
+            assert float((found - direct).norm() / direct.norm()) < 1e-8
 
 
 def test_the_prompt_is_the_chat_template_and_the_answer_ends_with_its_mark(recipe: Recipe, folder: Path) -> None:
@@ -371,6 +379,18 @@ def test_the_threshold_with_the_least_held_out_loss_is_taken(recipe: Recipe, fol
     assert alone.threshold == 0.9 and "needs a probability of 0.9 against it" in markdown(alone)
     again = held_out_losses(folder, routing_data(recipe, folder), {"": checkpoint_gates(Checkpoint(folder))})[""]
     assert mean_loss(again) == pytest.approx(means[0.9], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_that_are_one_and_the_same_get_finite_gates(tmp_path: Path, anchor: Path, method: str) -> None:
+    recipe = make_recipe(tmp_path, anchor, dict.fromkeys(("general", "math"), anchor), gate_training=SETTINGS)
+    folder = merge(recipe)
+    train_gates(with_settings(recipe, method=method), folder)
+    assert all(gate.isfinite().all() for gate in checkpoint_gates(Checkpoint(folder)).values())
+    ids = torch.arange(20)[None]
+    dense, fused = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (anchor, folder))
+    with torch.no_grad():
+        assert torch.allclose(dense(ids).logits, fused(ids).logits, atol=1e-4)
 
 
 def test_compared_losses_are_transformers_own(recipe: Recipe, folder: Path) -> None:
