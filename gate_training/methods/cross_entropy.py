@@ -1,7 +1,7 @@
 """Cross-entropy of the gate's softmax on expert labels, from the ridge start.
 
-The problem is convex (multinomial logistic regression), so it is solved, not tuned. Labels may be soft: then it is the
-cross-entropy on the experts' shares.
+The problem is convex (multinomial logistic regression: Bishop, 2006, section 4.3.4), so it is solved. Labels may be
+soft: then it is the cross-entropy on the experts' shares.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
 Where experts agree on a token, sending it to another one costs nothing, so the gate spends itself on the tokens where
 they differ. At top-1 an expert costs ‖E_e(x) - E_label(x)‖², and the gate's softmax is charged its expectation
-(cost-sensitive classification); with more experts a token the mixture costs ‖Σ w_e E_e(x) - E_label(x)‖². Both are
-relative to ‖E_label(x)‖², token by token. Starts from the cross-entropy gate, as the problem is not convex.
+(cost-sensitive classification: Elkan, 2001); with more experts a token the mixture costs ‖Σ w_e E_e(x) - E_label(x)‖².
+Both are relative to ‖E_label(x)‖², token by token. Starts from the cross-entropy gate, as the problem is not convex.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Ridge regression of the labels on gate inputs: closed form, one pass.
 
-W = (XᵀX + λI)⁻¹ XᵀY, then one temperature that makes the softmax of the scores fit the labels best (DUME, 2026). The
-sums XᵀX and XᵀY add up over data, experts and machines.
+W = (XᵀX + λI)⁻¹ XᵀY (Hoerl and Kennard, 1970; as a router: DUME, 2026), then one temperature that makes the softmax of
+the scores fit the labels best. The sums XᵀX and XᵀY add up over data, experts and machines.
 """
 
 import torch

@@ -5,7 +5,8 @@ more than the optimum: too little of it and the gate learns its training tokens 
 much is right differs by a thousand times between models. So the fit follows a path from much penalty to little on four
 fifths of a sample of the conversations, stops where the answers' loss of the held back fifth rises, and ends on all
 tokens with the best.
-L-BFGS works in coordinates in which the curvature is about even: the inputs' second moments plus the penalty.
+L-BFGS (Liu and Nocedal, 1989) works in coordinates in which the curvature is about even: the inputs' second moments,
+which bound it (Böhning and Lindsay, 1988), plus the penalty.
 """
 
 from collections.abc import Callable
