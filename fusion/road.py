@@ -212,9 +212,14 @@ def _sample(recipe: Recipe, expert: Expert, settings: BranchSettings | Anchoring
     rows, _ = _rows(recipe, expert, settings)
     if not sampler.missing(rows):
         console.print(f"[dim]sample {expert.name}: every question has its answers, skipped[/dim]", highlight=False)
+        _print_yield(sampler, rows)
         return
     console.print(f"[bold]sample {expert.name}[/bold]", highlight=False)
     sampler.ask(rows, recipe.serving, recipe.folder / "logs" / f"teacher-{expert.name}.log")
+    _print_yield(sampler, rows)
+
+
+def _print_yield(sampler: Sampler, rows: list[ChatExample]) -> None:
     _, brought = sampler.learnt(rows)
     console.print(f"  {brought.sentence()}", highlight=False, soft_wrap=True)
 

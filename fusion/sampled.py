@@ -260,8 +260,9 @@ class Sampler:
 def verdict(text: str, finish_reason: str | None, row: ChatExample, minimum_chrf: float) -> str:
     """RIGHT, or what is wrong with an answer: empty, cut, schema, language, unlike or wrong.
 
-    The row's score has to be 1. chrf verifies nothing by equality: there the answer has to be in the reference's
-    language, where that has one that can be told, and at least `minimum_chrf` like it.
+    The row's score has to be 1, and a text around a number in the question's language. chrf verifies nothing by
+    equality: there the answer has to be in the reference's language, where that has one that can be told, and at least
+    `minimum_chrf` like it.
     """
     if not text.strip():
         return "empty"
@@ -269,12 +270,20 @@ def verdict(text: str, finish_reason: str | None, row: ChatExample, minimum_chrf
         return "cut"
     if row.schema is not None and not _satisfies(text, row.schema):
         return "schema"
+    if row.score == "number" and _other_language(text, row.question):
+        return "language"
     if row.score != "chrf":
         return RIGHT if score(text, row) == 1 else "wrong"
     language = detect_language(str(expected(row)))
     if language is not None and detect_language(text) != language:
         return "language"
     return RIGHT if score(text, row) >= minimum_chrf else "unlike"
+
+
+def _other_language(text: str, question: str) -> bool:
+    """Whether both are in a language that can be told, and not in the same."""
+    found = detect_language(text), detect_language(question)
+    return None not in found and found[0] != found[1]
 
 
 def _satisfies(text: str, schema: dict[str, Any]) -> bool:

@@ -39,7 +39,8 @@ def hidden_gates(
 ) -> Gates:
     """`hidden` or (`average`) `hidden_avg` gates, `(experts, hidden)` a layer, from each expert's `prompts`.
 
-    mergekit loads the anchor in bfloat16 and runs all prompts in one batch; here it is float32 and a few at a time.
+    mergekit loads the anchor in bfloat16 and runs all prompts in one batch; here it is float32 and a few at a time. The
+    anchor is whole in main memory: mergekit's function wants the states of all layers on one device.
     """
     from transformers import AutoModelForCausalLM
 

@@ -57,6 +57,13 @@ def test_an_answer_is_right_by_the_rows_own_score(score: str, reference: Any, te
         assert verdict(text, "length", row, 0.5) == "cut"
 
 
+def test_a_right_number_in_another_language_is_not_learnt() -> None:
+    row = chat("How many apples are left in the basket after lunch?", "5", "math", score="number")
+    assert verdict("After lunch there are five apples left in the basket: 5", "stop", row, 0.5) == RIGHT
+    assert verdict("午饭后篮子里还剩下苹果，一共有5", "stop", row, 0.5) == "language"
+    assert verdict("\\boxed{5}", "stop", row, 0.5) == RIGHT
+
+
 def test_right_values_that_break_the_schema_are_not_learnt() -> None:
     row = chat("?", "", "d", score="exact_values", reference=DOCUMENT, schema=SCHEMA)
     assert verdict('{"age": 28}', "stop", row, 0.5) == "schema"
