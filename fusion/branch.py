@@ -73,26 +73,28 @@ def train_expert(
     whole: bool = False,
     notes: Mapping[str, Any] | None = None,
     limits: tuple[float, float] | None = None,
+    watched: Sequence[ChatExample] = (),
 ) -> TrainResult:
     """Trains the model in folder `start` on `train` and writes the expert to folder `out`, with `branch.json`.
 
     `layers` restricts what is trained in decoder layers to these. With a `teacher` the answers are learnt as it sees
     them. With `whole` an adapter is merged into the result. `notes` go into `branch.json`. With `limits`, the losses of
-    anchor and drifted expert, the bar says what of that gain is kept. `general` rows are mixed
-    in until they are `settings.general_share` of all. The first `held_out_rows` of `held_out` pick the best step, the
-    first `score_rows` judge the result. An interrupted call goes on from its last evaluation when it is made again.
-    Raises UserError where a row is too long, a layer does not exist, or the expert scores no better than `start`.
+    anchor and drifted expert, the bar says what of that gain is kept. `general` rows are mixed in until they are
+    `settings.general_share` of all. `watched` rows, or the first `held_out_rows` of `held_out`, pick the best step, the
+    first `score_rows` of `held_out` judge the result. An interrupted call goes on from its last evaluation when it is
+    made again. Raises UserError where a row is too long, a layer does not exist, or the expert scores no better than
+    `start`.
     """
     began = time.monotonic()
     partial = out.with_name(f".{out.name}.branch")
     decisive = settings.model_copy(update={"allow_no_gain": False})
-    training.claim(partial, _fingerprint(start, train, held_out, general, decisive, layers, teacher))
+    training.claim(partial, _fingerprint(start, train, held_out, general, decisive, layers, teacher, watched))
     tokenizer = AutoTokenizer.from_pretrained(start)
     rows = training.fitting(tokenizer, _mixed(train, general, settings), settings.max_length, "branch")
     if teacher is not None:
         teacher.teach(rows, partial / "teacher.safetensors", settings.batch_rows)
     model = trainable_model(start, settings, layers)
-    judged, watched = held_out[: settings.score_rows], held_out[: settings.held_out_rows]
+    judged, watched = held_out[: settings.score_rows], watched or held_out[: settings.held_out_rows]
     score_name = judged[0].score if judged else ""
 
     before_file = partial / "before.json"
@@ -230,13 +232,14 @@ def judge(
     settings: BranchSettings | HealSettings,
     who: str,
 ) -> dict[str, Any]:
-    """The task score of `judged`, from 0 to 1, and the answer loss of `watched`, which begin alike, in nats a token.
+    """The task score of `judged`, from 0 to 1, the answer loss of `watched` in nats a token, and the rows' `scores`.
 
-    Also the `scores` of the rows.
+    Rows that both begin with are run once.
     """
     answers = answer_examples(model, tokenizer, judged, settings.max_new_tokens, 32, f"task score, {who}")
     scores = [score(answer.text, row) for answer, row in zip(answers, judged, strict=True)]
-    losses = [(answer.nats, answer.tokens) for answer in answers[: len(watched)]]
+    alike = list(judged[: len(watched)]) == list(watched[: len(judged)])
+    losses = [(answer.nats, answer.tokens) for answer in answers[: len(watched)]] if alike else []
     losses += answer_losses(model, tokenizer, watched[len(losses) :], settings.batch_rows)
     return {"score": sum(scores) / max(1, len(scores)), "loss": training.per_token(losses), "scores": scores}
 

@@ -132,8 +132,11 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
     assert settings is not None
     rows, held_out = _rows(recipe, expert, settings)
     rows, notes = _learnt(recipe, expert, settings, rows)
-    mixed = general_rows(recipe, settings)
-    result = train_expert(anchor.folder, out, rows, held_out, settings, _trained_layers(recipe), mixed, notes=notes)
+    watched: list[ChatExample] = []
+    if settings.answers == "sampled":  # references are in another style: their loss rises while answers get better
+        rows, watched = _held_back(rows, settings.held_out_rows)
+    layers, mixed = _trained_layers(recipe), general_rows(recipe, settings)
+    result = train_expert(anchor.folder, out, rows, held_out, settings, layers, mixed, notes=notes, watched=watched)
     low, high = result.score_gain_interval
     return (
         f"{expert.name}: {result.score_name} {result.score_before:.3f} -> {result.score_after:.3f} "
@@ -141,6 +144,13 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
         f"loss {result.loss_before:.3f} -> {result.loss_after:.3f}, {result.tokens:,} tokens in "
         f"{result.seconds:.0f} s; moved: {sentence(result.moved)}"
     )
+
+
+def _held_back(rows: list[ChatExample], count: int) -> tuple[list[ChatExample], list[ChatExample]]:
+    """Rows to train on, and those of the last `count` questions, of a fifth at most."""
+    questions = list(dict.fromkeys(row.question for row in rows))
+    last = set(questions[len(questions) - min(count, len(questions) // 5) :])
+    return [row for row in rows if row.question not in last], [row for row in rows if row.question in last]
 
 
 def _rows(recipe: Recipe, expert: Expert, settings: TrainingSettings) -> tuple[list[ChatExample], list[ChatExample]]:

@@ -341,3 +341,10 @@ def test_an_expert_learns_a_teachers_verified_answers_through_vllm(
     assert before[0] != before[1]
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     assert step_hash(road._branch_step(recipe, expert)) != before[0]
+
+
+def test_the_last_questions_answers_are_held_back() -> None:
+    rows = [row for row in sums(10) for _ in range(2)]
+    assert road._held_back(rows, 1) == (rows[:18], rows[18:])
+    assert road._held_back(rows, 16) == (rows[:16], rows[16:])  # a fifth at most
+    assert road._held_back(rows[:6], 16) == (rows[:6], [])
