@@ -241,6 +241,7 @@ def main(path: str = "configs/demo.yaml", part: str = "all", *overrides: str) ->
     if part == "peers":
         print(json.dumps(against_peers(path, *overrides)))
         return
+    kept = quality()  # first, as stored figures may be refused
     shares = throughput(recipe)
     peers = against_peers(path, *overrides)
     large = _child("gate_training.full_size", "100000", "5")
@@ -250,7 +251,6 @@ def main(path: str = "configs/demo.yaml", part: str = "all", *overrides: str) ->
         f"{large['tokens']:,} tokens: {large['tokens_per_s']:.0f} tokens/s, {large['share_of_matmul_rate']:.2f} "
         f"of the matmul rate, {large['peak_rss_gb']:.2f} GB resident at most"
     )
-    kept = quality()
     result = {
         "throughput_vs_forward_top1": shares["cross-entropy, top-1"],
         "throughput_vs_forward_top2": shares["cross-entropy, top-2"],
