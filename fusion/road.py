@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from fusion.architecture import sparse_layers
 from fusion.checkpoint import INDEX, read_json, resolve_model, write_json, write_text
 from fusion.data import ChatExample, general_rows, load_examples, source_files, trained_on
@@ -50,7 +48,7 @@ from fusion.sources import (
     trained_anchor,
     trained_expert,
 )
-from fusion.steps import Step, forget, run_step, run_steps
+from fusion.steps import Step, forget, lock, run_step, run_steps
 
 quiet_libraries()  # one bar a step is enough
 
@@ -103,8 +101,7 @@ def _pretrain(recipe: Recipe) -> None:
 
     code = Path(__file__).with_name("demo_family.py")
     step = Step("anchor", settings, [code, *_data_files(settings.data)], [out / "config.json"], action)
-    recipe.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(recipe.folder / ".anchor.lock"):  # commands at work on several experts make it once
+    with lock(recipe.folder, "anchor"):  # commands at work on several experts make it once
         run_step(step, recipe.folder)
 
 

@@ -6,6 +6,7 @@ place by then, because every writer writes aside and renames.
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -133,11 +134,16 @@ def _read(folder: Path) -> dict[str, str]:
     return records if isinstance(records, dict) else {}
 
 
+def lock(folder: Path, name: str) -> FileLock:
+    """Held by one of the commands at work on `folder` at a time; the file lies with this machine's temporary ones."""
+    place = hashlib.sha256(f"{folder.absolute()} {name}".encode()).hexdigest()[:32]
+    return FileLock(Path(tempfile.gettempdir()) / f"qwen-fusion-{place}.lock")
+
+
 @contextmanager
 def _records(folder: Path) -> Iterator[dict[str, str]]:
     """The records, to be changed and written back; commands at work on other experts of the folder wait."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{STATE}.lock"):
+    with lock(folder, "records"):
         records = _read(folder)
         before = dict(records)
         yield records
