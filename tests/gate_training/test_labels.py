@@ -90,7 +90,7 @@ def test_no_question_is_labelled_by_what_has_learnt_it(
     monkeypatch.setattr(examples_module, "recipe_classifier", watched)
     found = routing_examples(recipe, "train", 4)
     assert sorted(asked) == sorted(row.example.question for row in found)
-    assert Counter(row.source for row in found) == {"classifier": 12}  # the recipe has no rules
+    assert Counter(row.label.source for row in found) == {"classifier": 12}  # the recipe has no rules
     assert all("classifier: 90%" in row.label.evidence for row in found)
 
 
