@@ -6,7 +6,7 @@ fusion/recipe_file.py reads both.
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -357,10 +357,23 @@ class GateTraining(Section):
     propagation: Literal["gates", "labels"] = "gates"
     # a token goes to the general expert unless the gate gives another one this probability against it; auto: what
     # loses least on held-out examples
-    threshold: Annotated[float, Field(ge=0.5, lt=1)] | Literal["auto"] | None = None
+    threshold: float | Literal["auto"] | None = None
     window: int = Field(8, ge=0)  # tokens to each side whose likelihoods decide a token's label (method likelihood)
     refinement: Refinement = Refinement()  # of method lm
     seed: int = 0
+
+    @field_validator("threshold", mode="before")
+    @classmethod
+    def _probability(cls, given: Any) -> Any:
+        if given in (None, "auto"):
+            return given
+        try:
+            threshold = float(given)
+        except (TypeError, ValueError):
+            threshold = 0.0
+        if not 0.5 <= threshold < 1:
+            raise ValueError(f"{given!r} is no threshold: give a probability from 0.5 to below 1, or auto")
+        return threshold
 
     @model_validator(mode="after")
     def _threshold_of_a_fit(self) -> "GateTraining":

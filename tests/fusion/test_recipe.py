@@ -333,3 +333,18 @@ def test_an_override_reaches_one_place_where_yaml_shares_many(tmp_path: Path) ->
     )
     recipe = load_recipe(write(tmp_path, text), ["domains.math.held_out.split=held_out"])
     assert (recipe.domains["math"].train.split, recipe.domains["math"].held_out.split) == ("train", "held_out")
+
+
+@pytest.mark.parametrize("given", ["0.3", "1.0", "maybe", "true", "[0.7]"])
+def test_a_threshold_that_is_none_is_said_in_one_sentence(given: str) -> None:
+    said = refused(Path("configs/demo.yaml"), f"gate_training.threshold={given}")
+    assert "gate_training.threshold: " in said and "give a probability from 0.5 to below 1, or auto" in said
+
+
+def test_a_threshold_goes_with_what_fits_layer_by_layer() -> None:
+    demo = Path("configs/demo.yaml")
+    for given, kept in (("0.7", 0.7), ("auto", "auto"), ("null", None)):
+        assert load_recipe(demo, [f"gate_training.threshold={given}"]).gate_training.threshold == kept
+    for given in ("0.7", "auto"):
+        said = refused(demo, f"gate_training.threshold={given}", "gate_training.method=lm")
+        assert "leave one of the two out" in said

@@ -271,6 +271,9 @@ def test_the_step_writes_its_report_and_is_skipped_the_second_time(recipe: Recip
     table = (recipe.folder / "gates.md").read_text()
     assert table.count("\n| 0 |") == table.count("\n| 2 |") == 2
     assert f"{report['layers'][0]['accuracy']:.3f} / {report['layers'][0]['answer_accuracy']:.3f}" in table
+    labels = [json.loads(line) for line in (recipe.folder / "labels.jsonl").read_text("utf-8").splitlines()]
+    assert [label["split"] for label in labels] == ["train"] * 12 + ["held_out"] * 9
+    assert {(label["source"], label["confidence"]) for label in labels} == {("data", 1.0)}
     stamp = (folder / GATES_FILE).stat().st_mtime_ns
     road.train_gates(recipe)
     assert (folder / GATES_FILE).stat().st_mtime_ns == stamp
