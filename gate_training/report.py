@@ -132,8 +132,8 @@ def draw(report: GateReport, path: Path) -> None:
     sure.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     sizes = [400 * tenth.share for tenth in found]
     sure.scatter([tenth.confidence for tenth in found], [tenth.accuracy for tenth in found], sizes, alpha=0.7)
-    sure.set_xlim(0, 1.03)
-    sure.set_ylim(0, 1.03)
+    sure.set_xlim(0, 1.08)
+    sure.set_ylim(0, 1.08)
     sure.set_xlabel("confidence of the gate's first choice")
     sure.set_ylabel("right")
     sure.set_title("All tokens, area: their share")
