@@ -40,3 +40,9 @@ def attention_implementation(wanted: str) -> str:
     if wanted == "flash_attention_2" or torch.cuda.is_available():
         logging.warning("flash-attn is not installed (or there is no GPU): attention falls back to SDPA")
     return "sdpa"
+
+
+def peak_memory() -> int:
+    """The most bytes that this program has had resident. getrusage's figure begins with that of its parent."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024

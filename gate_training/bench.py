@@ -10,7 +10,6 @@ of RUNS, after one domain's losses have been measured again. The last line is on
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import UserError
 from fusion.evaluation.answer_loss import answer_losses
 from fusion.evaluation.evaluate import held_out_rows, result_path
-from fusion.hardware import compute_dtype, stream_device
+from fusion.hardware import compute_dtype, peak_memory, stream_device
 from fusion.layers import Batch, Gates, Route, Source, checkpoint_gates, forced, gated
 from fusion.progress import quiet_libraries
 from fusion.reader import Reader
@@ -94,7 +93,7 @@ def ours(recipe: Recipe) -> dict[str, Any]:
     """Seconds, held-out routing accuracy and peak memory of one fit by cross-entropy; run in a process of its own."""
     data = routing_data(recipe, recipe.fused)
     seconds, gates = fit(recipe, data, "cross-entropy", recipe.routing.top_k)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     model = AutoModelForCausalLM.from_pretrained(recipe.fused, dtype=torch.float32, use_safetensors=True)
     with torch.no_grad():
         for layer, gate in gates.items():

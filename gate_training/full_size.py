@@ -8,7 +8,6 @@ tokens come from a part of the vocabulary, so that there is something to learn. 
 """
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from transformers import Qwen2Config, Qwen2Model
 
 from fusion.architecture import MLP_PARTS, fused_config
 from fusion.checkpoint import Checkpoint, write_index, write_json, write_shards
-from fusion.hardware import compute_dtype, stream_device
+from fusion.hardware import compute_dtype, peak_memory, stream_device
 from fusion.layers import Gates, LayerStream, gated, make_batches
 from fusion.recipe import GateTraining
 from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
@@ -115,7 +114,7 @@ def measure(tokens: int, experts: int) -> dict[str, Any]:
         "tokens_per_s": stream.tokens / seconds,
         "share_of_matmul_rate": needed / seconds / rate,
         "accuracy": float(right.float().mean()),
-        "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "peak_rss_gb": peak_memory() / 1e9,
     }
 
 

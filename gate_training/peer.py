@@ -8,7 +8,6 @@ router logits on the labels. Prints one JSON object: the seconds and held-out ro
 """
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from fusion.hardware import peak_memory
 from fusion.layers import Batch
 from fusion.progress import quiet_libraries
 from fusion.recipe import Recipe
@@ -118,8 +118,7 @@ def train_gates(recipe: Recipe, learning_rate: float) -> dict[str, Any]:
             model=model, args=arguments, train_dataset=rows, data_collator=_collate, callbacks=[clock]
         )
         trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"learning_rate": learning_rate, "curve": clock.curve, "peak_bytes": peak}
+    return {"learning_rate": learning_rate, "curve": clock.curve, "peak_bytes": peak_memory()}
 
 
 if __name__ == "__main__":

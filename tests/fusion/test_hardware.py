@@ -1,12 +1,14 @@
 """What the machine computes with: the attention falls back to SDPA, and says so."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from fusion import hardware
-from fusion.hardware import attention_implementation
+from fusion.hardware import attention_implementation, peak_memory
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +45,11 @@ def test_without_flash_attn_attention_falls_back_to_sdpa_and_says_so(
     with caplog.at_level(logging.WARNING):
         assert attention_implementation(wanted) == found
     assert ("falls back to SDPA" in caplog.text) == said
+
+
+def test_peak_memory_is_the_programs_own_and_not_its_parents() -> None:
+    held = b"\1" * (1 << 30)
+    assert peak_memory() > len(held)
+    script = "from fusion.hardware import peak_memory; print(peak_memory())"
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 10_000_000 < int(child.stdout) < len(held)
