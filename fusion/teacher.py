@@ -20,7 +20,7 @@ from fusion.packing import IGNORED, TEACHER_COLUMNS, answer_logits
 from fusion.progress import track
 from fusion.recipe import Loading
 from fusion.sources import ModelSource, load_model
-from fusion.vocabulary import other_token, vocabulary
+from fusion.vocabulary import other_token, token_ids
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Teacher:
             raise UserError(
                 f"teacher {folder} has a vocabulary of {size} tokens, the anchor one of {self.vocabulary}: {wanted}"
             )
-        token = other_token(vocabulary(self.student), vocabulary(folder))
+        token = other_token(token_ids(self.student), token_ids(folder))
         if token is not None:
             raise UserError(f"teacher {folder} gives {token!r} another id than the anchor: {wanted}")
 

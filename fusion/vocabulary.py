@@ -5,7 +5,7 @@ from pathlib import Path
 from fusion.checkpoint import read_json
 
 
-def vocabulary(folder: Path) -> dict[str, int] | None:
+def token_ids(folder: Path) -> dict[str, int] | None:
     """The ids of a tokenizer's tokens, added ones among them; None without a tokenizer.json."""
     path = folder / "tokenizer.json"
     if not path.is_file():

@@ -172,7 +172,6 @@ def quality() -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name, run in RUNS.items():
         recipe = run.load()
-        mean = worst = hidden = None
         found |= dict.fromkeys((f"{name}_mean", f"{name}_worst", f"{name}_hidden"))
         if result_path(recipe).is_file() and (recipe.fused / "config.json").is_file():
             domains = read_json(result_path(recipe))["domains"]
@@ -187,9 +186,9 @@ def quality() -> dict[str, float | None]:
                 f"{name}{since}: of the own experts' gain in answer loss {mean:.3f} kept in the mean, "
                 f"{worst:.3f} at worst; by mergekit's hidden gates {hidden:.3f} on '{_checked(recipe)}'"
             )
+            found |= {f"{name}_mean": mean, f"{name}_worst": worst, f"{name}_hidden": hidden}
         else:
             print(f"{name}: not there; {run.command()}")
-        found |= {f"{name}_mean": mean, f"{name}_worst": worst, f"{name}_hidden": hidden}
     return found
 
 

@@ -189,6 +189,7 @@ def fit_gates(
     dtype = getattr(torch, checkpoint_dtype(folder))
     top_k = top_k or checkpoint.config["num_experts_per_tok"]
     general = recipe.expert_of(general_domain(recipe.domains))
+    threshold = None if settings.threshold == "auto" else settings.threshold
     incremental = method == "ridge" and settings.propagation == "labels"
     statistics = Statistics(recipe, folder, data) if incremental else None
     work = _laid_out(recipe, checkpoint, data, method, top_k, statistics)
@@ -204,8 +205,8 @@ def fit_gates(
             work.judges.reach(layer)
             sums = statistics.add(layer.index, work.tokens) if statistics else moments(work.tokens)
             gate = METHODS[method](work.judges, sums, settings)
-            if isinstance(settings.threshold, float):
-                gate = lean(gate, sums, general, settings.threshold)
+            if threshold is not None:
+                gate = lean(gate, sums, general, threshold)
             gates[layer.index] = gate.to("cpu", dtype)  # tokens move on through what will be served, rounding included
             reports.append(
                 layer_report(layer.index, gates[layer.index], work.stream, work.measured, data.domains, recipe)
@@ -214,8 +215,9 @@ def fit_gates(
         notes.keep(layer.index, work.stream, gates, reports)
     counts = [sum(len(row.ids) for row in rows) for rows in (data.train, data.held_out)]
     disputed = sum(example.label.disputed for example in data.train_examples)
-    found = GateReport(method, settings.labels, counts[0], counts[1], data.rules_agreement, disputed, reports)
-    return gates, replace(found, threshold=settings.threshold if isinstance(settings.threshold, float) else None)
+    return gates, GateReport(
+        method, settings.labels, counts[0], counts[1], data.rules_agreement, disputed, reports, threshold
+    )
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,10 @@ class Figures:
     nats: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
 
+    def first(self, count: int) -> float:
+        """The loss of the first `count` rows, in nats a token."""
+        return sum(self.nats[:count]) / max(1.0, sum(self.tokens[:count]))
+
     def as_dict(self) -> dict[str, Any]:
         """Means with 95% intervals."""
         score_, loss = mean_interval(self.scores), mean_interval(self.nats, self.tokens)
@@ -140,17 +144,17 @@ def _ways(
     domains = [name for name, examples in rows.items() for _ in examples]
     labels = [recipe.expert_of(name) for name in domains]
     batches = encode_batches(tokenizer, [row for examples in rows.values() for row in examples], labels)
-    gates = checkpoint_gates(checkpoint)
+    gates, served = checkpoint_gates(checkpoint), f"top-{checkpoint.config['num_experts_per_tok']}"
+    known = {"anchor": "anchor", "own_expert": "own_expert", served: "fused_trained"}
     routes = {"labelled": forced(), "top-1": gated(gates, 1)}
     if len(recipe.experts) > 1:
         routes["top-2"] = gated(gates, 2)
     found: dict[str, dict[str, float]] = {}
-    for row in ("anchor", "own_expert"):
-        own = {name: figures[row][name] for name in rows}
-        count = {name: len(examples) for name, examples in rows.items()}
-        found[row] = {n: sum(f.nats[: count[n]]) / max(1.0, sum(f.tokens[: count[n]])) for n, f in own.items()}
-    for way, route in routes.items():
-        found[way] = answer_losses(checkpoint, batches, domains, route, f"answer loss, {way}")
+    for way in ("anchor", "own_expert", *routes):
+        if way in known:
+            found[way] = {name: figures[known[way]][name].first(len(examples)) for name, examples in rows.items()}
+        else:
+            found[way] = answer_losses(checkpoint, batches, domains, routes[way], f"answer loss, {way}")
     return found
 
 

@@ -17,7 +17,7 @@ from fusion.checkpoint import Checkpoint, hub_config, is_hub_id, read_json, reso
 from fusion.errors import UserError
 from fusion.recipe import DEMO_ROPE_THETA, Expert, Recipe
 from fusion.sources import trained_anchor, trained_expert
-from fusion.vocabulary import other_token, vocabulary
+from fusion.vocabulary import other_token, token_ids
 from serving.guard.schema import Checker, SchemaError
 
 SHAPES = (
@@ -257,7 +257,7 @@ def _headers(where: str, folder: Path, anchor: Path) -> list[Finding]:
 
 
 def _tokenizer(where: str, folder: Path, anchor: Path) -> list[Finding]:
-    ours, theirs = vocabulary(anchor), vocabulary(folder)
+    ours, theirs = token_ids(anchor), token_ids(folder)
     if ours is None or theirs is None:
         return [Finding("warning", where, "no tokenizer.json to compare with the anchor's")]
     token = other_token(ours, theirs)
