@@ -16,6 +16,7 @@ from fusion.progress import console
 from fusion.recipe import Recipe
 from gate_training.labelling.classifier import Classify, recipe_classifier
 from gate_training.labelling.combine import QuestionLabel, label_questions
+from gate_training.labelling.likelihood import LikelihoodLabel, answer_labels
 from gate_training.labelling.rules import label_by_rules
 
 Split = Literal["train", "held_out"]
@@ -34,10 +35,11 @@ class RoutingExample:
         return self.label.domain
 
 
-def routing_examples(recipe: Recipe, split: Split, rows: int) -> list[RoutingExample]:
+def routing_examples(recipe: Recipe, split: Split, rows: int, folder: Path | None = None) -> list[RoutingExample]:
     """`rows` examples a domain from its `train` or `held_out` data, labelled as the recipe's gate_training.labels says.
 
-    Raises UserError where an expert is left without a single example.
+    Where labels are combined, the experts of the fused model in `folder` have a say. Raises UserError where an expert
+    is left without a single example.
     """
     settings = recipe.gate_training
     seed = settings.seed + (split == "held_out")  # evaluate draws with another one: what chooses does not judge
@@ -46,7 +48,8 @@ def routing_examples(recipe: Recipe, split: Split, rows: int) -> list[RoutingExa
         sources = {name: getattr(domain, split).describe() for name, domain in recipe.domains.items()}
         labels = [QuestionLabel(e.domain, "data", sources[e.domain], 1.0, {}) for e in examples]
     else:
-        labels = _question_labels(recipe, split, examples)
+        likely = answer_labels(recipe, folder, examples) if folder and settings.labels == "combined" else None
+        labels = _question_labels(recipe, split, examples, likely)
     found = [RoutingExample(example, label) for example, label in zip(examples, labels, strict=True)]
     served = set(expert_labels(recipe, found))
     for index, expert in enumerate(recipe.experts):
@@ -58,23 +61,25 @@ def routing_examples(recipe: Recipe, split: Split, rows: int) -> list[RoutingExa
     return found
 
 
-def _question_labels(recipe: Recipe, split: Split, examples: list[ChatExample]) -> list[QuestionLabel]:
+def _question_labels(
+    recipe: Recipe, split: Split, examples: list[ChatExample], likely: list[LikelihoodLabel] | None
+) -> list[QuestionLabel]:
     """Labels of the examples' questions; a classifier that learns never labels a question it has learnt from."""
     settings = recipe.gate_training
     rules_first = settings.labels != "classifier"
 
-    def label(rows: list[ChatExample], classify: Classify | None) -> list[QuestionLabel]:
-        return label_questions([row.question for row in rows], recipe.domains, classify, rules_first)
+    def label(classify: Classify | None, part: slice = slice(None)) -> list[QuestionLabel]:
+        questions = [row.question for row in examples[part]]
+        return label_questions(questions, recipe.domains, classify, rules_first, likely[part] if likely else None)
 
     if settings.labels == "rules":
-        return label(examples, None)
+        return label(None)
     if split == "held_out" or settings.classifier:
-        learnt = domain_rows(recipe, "train", settings.rows, settings.seed)
-        return label(examples, recipe_classifier(recipe, learnt))
-    halves = examples[::2], examples[1::2]
-    labels = [label(half, recipe_classifier(recipe, other)) for half, other in zip(halves, halves[::-1], strict=True)]
-    found: list[QuestionLabel] = [labels[0][0]] * len(examples)
-    found[::2], found[1::2] = labels
+        return label(recipe_classifier(recipe, domain_rows(recipe, "train", settings.rows, settings.seed)))
+    even = label(recipe_classifier(recipe, examples[1::2]), slice(0, None, 2))
+    odd = label(recipe_classifier(recipe, examples[::2]), slice(1, None, 2))
+    found = [*even, *odd]
+    found[::2], found[1::2] = even, odd
     return found
 
 
@@ -136,13 +141,13 @@ def _batches(
 
 
 def routing_data(recipe: Recipe, folder: Path) -> RoutingData:
-    """The recipe's routing examples by the tokenizer in `folder`.
+    """The recipe's routing examples by the tokenizer of the fused model in `folder`.
 
     Raises UserError where the data leave an expert without examples.
     """
     settings, tokenizer = recipe.gate_training, load_tokenizer(folder)
-    train = routing_examples(recipe, "train", settings.rows)
-    held_out = routing_examples(recipe, "held_out", settings.held_out_rows)
+    train = routing_examples(recipe, "train", settings.rows, folder)
+    held_out = routing_examples(recipe, "held_out", settings.held_out_rows, folder)
     seen = trained_on([row.example for row in train])
     if both := sum(seen(row.example) for row in held_out):
         console.print(

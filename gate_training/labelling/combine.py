@@ -1,6 +1,6 @@
-"""Labels of questions by all channels at hand: rules first, the classifier where no rule matches.
+"""Labels of questions by all channels at hand: rules first; where none matches, the surer of classifier and likelihood.
 
-Likelihood labels are of tokens and not of questions (gate_training.labelling.likelihood).
+Likelihood speaks where experts are at hand and the question has an answer that they can read.
 """
 
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fusion.recipe import Domain
 from gate_training.labelling.classifier import Classify
+from gate_training.labelling.likelihood import LikelihoodLabel
 from gate_training.labelling.rules import NO_RULE, label_by_rules
 
 
@@ -15,7 +16,7 @@ from gate_training.labelling.rules import NO_RULE, label_by_rules
 class QuestionLabel:
     """A question's domain, the channel that decided it, what it went by, how sure it is, what each channel says of it.
 
-    Channels are `rules`, `classifier`, and `data`: the row's own domain.
+    Channels are `rules`, `classifier`, `likelihood`, and `data`: the row's own domain.
     """
 
     domain: str
@@ -31,17 +32,29 @@ class QuestionLabel:
 
 
 def label_questions(
-    questions: Sequence[str], domains: dict[str, Domain], classify: Classify | None, rules_first: bool = True
+    questions: Sequence[str],
+    domains: dict[str, Domain],
+    classify: Classify | None,
+    rules_first: bool = True,
+    likely: Sequence[LikelihoodLabel] | None = None,
 ) -> list[QuestionLabel]:
-    """The label of each question; by the rules alone without a classifier, by it alone without `rules_first`."""
+    """The label of each question; by the rules alone without a classifier, by it alone without `rules_first`.
+
+    `likely` is what the experts say of each question's answer.
+    """
     found = classify(questions) if classify else [None] * len(questions)
     labels = []
-    for question, said in zip(questions, found, strict=True):
+    heard: Sequence[LikelihoodLabel | None] = likely or [None] * len(questions)
+    for question, said, liked in zip(questions, found, heard, strict=True):
         rule = label_by_rules(question, domains)
         channels = {"rules": rule.domain, **({"classifier": said.domain} if said else {})}
+        if liked:  # it knows experts, not domains: which of the expert's is for the other channels to say
+            channels["likelihood"] = next((d for d in reversed(channels.values()) if d in liked.serves), liked.domain)
         if said is None or (rules_first and rule.evidence != NO_RULE):
             labels.append(QuestionLabel(rule.domain, "rules", rule.evidence, 1.0, channels))
-        else:
-            evidence = f"classifier: {said.confidence:.0%}"
-            labels.append(QuestionLabel(said.domain, "classifier", evidence, said.confidence, channels))
+            continue
+        source, sure = "classifier", said.confidence
+        if liked and liked.confidence > sure:
+            source, sure = "likelihood", liked.confidence
+        labels.append(QuestionLabel(channels[source], source, f"{source}: {sure:.0%}", sure, channels))
     return labels

@@ -2,8 +2,9 @@
 
     python -m gate_training.labelling.measure configs/qwen2.5-0.5b-two-experts.yaml
 
-The classifier learns the questions of the recipe's training rows. Prints a table, every error of the combination, and
-one JSON object.
+The classifier learns the questions of the recipe's training rows. Likelihood, where the recipe's fused model exists,
+goes by the questions themselves, which have no answers, and is right with the domain's expert. Prints a table, every
+error of the combination, and one JSON object.
 """
 
 import json
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import yaml
 
-from fusion.data import domain_rows
+from fusion.data import chat, domain_rows
 from fusion.errors import UserError
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from gate_training.labelling.classifier import recipe_classifier
-from gate_training.labelling.combine import QuestionLabel, label_questions
+from gate_training.labelling.combine import label_questions
+from gate_training.labelling.likelihood import answer_labels
 
 
 def confusing_questions(recipe: Recipe) -> list[tuple[str, str]]:
@@ -38,7 +40,14 @@ def measure(recipe: Recipe) -> dict[str, dict[str, float]]:
         "classifier": label_questions(questions, recipe.domains, classify, rules_first=False),
         "combined": label_questions(questions, recipe.domains, classify),
     }
-    shares = {name: _shares([domain for domain, _ in wanted], labels) for name, labels in channels.items()}
+    right = {
+        name: [found.domain == domain for found, (domain, _) in zip(labels, wanted, strict=True)]
+        for name, labels in channels.items()
+    }
+    if (recipe.fused / "config.json").is_file():
+        liked = answer_labels(recipe, recipe.fused, [chat("", question, domain) for domain, question in wanted])
+        right["likelihood"] = [domain in found.serves for found, (domain, _) in zip(liked, wanted, strict=True)]
+    shares = {name: _shares([domain for domain, _ in wanted], hits) for name, hits in right.items()}
     for (domain, question), label in zip(wanted, channels["combined"], strict=True):
         if label.domain != domain:
             print(f"{domain}, labelled {label.domain} ({label.evidence}): {question}")
@@ -49,8 +58,7 @@ def measure(recipe: Recipe) -> dict[str, dict[str, float]]:
     return shares
 
 
-def _shares(wanted: list[str], labels: list[QuestionLabel]) -> dict[str, float]:
-    hits = [label.domain == domain for label, domain in zip(labels, wanted, strict=True)]
+def _shares(wanted: list[str], hits: list[bool]) -> dict[str, float]:
     of = {name: [hit for hit, domain in zip(hits, wanted, strict=True) if domain == name] for name in wanted}
     return {**{name: sum(row) / len(row) for name, row in of.items()}, "all": sum(hits) / len(hits)}
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
 
-from fusion.encoding import load_tokenizer, prompt_text
+from fusion.data import domain_rows
+from fusion.encoding import encode, load_tokenizer, prompt_text
 from fusion.errors import UserError
+from fusion.merge import merge
 from fusion.recipe import GateTraining
 from fusion.recipe_file import load_recipe
 from gate_training import examples as examples_module
@@ -22,6 +24,7 @@ from gate_training.labelling.classifier import (
     sequence_classifier,
 )
 from gate_training.labelling.combine import label_questions
+from gate_training.labelling.likelihood import LikelihoodLabel, answer_labels
 from gate_training.labelling.measure import confusing_questions
 from tests.families import byte_tokenizer, config
 from tests.recipes import make_recipe
@@ -65,6 +68,68 @@ def test_rules_come_first_and_disagreement_is_recorded() -> None:
     assert alone.domain == "coding"
     (without,) = label_questions(["12+30="], domains, None)
     assert (without.domain, without.disputed) == ("math", False)
+
+
+def test_where_no_rule_matches_the_surer_of_classifier_and_likelihood_labels() -> None:
+    domains = load_recipe(CONFIGS / "demo.yaml").domains
+
+    def classify(questions: Sequence[str]) -> list[ClassifierLabel]:
+        return [ClassifierLabel("coding", 0.7) for _ in questions]
+
+    def liked(confidence: float, *serves: str) -> LikelihoodLabel:
+        return LikelihoodLabel("structured", serves or ("structured",), confidence)
+
+    questions = ["12+30=", "Who is it?", "Who is it?", "Who is it?"]
+    likely = [liked(0.99), liked(0.8), liked(0.6), liked(0.8, "structured", "coding")]
+    ruled, surer, less_sure, same = label_questions(questions, domains, classify, likely=likely)
+    assert (ruled.domain, ruled.channels["likelihood"], ruled.disputed) == ("math", "structured", True)
+    assert (surer.domain, surer.source, surer.evidence, surer.confidence) == (
+        "structured",
+        "likelihood",
+        "likelihood: 80%",
+        0.8,
+    )
+    assert (less_sure.domain, less_sure.source) == ("coding", "classifier")
+    assert (same.domain, same.channels["likelihood"]) == ("coding", "coding")  # one of those that the expert serves
+
+
+def test_the_likelihood_channel_reads_answers_as_each_expert_would(
+    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]
+) -> None:
+    recipe = make_recipe(tmp_path, anchor, anchored_experts, gate_training={"window": 2, "batch_tokens": 90})
+    folder, tokenizer = merge(recipe), load_tokenizer(anchor)
+    examples = domain_rows(recipe, "train", 3, 0)
+    expected = []
+    for example in examples:
+        row = encode(tokenizer, example)
+        scores = []
+        for path in anchored_experts.values():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            with torch.no_grad():
+                chances = model(torch.tensor([row.ids])).logits[0, :-1].log_softmax(-1)
+            of_answer = [
+                (position, chances[position - 1, row.ids[position]])
+                for position in range(row.answer_start, len(row.ids))
+            ]
+            scores.append([sum(x for p, x in of_answer if abs(p - q) <= 2) for q, _ in of_answer])
+        expected.append(torch.tensor(scores).softmax(dim=0).mean(dim=1))  # (experts,)
+    for label, shares in zip(answer_labels(recipe, folder, examples), expected, strict=True):
+        assert label.domain == recipe.experts[int(shares.argmax())].domain
+        assert label.confidence == pytest.approx(float(shares.max()), abs=1e-4)
+        assert label.serves == (label.domain,)
+
+
+def test_combined_labels_of_a_fused_model_hear_its_experts(
+    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]
+) -> None:
+    recipe = make_recipe(tmp_path, anchor, anchored_experts, gate_training={"labels": "combined"})
+    folder = merge(recipe)
+    alone, heard = routing_examples(recipe, "held_out", 3), routing_examples(recipe, "held_out", 3, folder)
+    assert all(set(row.label.channels) == {"rules", "classifier"} for row in alone)
+    likely = answer_labels(recipe, folder, [row.example for row in heard])
+    for row, said in zip(heard, likely, strict=True):
+        assert row.label.channels["likelihood"] == said.domain
+        assert row.label.confidence >= said.confidence - 1e-6  # the surer of the two
 
 
 @pytest.mark.parametrize("labels", ["classifier", "combined"])
