@@ -25,7 +25,7 @@ from fusion.checkpoint import Checkpoint, read_json
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import UserError
 from fusion.evaluation.answer_loss import answer_losses
-from fusion.evaluation.evaluate import held_out_rows, result_path
+from fusion.evaluation.evaluate import code_hash, held_out_rows, result_path
 from fusion.hardware import compute_dtype, peak_memory, stream_device
 from fusion.layers import Batch, Gates, Route, Source, checkpoint_gates, forced, gated
 from fusion.progress import quiet_libraries
@@ -174,14 +174,17 @@ def quality() -> dict[str, float | None]:
         recipe = run.load()
         found |= dict.fromkeys((f"{name}_mean", f"{name}_worst", f"{name}_hidden"))
         if result_path(recipe).is_file() and (recipe.fused / "config.json").is_file():
-            domains = read_json(result_path(recipe))["domains"]
+            result = read_json(result_path(recipe))
+            domains = result["domains"]
             hidden = _check(recipe, domains)
             shares = [d["retained_share_by_loss"] for d in domains.values() if d["retained_share_by_loss"] is not None]
             if not shares:
                 print(f"{name}: no own expert gains anything over the anchor")
                 continue
             mean, worst = sum(shares) / len(shares), min(shares)
-            since = "" if is_current(evaluate_step(recipe), recipe.folder) else " (recipe or files have changed since)"
+            files = [] if is_current(evaluate_step(recipe), recipe.folder) else ["recipe or files"]
+            code = [] if result.get("code") == code_hash() else ["code"]
+            since = f" ({' and '.join(files + code)} changed since)" if files + code else ""
             print(
                 f"{name}{since}: of the own experts' gain in answer loss {mean:.3f} kept in the mean, "
                 f"{worst:.3f} at worst; by mergekit's hidden gates {hidden:.3f} on '{_checked(recipe)}'"

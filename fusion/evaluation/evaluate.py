@@ -6,6 +6,7 @@
 Task scores and answer losses come from whole models, one in memory at a time; the routing from the layer stream.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fusion.checkpoint import Checkpoint, read_json
+from fusion.checkpoint import Checkpoint, file_hash, read_json
 from fusion.data import ChatExample, domain_rows, gate_rows, general_rows, load_examples, trained_on
 from fusion.drift import as_plain, moved_by_group
 from fusion.encoding import encode_batches, load_tokenizer
@@ -112,6 +113,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     shares = [d["retained_share"] for d in domains.values() if d["retained_share"] is not None]
     return {
         "recipe": recipe.name,
+        "code": code_hash(),
         "domains": domains,
         "mean_retained_share": sum(shares) / len(shares) if shares else None,
         "worst_retained_share": min(shares) if shares else None,
@@ -293,6 +295,16 @@ def _mean_score(figures: dict[str, dict[str, Figures]], row: str, domains: list[
         common = min(len(figures[column][name].scores) for column in ROWS)
         means.append(sum(figures[row][name].scores[:common]) / common)
     return sum(means) / len(means)
+
+
+def code_hash() -> str:
+    """A hash of the code that figures come from: all modules of fusion and gate_training."""
+    root = Path(__file__).parents[2]
+    files = [path for package in ("fusion", "gate_training") for path in sorted((root / package).rglob("*.py"))]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(root)} {file_hash(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def result_path(recipe: Recipe) -> Path:
