@@ -226,9 +226,7 @@ def _trainable(
     fused.config.use_cache = False
     for name, parameter in fused.named_parameters():
         if ".mlp." not in name and parameter.device.type == "meta":
-            raise UserError(
-                f"'{name}' is to be healed but offloaded: raise loading.max_memory so that all but the MLPs fit"
-            )
+            raise UserError(f"'{name}' is to be healed but offloaded: raise loading.max_memory until every layer fits")
     routers = train_routers(fused, checkpoint_gates(Checkpoint(folder)), saved)
     rank = settings.lora_rank
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(ATTENTION_PARTS), task_type="CAUSAL_LM")

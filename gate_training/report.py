@@ -37,7 +37,7 @@ def markdown(report: GateReport) -> str:
     if report.threshold is not None:
         lines += ["", f"Another expert than the general one needs a probability of {report.threshold} against it."]
     if report.compared:
-        lines += ["", *_compared(report.compared)]
+        lines += ["", *compared_table(report.compared)]
     if report.active_parameters:
         costs = ", ".join(f"{count:,} ({name})" for name, count in report.active_parameters.items())
         lines += ["", f"Parameters that a token passes: {costs}."]
@@ -89,7 +89,7 @@ def _calibration(report: GateReport) -> list[Confidence]:
     return merged
 
 
-def _compared(losses: dict[str, Losses]) -> list[str]:
+def compared_table(losses: dict[str, Losses]) -> list[str]:
     """All that was compared: models and perfect routing first, then gates, the best first."""
     domains = list(next(iter(losses.values())))
     lines = [

@@ -161,14 +161,14 @@ def _refined(recipe: Recipe, folder: Path, data: RoutingData) -> tuple[Gates, Ga
     compared = references(recipe, folder, data)
     losses = held_out_losses(folder, data, {"cross-entropy": start, "lm": gates})
     compared |= {compared_name(name, recipe.routing.top_k): row for name, row in losses.items()}
-    layers = _layer_reports(recipe, folder, data, gates)
+    layers = layer_reports(recipe, folder, data, gates)
     return gates, replace(report, method="lm", layers=layers, compared=compared, refined=asdict(refined))
 
 
-def _layer_reports(recipe: Recipe, folder: Path, data: RoutingData, gates: Gates) -> list[LayerReport]:
+def layer_reports(recipe: Recipe, folder: Path, data: RoutingData, gates: Gates) -> list[LayerReport]:
     """Held-out routing of gates that are there already."""
     checkpoint, batches = Checkpoint(folder), data.held_out_batches()
-    stream = LayerStream(checkpoint, batches, description="gates by lm")
+    stream = LayerStream(checkpoint, batches, description="routing of held-out examples")
     reports = []
     for layer in stream:
         layer.attend()

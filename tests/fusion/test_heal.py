@@ -19,7 +19,7 @@ from fusion.errors import UserError
 from fusion.heal import ROWS
 from fusion.healed import is_healed
 from fusion.merge import gates_are_trained, merge
-from fusion.recipe import BranchSettings, DataSource, HealSettings, Recipe
+from fusion.recipe import BranchSettings, DataSource, HealSettings, Loading, Recipe
 from tests.conftest import DOMAINS
 from tests.recipes import make_recipe
 
@@ -195,6 +195,18 @@ def test_rows_that_are_trained_on_do_not_judge(recipe: Recipe) -> None:
     domain = recipe.domains["math"].model_copy(update={"held_out": recipe.domains["math"].train})
     with pytest.raises(UserError, match="every held-out row of 'math'"):
         road.heal(recipe.model_copy(update={"domains": {**recipe.domains, "math": domain}}))
+
+
+def test_what_is_to_be_healed_cannot_be_offloaded(recipe: Recipe) -> None:
+    files = hashes(recipe.fused)
+    loading = Loading(device_map="auto", max_memory={"cpu": "500KB"})
+    with pytest.raises(
+        UserError, match="is to be healed but offloaded: raise loading.max_memory until every layer fits"
+    ):
+        road.heal(recipe.model_copy(update={"loading": loading}))
+    assert hashes(recipe.fused) == files
+    road.heal(recipe.model_copy(update={"loading": Loading(device_map="auto")}))
+    assert is_healed(recipe.fused)
 
 
 def test_bfloat16_weights_heal_through_float32_norms(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 from fusion import road
 from fusion.checkpoint import Checkpoint
 from fusion.errors import UserError
+from fusion.evaluation.evaluate import ROWS, evaluate
 from fusion.layers import checkpoint_gates
 from fusion.recipe_file import load_recipe
-from gate_training import bench
+from gate_training import bench, other_texts
 from gate_training.bench import Run, quality
+from gate_training.compare import HIDDEN
 from gate_training.examples import routing_data
 from gate_training.peer import routing_accuracy
 from gate_training.trainer import fit_gates, install_gates
@@ -54,11 +56,48 @@ def test_what_is_retained_is_quoted_only_where_the_weights_still_have_it(
     assert "changed since" not in capsys.readouterr().out
     monkeypatch.setattr(bench, "RUNS", {"demo": Run(str(path), ("evaluation.batch_rows=4",))})
     assert quality() == found
-    assert "changed since" in capsys.readouterr().out
+    assert "demo (recipe or files changed since)" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "RUNS", {"demo": Run(str(path))})
+    monkeypatch.setattr(bench, "code_hash", lambda: "of other code")
+    assert quality() == found
+    assert "demo (code changed since)" in capsys.readouterr().out
     gates = checkpoint_gates(Checkpoint(recipe.fused))
     install_gates(recipe.fused, {layer: gate.roll(1, 0) for layer, gate in gates.items()})  # every token elsewhere
     with pytest.raises(UserError, match="evaluate --force"):
         quality()
+
+
+def test_evaluated_from_disk_the_figures_are_the_same(path: Path) -> None:
+    """Whole models spread by accelerate over memory and disk, sparse ones included."""
+    recipe = load_recipe(path)
+    road.merge(recipe)
+    road.train_gates(recipe)
+    spread = load_recipe(path, ["loading.device_map=auto", "loading.max_memory.cpu=500KB"])
+    whole, spread_out = evaluate(recipe), evaluate(spread)
+    for name, domain in whole["domains"].items():
+        for row in ROWS:
+            found = spread_out["domains"][name][row]
+            assert found["loss"] == pytest.approx(domain[row]["loss"], rel=1e-5)
+            assert found["exact_match"] == domain[row]["exact_match"]
+
+
+def test_other_texts_are_measured_beside_answers(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="does not exist yet"):
+        other_texts.main(str(path))
+    recipe = load_recipe(path)
+    road.merge(recipe)
+    road.train_gates(recipe)
+    evaluated = road.evaluate(recipe)["domains"]
+    other_texts.main(str(path))
+    printed = capsys.readouterr().out
+    shares = json.loads(printed.splitlines()[-1])
+    assert set(shares) == {"answers", "running text", "second answers"}
+    for kind in shares:
+        assert f"\n{kind}, " in printed
+        assert set(shares[kind]) == {"trained", HIDDEN, "mergekit random"}
+    for name, share in shares["answers"]["trained"].items():
+        anchor, own, fused = (evaluated[name][row]["loss"] for row in ("anchor", "own_expert", "fused_trained"))
+        assert share == pytest.approx((anchor - fused) / (anchor - own), rel=1e-3)
 
 
 def test_routing_accuracy_is_the_layer_reports(path: Path) -> None:
