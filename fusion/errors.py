@@ -1,5 +1,23 @@
 """What a user did wrong, in one sentence; the command line prints it and exits with 2."""
 
+import inspect
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """A mistake the user can mend: what was found, where, and what to do. Never shown with a traceback."""
+
+
+def run_main(main: Callable[..., object]) -> None:
+    """Calls `main` of a module that is a command with the command's arguments; exits with 2 after a UserError."""
+    arguments = sys.argv[1:]
+    try:
+        try:
+            inspect.signature(main).bind(*arguments)
+        except TypeError as error:
+            raise UserError(f"{error}: the first lines of {sys.argv[0]} show the command") from None
+        main(*arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

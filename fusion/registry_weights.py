@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from fusion.checkpoint import put_in_place, write_json, write_text
 from fusion.encoding import QWEN2_SPLIT
-from fusion.errors import UserError
+from fusion.errors import UserError, run_main
 from fusion.progress import track
 
 ORIGIN = "origin.json"  # where a snapshot's weights come from, for model cards
@@ -334,8 +334,4 @@ def _fields(token: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        print(fetch(sys.argv[1] if len(sys.argv) > 1 else ""))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_main(lambda model="": print(fetch(model)))

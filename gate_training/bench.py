@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from fusion.checkpoint import Checkpoint, read_json
 from fusion.encoding import encode_batches, load_tokenizer
-from fusion.errors import UserError
+from fusion.errors import UserError, run_main
 from fusion.evaluation.answer_loss import answer_losses
 from fusion.evaluation.evaluate import code_hash, held_out_rows, result_path
 from fusion.hardware import compute_dtype, peak_memory, stream_device
@@ -271,8 +271,4 @@ def main(path: str = "configs/demo.yaml", part: str = "all", *overrides: str) ->
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

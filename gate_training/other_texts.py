@@ -12,7 +12,6 @@ object of retained shares, {kind: {gates: {domain: share}}}.
 
 import json
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from fusion.checkpoint import Checkpoint
 from fusion.data import ChatExample
 from fusion.encoding import Encoded, encode, load_tokenizer
-from fusion.errors import UserError
+from fusion.errors import UserError, run_main
 from fusion.evaluation.evaluate import held_out_rows
 from fusion.layers import checkpoint_gates
 from fusion.progress import quiet_libraries
@@ -117,8 +116,4 @@ def main(path: str, *overrides: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -8,14 +8,13 @@ error of the combination, and one JSON object.
 """
 
 import json
-import sys
 from importlib.resources import files
 from pathlib import Path
 
 import yaml
 
 from fusion.data import chat, domain_rows
-from fusion.errors import UserError
+from fusion.errors import run_main
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from gate_training.labelling.classifier import recipe_classifier
@@ -63,9 +62,10 @@ def _shares(wanted: list[str], hits: list[bool]) -> dict[str, float]:
     return {**{name: sum(row) / len(row) for name, row in of.items()}, "all": sum(hits) / len(hits)}
 
 
+def main(path: str, *overrides: str) -> None:
+    """Prints what the channels of the recipe at `path` say of the shipped set."""
+    print(json.dumps(measure(load_recipe(Path(path), list(overrides)))))
+
+
 if __name__ == "__main__":
-    try:
-        print(json.dumps(measure(load_recipe(Path(sys.argv[1])))))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

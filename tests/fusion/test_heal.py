@@ -200,9 +200,7 @@ def test_rows_that_are_trained_on_do_not_judge(recipe: Recipe) -> None:
 def test_what_is_to_be_healed_cannot_be_offloaded(recipe: Recipe) -> None:
     files = hashes(recipe.fused)
     loading = Loading(device_map="auto", max_memory={"cpu": "500KB"})
-    with pytest.raises(
-        UserError, match="is to be healed but offloaded: raise loading.max_memory until every layer fits"
-    ):
+    with pytest.raises(UserError, match="is to be healed but offloaded"):
         road.heal(recipe.model_copy(update={"loading": loading}))
     assert hashes(recipe.fused) == files
     road.heal(recipe.model_copy(update={"loading": Loading(device_map="auto")}))
