@@ -45,9 +45,9 @@ TRANSPORT_ROWS = 512  # training rows that the maps of fusion/transport.py are f
 class AnchorResult:
     """What anchoring kept: losses in nats a held-out answer token and task scores of all concerned.
 
-    `losses` and `scores` have the rows anchor, expert (the drifted one) and anchored; `starts` the loss of each start
-    that was tried, before any training. `retained_share` is (L_anchor - L_anchored) / (L_anchor - L_expert), None
-    without a gain.
+    `losses` and `scores` have the rows anchor, expert (the drifted one), teacher (where that is another model) and
+    anchored; `starts` the loss of each start that was tried, before any training. `retained_share` is
+    (L_anchor - L_anchored) / (L_anchor - L_own), own the teacher or the expert, None without a gain.
     """
 
     losses: dict[str, float]
@@ -61,7 +61,7 @@ class AnchorResult:
 
     @property
     def retained_share(self) -> float | None:
-        """The share of the drifted expert's gain in loss over the anchor that is left."""
+        """The share of the teacher's or the drifted expert's gain in loss over the anchor that is left."""
         return self._share(self.losses["anchored"])
 
     @property
@@ -70,8 +70,13 @@ class AnchorResult:
         return {name: self._share(loss) for name, loss in self.starts.items()}
 
     def _share(self, loss: float) -> float | None:
-        gain = self.losses["anchor"] - self.losses["expert"]
+        gain = self.losses["anchor"] - _own(self.losses)
         return (self.losses["anchor"] - loss) / gain if gain > 0 else None
+
+
+def _own(losses: Mapping[str, float]) -> float:
+    """The loss of whom the expert learns from."""
+    return losses.get("teacher", losses["expert"])
 
 
 def anchor_expert(
@@ -97,9 +102,12 @@ def anchor_expert(
     # the gain over the start may be none: the one over the anchor is checked here
     as_branch = BranchSettings(**{**training, "trainable": "mlp", "allow_no_gain": True})
     partial = out.with_name(f".{out.name}.anchor")
-    prepared = _prepared(anchor, expert, partial, train, held_out, settings, as_branch, layers, loading)
+    judged = {"anchor": anchor, "expert": expert}
+    if teacher is not None and teacher.paths != expert.paths:
+        judged["teacher"] = teacher
+    prepared = _prepared(judged, partial, train, held_out, settings, as_branch, layers, loading)
     before = prepared["before"]
-    limits = (before["anchor"]["loss"], before["expert"]["loss"])
+    limits = (before["anchor"]["loss"], _own({name: found["loss"] for name, found in before.items()}))
     learnt_from = None
     if teacher is not None:
         learnt_from = Teacher(teacher, settings.top_logits, anchor.folder, loading)
@@ -133,8 +141,7 @@ def anchor_expert(
 
 
 def _prepared(
-    anchor: ModelSource,
-    expert: ModelSource,
+    models: Mapping[str, ModelSource],
     partial: Path,
     train: Sequence[ChatExample],
     held_out: Sequence[ChatExample],
@@ -143,14 +150,15 @@ def _prepared(
     layers: Sequence[int] | None,
     loading: Loading | None,
 ) -> dict[str, Any]:
-    """What comes before the training, done once: `before`, what anchor and expert score and lose, and folder `start`.
+    """What comes before the training, done once: `before`, what the models score and lose, and folder `start`.
 
     `start` names the row of STARTS that the folder holds, `starts` has the loss of each that was tried.
     """
     note = partial / "prepared.json"
-    stamps = [weight_stamps(path) for source in (anchor, expert) for path in source.paths]
+    anchor, expert = models["anchor"], models["expert"]
+    stamps = [weight_stamps(path) for source in models.values() for path in source.paths]
     texts = [(row.question, row.answer) for row in (*train[:TRANSPORT_ROWS], *held_out)]
-    key = repr((anchor, expert, stamps, settings.start, as_branch, layers, texts))
+    key = repr((models, stamps, settings.start, as_branch, layers, texts))
     if note.is_file() and (noted := read_json(note))["key"] == key:
         return dict(noted)
     shutil.rmtree(partial, ignore_errors=True)
@@ -158,7 +166,7 @@ def _prepared(
     tokenizer = AutoTokenizer.from_pretrained(anchor.folder)
     judged, watched = held_out[: settings.score_rows], held_out[: settings.held_out_rows]
     before = {}
-    for name, source in (("anchor", anchor), ("expert", expert)):
+    for name, source in models.items():
         before[name] = judge(load_model(source, "sdpa", loading), tokenizer, judged, watched, as_branch, source.name)
 
     whole = as_branch.model_copy(update={"lora_rank": None})

@@ -32,7 +32,7 @@ from fusion.layers import checkpoint_gates
 from fusion.merge import checkpoint_dtype
 from fusion.recipe import HealSettings, Recipe
 from fusion.router import TrainedRouter, train_routers, trained_gates
-from fusion.sources import ModelSource, anchor_source, load_model, original_source
+from fusion.sources import ModelSource, anchor_source, load_model, own_source
 from fusion.teacher import Teacher
 
 ROWS = ("anchor", "own_expert", "merged", "merged_labelled", "healed", "healed_labelled")
@@ -157,7 +157,7 @@ def _taught(
     for index, expert in enumerate(recipe.experts):
         examples = [row for name, rows in train.items() if recipe.expert_of(name) == index for row in rows]
         rows = training.fitting(tokenizer, examples, settings.max_length, "heal")
-        source = original_source(recipe, expert)
+        source = own_source(recipe, expert)
         teacher = Teacher(source, settings.top_logits, anchor_source(recipe).folder, recipe.loading)
         teacher.teach(rows, partial / f"teacher-{expert.name}.safetensors", settings.batch_rows)
         taught += rows
@@ -171,7 +171,7 @@ def _dense_figures(
     own: Judged = {}
     for index, expert in enumerate(recipe.experts):
         rows = {name: found for name, found in held_out.items() if recipe.expert_of(name) == index}
-        own |= _judged(load_model(original_source(recipe, expert), "sdpa", recipe.loading), tokenizer, rows, settings)
+        own |= _judged(load_model(own_source(recipe, expert), "sdpa", recipe.loading), tokenizer, rows, settings)
     anchor = _judged(load_model(anchor_source(recipe), "sdpa", recipe.loading), tokenizer, held_out, settings)
     return {"anchor": anchor, "own_expert": {name: own[name] for name in anchor}}
 

@@ -43,6 +43,7 @@ from fusion.sources import (
     base_source,
     expert_sources,
     original_source,
+    own_source,
     shared_expert_source,
     shared_parts,
     trained_anchor,
@@ -428,7 +429,7 @@ def heal(recipe: Recipe, force: bool = False) -> None:
         share = "no gain to retain" if before is None else f"{before:.2f} -> {after:.2f} of the experts' gain kept"
         return f"{share}, {result.tokens:,} tokens in {result.seconds:.0f} s"
 
-    sources = [anchor_source(recipe), *(original_source(recipe, expert) for expert in recipe.experts)]
+    sources = [anchor_source(recipe), *_originals(recipe)]
     models = [path for source in sources for path in source.paths]
     parts = [recipe.heal, recipe.domains, [expert.domain for expert in recipe.experts]]
     inputs = [*_merged_shards(recipe), *models, *_domain_files(recipe)]
@@ -440,6 +441,12 @@ def heal(recipe: Recipe, force: bool = False) -> None:
 def _unhealed(recipe: Recipe) -> Path:
     """Where healing keeps the files that it replaces, as merge and train-gates left them."""
     return recipe.folder / "unhealed"
+
+
+def _originals(recipe: Recipe) -> list[ModelSource]:
+    """What the experts are measured against, and what they come from where that is another model."""
+    pairs = ((own_source(recipe, expert), original_source(recipe, expert)) for expert in recipe.experts)
+    return [source for own, original in pairs for source in ([own] if own == original else [own, original])]
 
 
 def _merged_shards(recipe: Recipe) -> list[Path]:
@@ -485,7 +492,7 @@ def evaluate_step(recipe: Recipe) -> Step:
         write_json(path, result)
 
     data = _data_files(*recipe.evaluation.extra.values(), *(domain.held_out for domain in recipe.domains.values()))
-    sources = [anchor_source(recipe), *(original_source(recipe, expert) for expert in recipe.experts)]
+    sources = [anchor_source(recipe), *_originals(recipe)]
     experts = [path for source in sources for path in source.paths]
     parts = [recipe.evaluation, recipe.domains, recipe.gate_training]
     inputs = [*_checkpoint_files(_fused(recipe)), *experts, *data]

@@ -84,6 +84,19 @@ def expert_source(recipe: Recipe, expert: Expert) -> ModelSource:
     return ModelSource(expert.name, folder)
 
 
+def own_source(recipe: Recipe, expert: Expert) -> ModelSource:
+    """The model that one expert is measured against and healed by: itself before any anchoring, or who has taught it.
+
+    What a teacher of text has taught stands for it, whose tokens may be others.
+    """
+    settings = expert.anchor
+    if settings is None or settings.teacher is None:
+        return original_source(recipe, expert)
+    if settings.method == "text":
+        return expert_source(recipe, expert)
+    return ModelSource(f"{expert.name}'s teacher", resolve_model(settings.teacher))
+
+
 def expert_sources(recipe: Recipe) -> list[ModelSource]:
     """All experts in the recipe's order, which is the order of the gate's rows."""
     return [expert_source(recipe, expert) for expert in recipe.experts]

@@ -8,7 +8,7 @@ and with two experts a token.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fusion.checkpoint import Checkpoint
+from fusion.checkpoint import Checkpoint, read_json
 from fusion.data import gate_rows
 from fusion.encoding import load_tokenizer
 from fusion.evaluation.answer_loss import answer_losses
@@ -16,7 +16,7 @@ from fusion.evaluation.baselines import embedding_gates, expert_prompts, hidden_
 from fusion.layers import Gates, Route, forced, gated
 from fusion.reader import Reader
 from fusion.recipe import Recipe
-from fusion.sources import anchor_source, base_source, original_source
+from fusion.sources import anchor_source, base_source, expert_source, own_source
 from gate_training.examples import RoutingData
 
 LABELLED, ANCHOR, OWN = "labelled", "anchor", "own expert"
@@ -41,10 +41,13 @@ def _losses(checkpoint: Checkpoint | Reader, data: RoutingData, route: Route, na
 def references(recipe: Recipe, folder: Path, data: RoutingData) -> dict[str, Losses]:
     """The losses of ANCHOR, of OWN experts (as they were before any anchoring), and of perfect routing, LABELLED."""
     anchor = anchor_source(recipe)
+    anchor_config = read_json(anchor.folder / "config.json")
     found = {ANCHOR: _losses(Reader(anchor), data, forced(0), ANCHOR)}
     own = dict(found[ANCHOR])
     for index, expert in enumerate(recipe.experts):
-        source, served = original_source(recipe, expert), [n for n in own if recipe.expert_of(n) == index]
+        source, served = own_source(recipe, expert), [n for n in own if recipe.expert_of(n) == index]
+        if read_json(source.folder / "config.json").get("architectures") != anchor_config["architectures"]:
+            source = expert_source(recipe, expert)  # a teacher of another architecture has no such layers to stream
         if served and (source.folder, source.adapter) != (anchor.folder, anchor.adapter):
             rows = [domain for domain in data.domains if domain in served]
             batches = data.held_out_batches({index})

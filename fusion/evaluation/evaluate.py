@@ -38,6 +38,7 @@ from fusion.sources import (
     expert_source,
     load_model,
     original_source,
+    own_source,
 )
 
 ROWS = ("anchor", "own_expert", "fused_random", "fused_hidden", "fused_trained")
@@ -74,7 +75,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     """
     settings = recipe.evaluation
     folder, anchor = recipe.fused, anchor_source(recipe)
-    experts = [original_source(recipe, expert) for expert in recipe.experts]
+    experts = [own_source(recipe, expert) for expert in recipe.experts]
     checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
     names = sorted(recipe.domains, key=recipe.expert_of)  # in the experts' order, as the pictures show them
     extra = _extra(recipe)

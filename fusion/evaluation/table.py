@@ -100,12 +100,14 @@ def _anchoring(result: dict[str, Any]) -> list[str]:
     starts = list(dict.fromkeys(name for note in notes.values() for name in note["starts"]))
     if not notes:
         return []
-    columns = ["anchor", "drifted", *(START_LABELS[name] for name in starts), "anchored"]
+    taught = any("teacher" in note["losses"] for note in notes.values())
+    columns = ["anchor", "drifted", *(["teacher"] if taught else []), *(START_LABELS[n] for n in starts), "anchored"]
     lines = ["Drifted experts led back to the anchor, answer loss in nats a token (share of the gain kept):", ""]
     lines += ["| expert | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for name, note in notes.items():
         kept = note.get("starts_retained", {})
         cells = [_figure(note["losses"]["anchor"]), _figure(note["losses"]["expert"])]
+        cells += [_figure(note["losses"]["teacher"]) if "teacher" in note["losses"] else ""] if taught else []
         cells += [_with_share(note["starts"].get(start), kept.get(start)) for start in starts]
         cells.append(_with_share(note["losses"]["anchored"], note["retained_share"]))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -15,15 +15,18 @@ from fusion import road
 from fusion.anchor import SHARES, STARTS, AnchorResult, anchor_expert
 from fusion.architecture import is_mlp
 from fusion.checkpoint import Checkpoint, read_json, write_json
-from fusion.data import ChatExample, chat
+from fusion.data import ChatExample, chat, load_examples
 from fusion.encoding import encode_batches
 from fusion.errors import UserError
+from fusion.evaluation.generate import answer_losses
 from fusion.packing import answer_logits, answer_loss, pack, training_row
 from fusion.reader import Reader
-from fusion.recipe import AnchoringSettings, DataSource
+from fusion.recipe import AnchoringSettings, DataSource, Evaluation
 from fusion.sources import ModelSource
 from fusion.teacher import Teacher
 from fusion.transport import transported
+from gate_training.compare import OWN, references
+from gate_training.examples import routing_data
 from tests.families import write_model
 from tests.recipes import make_recipe
 
@@ -158,6 +161,58 @@ def test_an_anchored_expert_differs_from_the_anchor_in_its_mlps_alone(
     assert moved["anchored"]["attention"] == moved["anchored"]["embeddings"] == 0 < moved["expert"]["attention"]
     assert moved["anchored"]["mlp"] > 0
     assert not (tmp_path / ".out.anchor").exists()
+
+
+@pytest.mark.parametrize(
+    "teacher", [{"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1}, {"rope_theta": 1e4}]
+)
+def test_a_teacher_of_another_size_or_rope_is_what_the_expert_is_measured_against(
+    tmp_path: Path, anchor: Path, teacher: dict[str, Any]
+) -> None:
+    theta = teacher.pop("rope_theta", 1e6)
+    rope = {"rope_type": "default", "rope_theta": theta}
+    folder = write_model(tmp_path / "teacher", seed=9, rope_parameters=rope, num_hidden_layers=2, **teacher)
+    gates = {"rows": 4, "held_out_rows": 6}
+    recipe = make_recipe(tmp_path, anchor, {"general": anchor, "math": anchor}, gate_training=gates)
+    source = rows_file(tmp_path, 20, 0)
+    held_out = rows_file(tmp_path, 6, 50)
+    section = settings(data=source, held_out=held_out, teacher=str(folder), steps=40, evaluate_every=20)
+    expert = recipe.experts[1].model_copy(update={"anchor": section})
+    evaluation = Evaluation(rows=6, max_new_tokens=2, batch_rows=8, hidden_prompts=2)
+    domain = recipe.domains["math"].model_copy(update={"train": source, "held_out": held_out})
+    general = recipe.domains["general"].model_copy(update={"held_out": rows_file(tmp_path, 4, 80)})
+    recipe = recipe.model_copy(
+        update={
+            "experts": (recipe.experts[0], expert),
+            "evaluation": evaluation,
+            "domains": {"general": general, "math": domain},
+        }
+    )
+    road.anchor(recipe)
+    noted = read_json(recipe.folder / "anchored" / "math" / "anchoring.json")
+    assert set(noted["losses"]) == {"anchor", "expert", "teacher", "anchored"}
+    assert noted["losses"]["expert"] == pytest.approx(noted["losses"]["anchor"])  # it starts as the anchor
+    made = recipe.folder / "anchored" / "math"
+    assert divergence(made, folder, rows(20, 0)) < 0.7 * divergence(anchor, folder, rows(20, 0))
+    road.merge(recipe)
+    road.train_gates(recipe)
+    result = road.evaluate(recipe)
+    data = routing_data(recipe, recipe.fused)
+    own = references(recipe, recipe.fused, data)[OWN]["math"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    nats = answer_losses(model, tokenizer, load_examples(held_out, "math"))
+    wanted = sum(loss for loss, _ in nats) / sum(count for _, count in nats)
+    assert own == pytest.approx(wanted, rel=1e-4) != pytest.approx(noted["losses"]["anchor"], rel=1e-3)
+    assert result["domains"]["math"]["own_expert"]["loss"] == pytest.approx(wanted, rel=1e-4)
+    assert "| teacher |" in (recipe.folder / "evaluation.md").read_text()
+
+
+def rows_file(folder: Path, count: int, start: int) -> DataSource:
+    path = folder / f"rows-{start}.jsonl"
+    chats = [{"messages": list(row.messages)} for row in rows(count, start)]
+    path.write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
+    return DataSource(path=str(path))
 
 
 def write_grafted(folder: Path, anchor: Path, drifted: Path) -> Path:
