@@ -111,9 +111,9 @@ class RoutingData:
     rules_agreement: dict[str, float]  # per domain, of held-out conversations
     batch_tokens: int
 
-    def train_batches(self, experts: Collection[int] | None = None) -> list[Batch]:
-        """What is trained on, labelled; of these experts alone where they are given."""
-        return _batches(self.train, self.train_labels, experts, self.batch_tokens)
+    def train_batches(self, numbers: Collection[int] | None = None) -> list[Batch]:
+        """What is trained on, labelled; the examples of these numbers alone where they are given."""
+        return _batches(self.train, self.train_labels, numbers, self.batch_tokens)
 
     def digest(self) -> str:
         """A hash of all ids and labels."""
@@ -122,7 +122,9 @@ class RoutingData:
 
     def held_out_batches(self, experts: Collection[int] | None = None) -> list[Batch]:
         """What is held out, labelled; of these experts alone where they are given."""
-        return _batches(self.held_out, self.held_out_labels, experts, self.batch_tokens)
+        labels = self.held_out_labels
+        numbers = None if experts is None else {i for i, label in enumerate(labels) if label in experts}
+        return _batches(self.held_out, labels, numbers, self.batch_tokens)
 
 
 def write_labels(data: RoutingData, path: Path) -> None:
@@ -133,9 +135,9 @@ def write_labels(data: RoutingData, path: Path) -> None:
 
 
 def _batches(
-    rows: Sequence[Encoded], labels: Sequence[int], experts: Collection[int] | None, batch_tokens: int
+    rows: Sequence[Encoded], labels: Sequence[int], numbers: Collection[int] | None, batch_tokens: int
 ) -> list[Batch]:
-    kept = [(r, label) for r, label in zip(rows, labels, strict=True) if experts is None or label in experts]
+    kept = [pair for i, pair in enumerate(zip(rows, labels, strict=True)) if numbers is None or i in numbers]
     ids, starts = [row.ids for row, _ in kept], [row.answer_start for row, _ in kept]
     return make_batches(ids, starts, [label for _, label in kept], batch_tokens)
 

@@ -3,13 +3,16 @@
     qwen-fusion train-gates RECIPE --method ridge --set gate_training.propagation=labels
 
 Under label-forced propagation what an expert's examples look like at every layer depends on the shared parts and that
-expert alone. So their sums stay right when another expert comes or goes: only experts whose weights or rows have
-changed are run again. (DUME, 2026, adds up statistics over experts in the same way.) One file an expert and layer in
-`<output>/statistics`, hidden² numbers each.
+expert alone. So their sums stay right when another expert comes or goes, and new examples (feedback) are added to them:
+only examples that the sums lack are run, all of an expert's where its weights have changed or an example is gone.
+(DUME, 2026, adds up statistics over experts in the same way.) One file an expert and layer in `<output>/statistics`,
+hidden² numbers each; a fit that is interrupted leaves those of before.
 """
 
 import hashlib
 import json
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,44 +30,77 @@ from gate_training.layer_tokens import LayerTokens
 from gate_training.methods import Moments, summed
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """What one expert's sums are of: its weights and the shared ones, by `key`; its examples, a hash of each."""
+
+    key: str
+    rows: tuple[str, ...]
+
+
 class Statistics:
-    """The sums of all experts: those on record, and those that are added layer by layer."""
+    """The sums of all experts: those on record, and those that are added layer by layer.
+
+    `missing` are the training examples, by number, that the sums on record lack.
+    """
 
     def __init__(self, recipe: Recipe, folder: Path, data: RoutingData):
         self._folders = [recipe.folder / "statistics" / expert.name for expert in recipe.experts]
         checkpoint = Checkpoint(folder)
         first = [expert_tensor(f"model.layers.{i}.mlp.gate_proj.weight", 0) for i in range(_layers(checkpoint))]
-        sparse = [layer for layer, name in enumerate(first) if name in checkpoint]
+        self._sparse = [layer for layer, name in enumerate(first) if name in checkpoint]
         found: list[list[str]] = [[]]
         if PartialState().is_main_process:
-            found = [[_key(checkpoint, folder, data, index) for index in range(len(recipe.experts))]]
-        self._keys: list[str] = broadcast_object_list(found)[0]
-        self.missing = {
-            index
-            for index, key in enumerate(self._keys)
-            if any(_key_of(self._path(index, layer)) != key for layer in sparse)
-        }
+            found = [[_key(checkpoint, folder, index) for index in range(len(recipe.experts))]]
+        keys: list[str] = broadcast_object_list(found)[0]
+        self._wanted: list[_Sums] = []
+        self._on_record: set[int] = set()  # experts whose sums of before count
+        self.missing: set[int] = set()
+        for index, key in enumerate(keys):
+            mine = {i: _row_hash(row.ids) for i, row in enumerate(data.train) if data.train_labels[i] == index}
+            self._wanted.append(_Sums(key, tuple(sorted(mine.values()))))
+            rows = Counter(mine.values())
+            kept = {_on_file(self._path(index, layer)) for layer in self._sparse}
+            old = kept.pop() if len(kept) == 1 else None
+            if old is not None and old.key == key and Counter(old.rows) <= rows:
+                self._on_record.add(index)
+                rows -= Counter(old.rows)
+            for i, digest in mine.items():
+                if rows[digest]:
+                    rows[digest] -= 1
+                    self.missing.add(i)
+        self._growing = {data.train_labels[i] for i in self.missing}
         PartialState().wait_for_everyone()  # before anyone writes
 
-    def _path(self, index: int, layer: int) -> Path:
-        return self._folders[index] / f"{layer}.safetensors"
+    def _path(self, index: int, layer: int, new: bool = False) -> Path:
+        return self._folders[index] / f"{layer}{'.new' if new else ''}.safetensors"
 
     def add(self, layer: int, tokens: LayerTokens) -> Moments:
-        """Takes and keeps the sums of `tokens`, of missing experts, at `layer`; returns those of all experts."""
-        found = _label_sums(tokens, self.missing)
-        if PartialState().is_main_process:
-            for index, sums in found.items():
-                with written_aside(self._path(index, layer)) as aside:
-                    save_file(sums, aside, {"key": self._keys[index]})
+        """Adds the sums of `tokens`, of missing examples, at `layer`; returns those of all experts."""
+        added = _label_sums(tokens, self._growing)
         total: Moments | None = None
-        for index in range(len(self._keys)):
-            sums = found[index] if index in found else load_file(self._path(index, layer))
-            cross = torch.zeros(len(sums["sum"]), len(self._keys), dtype=torch.double)
+        for index in range(len(self._folders)):
+            parts = [added[index]] if index in added else []
+            if index in self._on_record:
+                parts.append(load_file(self._path(index, layer)))
+            sums = {name: torch.stack([part[name] for part in parts]).sum(dim=0) for name in parts[0]}
+            if index in added and PartialState().is_main_process:
+                wanted = self._wanted[index]
+                with written_aside(self._path(index, layer, new=True)) as aside:
+                    save_file(sums, aside, {"key": wanted.key, "rows": json.dumps(wanted.rows)})
+            cross = torch.zeros(len(sums["sum"]), len(self._folders), dtype=torch.double)
             cross[:, index] = sums["sum"]
             mine = Moments(sums["gram"], cross, int(sums["count"]))
             total = mine if total is None else total + mine
         assert total is not None
         return total
+
+    def keep(self) -> None:
+        """Puts the sums of all layers in the place of those on record."""
+        if PartialState().is_main_process:
+            for index in self._growing:
+                for layer in self._sparse:
+                    self._path(index, layer, new=True).replace(self._path(index, layer))
 
 
 def _label_sums(tokens: LayerTokens, experts: set[int]) -> dict[int, dict[str, torch.Tensor]]:
@@ -86,12 +122,11 @@ def _layers(checkpoint: Checkpoint) -> int:
     return count
 
 
-def _key(checkpoint: Checkpoint, folder: Path, data: RoutingData, index: int) -> str:
-    """What the sums of expert `index` depend on."""
+def _key(checkpoint: Checkpoint, folder: Path, index: int) -> str:
+    """What the sums of expert `index` depend on besides its examples."""
     shards: dict[str, str] = read_json(folder / MANIFEST)["sha256"]
     shared = {name: value for name, value in shards.items() if not name.startswith("expert-")}
-    rows = [row.ids for row, label in zip(data.train, data.train_labels, strict=True) if label == index]
-    digest = hashlib.sha256(json.dumps([shared, rows], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode())
     for layer in range(_layers(checkpoint)):  # by content: a shard's names change with the expert's number
         for name, tensor in sorted(checkpoint.tensors(f"model.layers.{layer}.mlp.experts.{index}.").items()):
             digest.update(name.encode())
@@ -99,9 +134,14 @@ def _key(checkpoint: Checkpoint, folder: Path, data: RoutingData, index: int) ->
     return digest.hexdigest()
 
 
-def _key_of(path: Path) -> str | None:
-    """The key of the sums in a file, None where there is none."""
+def _row_hash(ids: list[int]) -> str:
+    return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
+
+
+def _on_file(path: Path) -> _Sums | None:
+    """What the sums in a file are of, None where there is none."""
     if not path.is_file():
         return None
     with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("key")
+        noted = file.metadata() or {}
+    return _Sums(noted["key"], tuple(json.loads(noted["rows"]))) if "rows" in noted else None

@@ -213,6 +213,8 @@ def fit_gates(
             )
         layer.mix(route)
         notes.keep(layer.index, work.stream, gates, reports)
+    if statistics:
+        statistics.keep()
     counts = [sum(len(row.ids) for row in rows) for rows in (data.train, data.held_out)]
     disputed = sum(example.label.disputed for example in data.train_examples)
     return gates, GateReport(

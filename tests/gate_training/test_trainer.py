@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from fusion import road
 from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint, file_hash, read_json
+from fusion.data import chat
 from fusion.encoding import encode, encode_batches, load_tokenizer
 from fusion.errors import UserError
 from fusion.layers import Batch, Gates, Layer, LayerStream, checkpoint_gates, gated
@@ -558,6 +559,50 @@ def test_an_expert_comes_and_goes_without_the_others_rows(
     assert not streamed
     again = checkpoint_gates(Checkpoint(fewer.fused))
     assert all(torch.equal(again[layer], gate) for layer, gate in without.items())
+
+
+def test_new_examples_are_added_to_the_sums_without_the_old_ones(
+    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SETTINGS, "rows": 8, "method": "ridge", "propagation": "labels"}
+    grown = make_recipe(tmp_path, anchor, anchored_experts, gate_training=settings)
+    train_gates(grown, merge(grown))
+    file = tmp_path / "math.jsonl"
+    before = file.read_text(encoding="utf-8")
+    feedback = [chat(f"{i}*{i}=", f"math {i * i}", "math") for i in (5, 6)]
+    rows = [json.dumps({"messages": row.messages}) for row in feedback]
+    file.write_text("\n".join([before, *rows]), encoding="utf-8")
+    streamed: list[list[int]] = []
+    counted = token_marks
+
+    def watched(batches: list[Batch], hidden: int) -> list[torch.Tensor]:
+        streamed.extend(
+            ids[real].tolist() for batch in batches for ids, real in zip(batch.ids, batch.real, strict=True)
+        )
+        return counted(batches, hidden)
+
+    monkeypatch.setattr(trainer, "token_marks", watched)
+    with monkeypatch.context() as patch:
+        interrupted_at(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train_gates(grown, grown.fused)
+    streamed.clear()
+    train_gates(grown, grown.fused)
+    tokenizer = load_tokenizer(grown.fused)
+    assert sorted(streamed) == sorted(encode(tokenizer, row).ids for row in feedback)
+    found = checkpoint_gates(Checkpoint(grown.fused))
+
+    shutil.rmtree(grown.folder / "statistics")
+    streamed.clear()
+    train_gates(grown, grown.fused)
+    assert len(streamed) == 3 * 4 + 2
+    for layer, gate in checkpoint_gates(Checkpoint(grown.fused)).items():
+        assert float((found[layer] - gate).norm() / gate.norm()) < 1e-3  # rows run in other batches round otherwise
+
+    file.write_text(before, encoding="utf-8")  # taken back: all of the expert's own are run again, nobody else's
+    streamed.clear()
+    train_gates(grown, grown.fused)
+    assert len(streamed) == 4
 
 
 def test_statistics_of_two_halves_add_up() -> None:
