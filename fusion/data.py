@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fusion.errors import UserError
 from fusion.recipe import SCORE_NAMES, BranchSettings, DataSource, Recipe, general_domain
@@ -82,15 +82,23 @@ def load_examples(source: DataSource, domain: str, count: int | None = None, see
     return rows
 
 
-def domain_rows(
-    recipe: Recipe, split: Literal["train", "held_out"], count: int, seed: int, names: Iterable[str] | None = None
+def train_rows(recipe: Recipe, count: int, seed: int, names: Iterable[str] | None = None) -> list[ChatExample]:
+    """`count` training rows of each of the domains `names` (None: all), one domain after the other."""
+    chosen = recipe.domains if names is None else names
+    return [row for name in chosen for row in load_examples(recipe.domains[name].train, name, count, seed)]
+
+
+def choosing_rows(
+    recipe: Recipe, name: str, count: int, seed: int, source: DataSource | None = None
 ) -> list[ChatExample]:
-    """`count` rows of each of the domains `names` (None: all), one domain after the other."""
-    return [
-        row
-        for name in (recipe.domains if names is None else names)
-        for row in load_examples(getattr(recipe.domains[name], split), name, count, seed)
-    ]
+    """`count` held-out rows of domain `name` to choose steps, methods or shared parts by; of `source` where given.
+
+    Those that `evaluate` judges by come last: they are among them only where there are too few others.
+    """
+    settings, held_out = recipe.evaluation, recipe.domains[name].held_out
+    judged = trained_on(load_examples(held_out, name, settings.rows, settings.seed))
+    rows = load_examples(source or held_out, name, count + settings.rows, seed)
+    return sorted(rows, key=judged)[:count]
 
 
 def gate_rows(recipe: Recipe) -> dict[str, list[ChatExample]]:
@@ -108,10 +116,10 @@ def general_rows(recipe: Recipe, settings: BranchSettings) -> list[ChatExample]:
 
 
 def trained_on(rows: Sequence[ChatExample]) -> Callable[[ChatExample], bool]:
-    """A test of whether a row's prompt is among those of `rows`."""
+    """A test of whether a row's prompt is among those of `rows`, whatever its capitals and spaces."""
 
     def key(row: ChatExample) -> tuple[str, ...]:
-        return tuple(message["content"] for message in row.prompt)
+        return tuple(" ".join(message["content"].casefold().split()) for message in row.prompt)
 
     seen = {key(row) for row in rows}
     return lambda row: key(row) in seen

@@ -24,7 +24,7 @@ from fusion import training
 from fusion.architecture import part_of
 from fusion.branch import ATTENTION_PARTS, judge
 from fusion.checkpoint import Checkpoint, read_json, weight_stamps, write_json
-from fusion.data import ChatExample, load_examples, trained_on
+from fusion.data import ChatExample, choosing_rows, load_examples, trained_on
 from fusion.encoding import load_tokenizer
 from fusion.errors import UserError
 from fusion.healed import write_healed
@@ -141,8 +141,8 @@ def _data(recipe: Recipe, settings: HealSettings) -> tuple[dict[str, list[ChatEx
         train[name] = load_examples(domain.train, name, settings.rows, settings.seed)
     seen = trained_on([row for rows in train.values() for row in rows])
     count = max(settings.held_out_rows, settings.score_rows)
-    for name, domain in recipe.domains.items():
-        rows = load_examples(domain.held_out, name, count, settings.seed + 1)  # evaluate draws with another seed
+    for name in recipe.domains:
+        rows = choosing_rows(recipe, name, count, settings.seed + 1)
         held_out[name] = [row for row in rows if not seen(row)]
         if not held_out[name]:
             raise UserError(f"every held-out row of '{name}' is also in the training data: use another split or file")

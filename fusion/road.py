@@ -18,7 +18,7 @@ from typing import Any
 
 from fusion.architecture import sparse_layers
 from fusion.checkpoint import INDEX, read_json, resolve_model, write_json, write_text
-from fusion.data import ChatExample, general_rows, load_examples, source_files, trained_on
+from fusion.data import ChatExample, choosing_rows, general_rows, load_examples, source_files, trained_on
 from fusion.drift import sentence
 from fusion.errors import UserError
 from fusion.plan.budget import budget
@@ -156,7 +156,7 @@ def _rows(recipe: Recipe, expert: Expert, settings: TrainingSettings) -> tuple[l
     rows = load_examples(settings.data, expert.domain, settings.rows, settings.seed)
     count = max(settings.held_out_rows, settings.score_rows)
     source = _held_out(recipe, expert, settings)
-    held_out = load_examples(source, expert.domain, count, settings.seed + 1)  # evaluate draws with another seed
+    held_out = choosing_rows(recipe, expert.domain, count, settings.seed + 1, source)
     for row in filter(trained_on(rows), held_out):
         raise UserError(
             f"expert '{expert.name}': the held-out prompt {row.question[:60]!r} is also in its training data: "

@@ -21,7 +21,7 @@ from mergekit.merge_methods.karcher import karcher_merge_tensors
 
 from fusion.architecture import is_mlp, layer_of, part_of, rope_theta, sparse_layers
 from fusion.checkpoint import Checkpoint, staged_folder, write_index, write_json, write_shards
-from fusion.data import domain_rows
+from fusion.data import choosing_rows, train_rows
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.evaluation.answer_loss import answer_losses
 from fusion.grafted import Grafted
@@ -104,10 +104,10 @@ class _Experts:
         """Rows of `domains` with their experts as labels, and each row's domain."""
         settings, recipe = self.recipe.shared, self.recipe
         if held_out:
-            # evaluate draws with another seed: what chooses does not judge
-            rows = domain_rows(recipe, "held_out", settings.held_out_rows, settings.seed + 1, domains)
+            count, seed = settings.held_out_rows, settings.seed + 1
+            rows = [row for name in domains for row in choosing_rows(recipe, name, count, seed)]
         else:
-            rows = domain_rows(recipe, "train", settings.rows, settings.seed, domains)
+            rows = train_rows(recipe, settings.rows, settings.seed, domains)
         labels = [recipe.expert_of(row.domain) for row in rows]
         batches = encode_batches(self.tokenizer, rows, labels, settings.max_length, settings.batch_tokens)
         return batches, [row.domain for row in rows]

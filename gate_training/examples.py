@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from fusion.checkpoint import write_text
-from fusion.data import ChatExample, domain_rows, trained_on
+from fusion.data import ChatExample, choosing_rows, train_rows, trained_on
 from fusion.encoding import Encoded, encode, load_tokenizer
 from fusion.errors import UserError
 from fusion.layers import Batch, make_batches
@@ -42,8 +42,10 @@ def routing_examples(recipe: Recipe, split: Split, rows: int, folder: Path | Non
     is left without a single example.
     """
     settings = recipe.gate_training
-    seed = settings.seed + (split == "held_out")  # evaluate draws with another one: what chooses does not judge
-    examples = domain_rows(recipe, split, rows, seed)
+    if split == "train":
+        examples = train_rows(recipe, rows, settings.seed)
+    else:
+        examples = [row for name in recipe.domains for row in choosing_rows(recipe, name, rows, settings.seed + 1)]
     if settings.labels == "data":
         sources = {name: getattr(domain, split).describe() for name, domain in recipe.domains.items()}
         labels = [QuestionLabel(e.domain, "data", sources[e.domain], 1.0, {}) for e in examples]
@@ -75,7 +77,7 @@ def _question_labels(
     if settings.labels == "rules":
         return label(None)
     if split == "held_out" or settings.classifier:
-        return label(recipe_classifier(recipe, domain_rows(recipe, "train", settings.rows, settings.seed)))
+        return label(recipe_classifier(recipe, train_rows(recipe, settings.rows, settings.seed)))
     even = label(recipe_classifier(recipe, examples[1::2]), slice(0, None, 2))
     odd = label(recipe_classifier(recipe, examples[::2]), slice(1, None, 2))
     found = [*even, *odd]

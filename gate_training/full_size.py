@@ -1,10 +1,12 @@
 """Gate training at the layer shapes of Qwen2.5-7B: memory, tokens/s, and the share of the machine's matmul rate.
 
     python -m gate_training.full_size 100000 5     # tokens, experts
+    python -m gate_training.full_size 8192 5 4     # and layers: memory is that of one
     python -m gate_training.full_size 8192         # a plain forward pass of transformers' dense layer, for comparison
 
-One layer with random weights, written to disk as a fused checkpoint is, and hidden states in a file. Every expert's
-tokens come from a part of the vocabulary, so that there is something to learn. Prints one JSON object.
+Layers (one, where no number is given) with random weights, written to disk as a fused checkpoint is, and hidden states
+in a file. Every expert's tokens come from a part of the vocabulary, so that there is something to learn. Prints one
+JSON object.
 """
 
 import json
@@ -45,24 +47,24 @@ SHAPES = {  # config.json of Qwen/Qwen2.5-7B-Instruct, one layer of it
 ROW = 512  # tokens a conversation
 
 
-def tensors(experts: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The random tensors that a layer stream reads, one at a time, in bfloat16."""
+def tensors(experts: int, layers: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The random tensors that a stream of `layers` reads, one at a time, in bfloat16."""
 
     def random(*shape: int, std: float = 0.02) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(std=std)
 
     yield "model.embed_tokens.weight", random(VOCABULARY, HIDDEN, std=1.0)
-    layer = "model.layers.0."
-    yield layer + "input_layernorm.weight", torch.ones(HIDDEN, dtype=torch.bfloat16)
-    yield layer + "post_attention_layernorm.weight", torch.ones(HIDDEN, dtype=torch.bfloat16)
-    for name, size in (("q", HIDDEN), ("k", KEYS), ("v", KEYS)):
-        yield f"{layer}self_attn.{name}_proj.weight", random(size, HIDDEN)
-        yield f"{layer}self_attn.{name}_proj.bias", random(size)
-    yield layer + "self_attn.o_proj.weight", random(HIDDEN, HIDDEN)
-    for expert in range(experts):
-        for part in MLP_PARTS:
-            shape = (HIDDEN, INNER) if part == "down_proj" else (INNER, HIDDEN)
-            yield f"{layer}mlp.experts.{expert}.{part}.weight", random(*shape)
+    for layer in (f"model.layers.{index}." for index in range(layers)):
+        yield layer + "input_layernorm.weight", torch.ones(HIDDEN, dtype=torch.bfloat16)
+        yield layer + "post_attention_layernorm.weight", torch.ones(HIDDEN, dtype=torch.bfloat16)
+        for name, size in (("q", HIDDEN), ("k", KEYS), ("v", KEYS)):
+            yield f"{layer}self_attn.{name}_proj.weight", random(size, HIDDEN)
+            yield f"{layer}self_attn.{name}_proj.bias", random(size)
+        yield layer + "self_attn.o_proj.weight", random(HIDDEN, HIDDEN)
+        for expert in range(experts):
+            for part in MLP_PARTS:
+                shape = (HIDDEN, INNER) if part == "down_proj" else (INNER, HIDDEN)
+                yield f"{layer}mlp.experts.{expert}.{part}.weight", random(*shape)
 
 
 def matmul_rate() -> float:
@@ -78,13 +80,16 @@ def matmul_rate() -> float:
     return 2 * 2048 * HIDDEN * INNER / best
 
 
-def measure(tokens: int, experts: int) -> dict[str, Any]:
-    """Fits the layer's gate on `tokens` tokens and moves them on, at top-1."""
+def measure(tokens: int, experts: int, layers: int = 1) -> dict[str, Any]:
+    """Fits the gate of each of `layers` on `tokens` tokens and moves them on, at top-1."""
     rate = matmul_rate()
     with tempfile.TemporaryDirectory(prefix="qwen-fusion-full-size-") as name:
         folder = Path(name)
-        write_index(folder, write_shards(folder, "layer", tensors(experts), shard_bytes=2**28))
-        write_json(folder / "config.json", fused_config(SHAPES, experts, 1, None, False, "bfloat16"))
+        write_index(folder, write_shards(folder, "layer", tensors(experts, layers), shard_bytes=2**28))
+        write_json(
+            folder / "config.json",
+            fused_config({**SHAPES, "num_hidden_layers": layers}, experts, 1, None, False, "bfloat16"),
+        )
         generator = torch.Generator().manual_seed(0)
         rows = tokens // ROW
         labels = [row % experts for row in range(rows)]
@@ -102,16 +107,18 @@ def measure(tokens: int, experts: int) -> dict[str, Any]:
             gates[layer.index] = cross_entropy.fit(given, moments(given), GateTraining()).cpu()
             layer.mix(gated(gates, 1))
         seconds = time.perf_counter() - start
-        needed = 2 * stream.tokens * HIDDEN * (2 * HIDDEN + 2 * KEYS + 3 * INNER)  # FLOP of the dense layer's products
+        # FLOP of the dense layers' products
+        needed = 2 * layers * stream.tokens * HIDDEN * (2 * HIDDEN + 2 * KEYS + 3 * INNER)
         inputs = torch.cat([stream.inputs(batch)[:8].float() for batch in batches])
         wanted = torch.cat([batch.token_labels()[:8] for batch in batches])
-        right = (inputs @ gates[0].T).argmax(dim=1) == wanted
+        right = (inputs @ gates[layers - 1].T).argmax(dim=1) == wanted
     return {
         "tokens": stream.tokens,
         "experts": experts,
+        "layers": layers,
         "device": str(stream.device),
         "seconds": seconds,
-        "tokens_per_s": stream.tokens / seconds,
+        "tokens_per_s": layers * stream.tokens / seconds,  # through one layer
         "share_of_matmul_rate": needed / seconds / rate,
         "accuracy": float(right.float().mean()),
         "peak_rss_gb": peak_memory() / 1e9,

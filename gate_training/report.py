@@ -94,15 +94,21 @@ def compared_table(losses: dict[str, Losses]) -> list[str]:
     domains = list(next(iter(losses.values())))
     lines = [
         "Loss in nats per held-out answer token. `labelled` sends every token to its label's expert; gates serve with "
-        "one or two experts a token, whichever they were fitted with. Retained: the share of the own experts' gain "
-        "over the anchor, in the mean over the domains that have one, and the worst.",
+        "one or two experts a token, whichever they were fitted with. In brackets the share of the own expert's gain "
+        "over the anchor that is retained, or where there is none the difference from the anchor; the last columns are "
+        "those shares' mean and the worst.",
         "",
         "| gates | mean | " + " | ".join(domains) + " | retained | worst |",
         "| --- " * (len(domains) + 4) + "|",
     ]
     for name in sorted(losses, key=lambda name: (name not in (ANCHOR, OWN, LABELLED), mean_loss(losses[name]))):
-        cells = [f"{loss:.4f}" for loss in (mean_loss(losses[name]), *(losses[name][d] for d in domains))]
-        shares = list(retained(losses[name], losses).values())
+        by_domain = retained(losses[name], losses)
+        cells = [f"{mean_loss(losses[name]):.4f}"]
+        for domain in domains:
+            loss = losses[name][domain]
+            share, change = by_domain.get(domain), loss - losses[ANCHOR][domain]
+            cells.append(f"{loss:.4f} ({f'{change:+.3f}' if share is None else f'{share:.2f}'})")
+        shares = list(by_domain.values())
         cells += [f"{sum(shares) / len(shares):.3f}", f"{min(shares):.3f}"] if shares else ["", ""]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines

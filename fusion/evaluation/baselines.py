@@ -18,6 +18,7 @@ from fusion.architecture import sparse_layers
 from fusion.checkpoint import Checkpoint
 from fusion.data import ChatExample
 from fusion.encoding import prompt_text
+from fusion.hardware import compute_dtype
 from fusion.layers import Gates
 from fusion.progress import track
 from fusion.recipe import Recipe
@@ -39,12 +40,13 @@ def hidden_gates(
 ) -> Gates:
     """`hidden` or (`average`) `hidden_avg` gates, `(experts, hidden)` a layer, from each expert's `prompts`.
 
-    mergekit loads the anchor in bfloat16 and runs all prompts in one batch; here it is float32 and a few at a time. The
-    anchor is whole in main memory: mergekit's function wants the states of all layers on one device.
+    mergekit loads the anchor in bfloat16 and runs all prompts in one batch; here it is bfloat16 where that is fast, and
+    a few prompts at a time. The anchor is whole in main memory: mergekit's function wants the states of all layers on
+    one device.
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(anchor, dtype=torch.float32, use_safetensors=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(anchor, dtype=compute_dtype(), use_safetensors=True).eval()
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     rows = []
     for texts in prompts:

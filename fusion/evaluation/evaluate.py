@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fusion.checkpoint import Checkpoint, file_hash, read_json
-from fusion.data import ChatExample, domain_rows, gate_rows, general_rows, load_examples, trained_on
+from fusion.data import ChatExample, gate_rows, general_rows, load_examples, train_rows, trained_on
 from fusion.drift import as_plain, moved_by_group
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import UserError
@@ -231,7 +231,7 @@ def _leave_out_trained(
         if expert.branch:
             trained += general_rows(recipe, expert.branch)
     if recipe.heal:
-        trained += domain_rows(recipe, "train", recipe.heal.rows, recipe.heal.seed)
+        trained += train_rows(recipe, recipe.heal.rows, recipe.heal.seed)
     seen = trained_on(trained)
     for name, rows in held_out.items():
         kept = [row for row in rows if not seen(row)]

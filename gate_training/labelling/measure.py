@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from fusion.data import chat, domain_rows
+from fusion.data import chat, train_rows
 from fusion.errors import run_main
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
@@ -33,7 +33,7 @@ def measure(recipe: Recipe) -> dict[str, dict[str, float]]:
     wanted = confusing_questions(recipe)
     questions = [question for _, question in wanted]
     settings = recipe.gate_training
-    classify = recipe_classifier(recipe, domain_rows(recipe, "train", settings.rows, settings.seed))
+    classify = recipe_classifier(recipe, train_rows(recipe, settings.rows, settings.seed))
     channels = {
         "rules": label_questions(questions, recipe.domains, None),
         "classifier": label_questions(questions, recipe.domains, classify, rules_first=False),

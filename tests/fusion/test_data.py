@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from fusion.data import load_examples, trained_on
+from fusion.data import chat, choosing_rows, load_examples, trained_on
 from fusion.errors import UserError
-from fusion.recipe import DataSource
+from fusion.recipe import DataSource, Domain
+from fusion.recipe_file import load_recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def written(folder: Path, *rows: dict) -> DataSource:
@@ -93,3 +96,27 @@ def test_the_column_of_references_counts_for_conversations_too(tmp_path: Path) -
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}], "tests": "assert a"}
     source = written(tmp_path, row).model_copy(update={"reference": "tests", "score": "tests_passed"})
     assert load_examples(source, "coding")[0].reference == "assert a"
+
+
+def test_what_chooses_does_not_judge_where_there_are_other_rows(tmp_path: Path) -> None:
+    numbers = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(6)]
+    source = written(tmp_path, *numbers)
+    domain = Domain(train=source, held_out=source)
+    recipe = load_recipe(CONFIGS / "demo.yaml", ["evaluation.rows=4"])
+    recipe = recipe.model_copy(update={"domains": {**recipe.domains, "math": domain}})
+    judged = {row.question for row in load_examples(source, "math", 4, recipe.evaluation.seed)}
+    assert not judged & {row.question for row in choosing_rows(recipe, "math", 2, 1)}
+    found = [row.question for row in choosing_rows(recipe, "math", 5, 1)]
+    assert len(found) == 5 and not judged & set(found[:2]) and set(found[2:]) < judged
+
+
+@pytest.mark.parametrize("name", ["coding", "general"])
+def test_the_demos_choosing_rows_are_not_judged(name: str) -> None:
+    recipe = load_recipe(CONFIGS / "demo.yaml")
+    judged = trained_on(load_examples(recipe.domains[name].held_out, name, recipe.evaluation.rows))
+    assert not any(map(judged, choosing_rows(recipe, name, 40, 1)))
+
+
+def test_a_prompt_is_trained_on_whatever_its_capitals_and_spaces() -> None:
+    seen = trained_on([chat("What is  this?", "x", "general")])
+    assert seen(chat("what is THIS?\n", "y", "general")) and not seen(chat("What is this", "x", "general"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
 
-from fusion.data import domain_rows
+from fusion.data import train_rows
 from fusion.encoding import encode, load_tokenizer, prompt_text
 from fusion.errors import UserError
 from fusion.merge import merge
@@ -98,7 +98,7 @@ def test_the_likelihood_channel_reads_answers_as_each_expert_would(
 ) -> None:
     recipe = make_recipe(tmp_path, anchor, anchored_experts, gate_training={"window": 2, "batch_tokens": 90})
     folder, tokenizer = merge(recipe), load_tokenizer(anchor)
-    examples = domain_rows(recipe, "train", 3, 0)
+    examples = train_rows(recipe, 3, 0)
     expected = []
     for example in examples:
         row = encode(tokenizer, example)
