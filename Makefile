@@ -18,7 +18,7 @@ INSTALL := $(UV) pip install -q --python $(BIN)/python -c constraints.txt --over
            -e ".[cpu,registry-weights,dev]"
 endif
 
-.PHONY: help setup demo demo-real test check format bench bench-gates constraints clean
+.PHONY: help setup demo demo-real test check format bench bench-gates bench-runs constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ bench: bench-gates  ## all benchmarks
 
 bench-gates: setup  ## gate training against a plain forward pass and the peers' way, on the demo's model (after make demo)
 	QWEN_FUSION_QUIET=1 $(BIN)/python -m gate_training.bench configs/demo.yaml
+
+bench-runs: setup  ## the runs whose quality bench-gates quotes, what is there already skipped (about 3 hours on 2 cores)
+	$(BIN)/python -m gate_training.bench configs/demo.yaml runs
 
 constraints: setup  ## resolve constraints.txt anew, one set of versions for CPU and GPU
 	sh .ci/constraints.sh $(UV)

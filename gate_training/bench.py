@@ -2,14 +2,17 @@
 
     make bench-gates      # python -m gate_training.bench configs/demo.yaml, after `make demo`
     python -m gate_training.bench configs/qwen2.5-0.5b-two-experts.yaml peers gate_training.rows=8   # that part alone
+    make bench-runs       # python -m gate_training.bench configs/demo.yaml runs: what the quality figures come from
 
 Every token has to pass every layer once, so one dense expert's forward pass without head over the same tokens is the
 limit at top-1; at top-2 the MLPs count twice. The peers' way (gate_training/peer.py) trains the gates of the whole
 model in memory. gate_training/full_size.py is one layer of 7B. What fused models retain is quoted from the evaluations
-of RUNS, after one domain's losses have been measured again. The last line is one JSON object.
+of RUNS, after one domain's losses have been measured again: light, medium and strong drift, merged as it is, on shared
+parts, healed, anchored. The last line is one JSON object.
 """
 
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -33,7 +36,7 @@ from fusion.reader import Reader
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from fusion.road import evaluate_step
-from fusion.sources import anchor_source, expert_sources
+from fusion.sources import SHARED_NOTE, anchor_source, expert_sources, shared_parts
 from fusion.steps import is_current
 from gate_training.compare import HIDDEN, mergekit_gates
 from gate_training.examples import RoutingData, routing_data
@@ -138,20 +141,32 @@ class Run:
         """The recipe with its overrides."""
         return load_recipe(Path(self.recipe), list(self.overrides))
 
-    def command(self) -> str:
-        """What makes the run."""
-        return " ".join(["qwen-fusion run", self.recipe, *(f"--set {override}" for override in self.overrides)])
+    def arguments(self) -> list[str]:
+        """What makes the run, after `qwen-fusion`."""
+        return ["run", self.recipe, *(part for override in self.overrides for part in ("--set", override))]
 
 
 EXPERTS = ("general", "coding", "math", "multilingual", "structured")
+AS_THEY_ARE = tuple(f"experts.{name}.anchor=null" for name in EXPERTS)
+HEAL = ("heal.learning_rate=2.0e-3", "heal.rows=200", "heal.max_length=256")
+MEDIUM = tuple(f"experts.{name}.branch.anchor_penalty=30" for name in EXPERTS)
+
+
+def _drifted(output: str, *overrides: str) -> "Run":
+    return Run("configs/demo-drifted.yaml", (f"output=runs/{output}", *overrides))
+
+
 RUNS = {
     "demo": Run("configs/demo.yaml"),
     "real": Run("configs/qwen2.5-0.5b-two-experts.yaml"),
-    "drifted_anchored": Run("configs/demo-drifted.yaml"),
-    "drifted_plain": Run(
-        "configs/demo-drifted.yaml",
-        ("output=runs/demo-drifted-plain", *(f"experts.{name}.anchor=null" for name in EXPERTS)),
-    ),
+    "drifted_anchored": _drifted("demo-drifted"),
+    "drifted_plain": _drifted("demo-drifted-plain", *AS_THEY_ARE),
+    "drifted_shared_auto": _drifted("demo-drifted-auto", *AS_THEY_ARE, "shared=auto"),
+    "drifted_healed": _drifted("demo-drifted-healed", *AS_THEY_ARE, *HEAL),
+    "medium_anchored": _drifted("demo-medium", *MEDIUM),
+    "medium_plain": _drifted("demo-medium-plain", *MEDIUM, *AS_THEY_ARE),
+    "medium_shared_auto": _drifted("demo-medium-auto", *MEDIUM, *AS_THEY_ARE, "shared=auto"),
+    "medium_healed": _drifted("demo-medium-healed", *MEDIUM, *AS_THEY_ARE, *HEAL),
     "light_shared_auto": Run(
         "configs/qwen2.5-0.5b-two-experts.yaml",
         (
@@ -191,8 +206,23 @@ def quality() -> dict[str, float | None]:
             )
             found |= {f"{name}_mean": mean, f"{name}_worst": worst, f"{name}_hidden": hidden}
         else:
-            print(f"{name}: not there; {run.command()}")
+            print(f"{name}: not there; qwen-fusion {shlex.join(run.arguments())}")
+        _side_by_side(recipe)
     return found
+
+
+def _side_by_side(recipe: Recipe) -> None:
+    """Prints what a run's shared parts and its healing were chosen and measured by."""
+    shared, healing = shared_parts(recipe) / SHARED_NOTE, recipe.folder / "healing.json"
+    if shared.is_file():
+        note = read_json(shared)
+        means = ", ".join(f"{name} {sum(row.values()) / len(row):.3f}" for name, row in note["losses"].items())
+        print(f"  shared parts, nats a token with every row at its own expert: {means}; taken: {note['method']}")
+    if healing.is_file():
+        shares = read_json(healing)["retained_share"]
+        print(
+            "  healing, share of the gain: " + ", ".join(f"{name} {shares[name]:.3f}" for name in ("merged", "healed"))
+        )
 
 
 def _checked(recipe: Recipe) -> str:
@@ -231,8 +261,12 @@ def _check(recipe: Recipe, domains: dict[str, Any]) -> float:
 
 def main(path: str = "configs/demo.yaml", part: str = "all", *overrides: str) -> None:
     """Prints all figures for the recipe at `path`, whose fused model must exist, or those of one part."""
-    if part not in ("all", "ours", "peers"):
-        raise UserError(f"the benchmark has no part '{part}': name all or peers")
+    if part not in ("all", "ours", "peers", "runs"):
+        raise UserError(f"the benchmark has no part '{part}': name all, peers or runs")
+    if part == "runs":
+        for run in RUNS.values():
+            subprocess.run([sys.executable, "-m", "fusion.cli", *run.arguments()], check=True)
+        return
     recipe = load_recipe(Path(path), list(overrides))
     if not (recipe.fused / "config.json").is_file():
         raise UserError(f"{recipe.fused} does not exist yet: run `qwen-fusion run {path}` first")
@@ -266,6 +300,11 @@ def main(path: str = "configs/demo.yaml", part: str = "all", *overrides: str) ->
         "retained_drifted_plain": kept["drifted_plain_mean"],
         "retained_drifted_anchored": kept["drifted_anchored_mean"],
         "retained_light_shared_auto": kept["light_shared_auto_mean"],
+        **{
+            f"retained_{name}": kept[f"{name}_mean"]
+            for name in RUNS
+            if name.startswith("medium") or name in ("drifted_shared_auto", "drifted_healed")
+        },
     }
     print(json.dumps(result))
 
