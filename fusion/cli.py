@@ -186,6 +186,33 @@ def serve(
 
 
 @app.command()
+def guard(
+    upstream: Annotated[str, typer.Option(help="address of the server to guard, without /v1", show_default=False)],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on", min=0, max=65535)] = 8000,
+    attempts: Annotated[int, typer.Option(help="as serving.guard.attempts", min=1)] = 3,
+    deadline_s: Annotated[float, typer.Option(help="as serving.guard.deadline_s", min=0.1)] = 900.0,
+    unwrap: Annotated[bool, typer.Option(help="as serving.guard.unwrap")] = False,
+) -> None:
+    """Guard an OpenAI-compatible server that runs already, until Ctrl-C."""
+    from serving.guard.asgi import GuardSettings
+    from serving.serve import guard as guard_server
+
+    if not upstream.startswith(("http://", "https://")):
+        raise UserError(f"--upstream {upstream} is no address: write http://HOST:PORT, without /v1")
+    settings = GuardSettings(
+        upstream.removesuffix("/").removesuffix("/v1"),
+        max_attempts=attempts,
+        max_tokens=None,
+        temperature=None,
+        top_p=None,
+        unwrap=unwrap,
+        deadline_s=deadline_s,
+    )
+    guard_server(settings, host, port)
+
+
+@app.command()
 def ask(
     recipe: RecipePath,
     question: Annotated[str, typer.Argument(help="what to ask")],

@@ -442,6 +442,14 @@ class Question(Section):
     temperature: float | None = Field(None, ge=0)
 
 
+class Guarding(Section):
+    """How hard the guard tries to give what a request asks for."""
+
+    attempts: int = Field(3, gt=0)  # a request, in all
+    deadline_s: float = Field(900.0, gt=0)  # for all of them
+    unwrap: bool = False  # one JSON value out of a fence or of text around it; the answer says where that was done
+
+
 class Serving(Section):
     """vLLM behind the guard."""
 
@@ -454,6 +462,7 @@ class Serving(Section):
     yarn_factor: float | None = Field(None, gt=1)
     cpu_kv_cache_bytes: int = Field(256 * 2**20, gt=0)  # CPU only: a share of all memory would be asked for otherwise
     sampling: Sampling = Sampling()
+    guard: Guarding = Guarding()
     questions: tuple[Question, ...] = ()
 
 

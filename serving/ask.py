@@ -53,13 +53,16 @@ def _gates_are_random(folder: Path) -> bool:
 
 def guard_settings(recipe: Recipe) -> GuardSettings:
     """The guard's part of the serving section; `serve` fills in the engine's address."""
-    sampling = recipe.serving.sampling
+    sampling, guard = recipe.serving.sampling, recipe.serving.guard
     return GuardSettings(
         upstream="",
         max_tokens=sampling.max_tokens,
         max_model_len=recipe.serving.max_model_len,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        max_attempts=guard.attempts,
+        deadline_s=guard.deadline_s,
+        unwrap=guard.unwrap,
     )
 
 

@@ -5,12 +5,14 @@ with running_server(EngineSettings("runs/demo/fused", "demo")) as server:
 """
 
 import asyncio
+import http.client
 import json
 import os
 import signal
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -73,6 +75,31 @@ def serve(
             console.print(f"{ready} (started in {engine.start_seconds:.0f} s, Ctrl-C ends it)", highlight=False)
             asyncio.run(_serve_while_alive(guard, listener, engine))
         engine.check()
+
+
+def guard(settings: GuardSettings, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Guards a server that runs already, at `settings.upstream`, until Ctrl-C or SIGTERM.
+
+    Where the settings do not say how long its context is, it is asked. Raises UserError when the port is taken.
+    """
+    if settings.max_model_len is None:
+        settings = replace(settings, max_model_len=_window(settings.upstream))
+    with listening_socket(host, port) as listener, _terminate_like_interrupt(), suppress(KeyboardInterrupt):
+        window = f", {settings.max_model_len:,} tokens" if settings.max_model_len else ""
+        console.print(
+            f"guarding {settings.upstream}{window} on {_address(host, listener)}/v1 (Ctrl-C ends it)", highlight=False
+        )
+        asyncio.run(_uvicorn(settings).serve(sockets=[listener]))
+
+
+def _window(upstream: str) -> int | None:
+    """How many tokens the context of the upstream's model has, as vLLM lists it; None where another server does not."""
+    try:
+        with urllib.request.urlopen(f"{upstream.rstrip('/')}/v1/models", timeout=5) as answer:
+            found = json.load(answer)["data"][0].get("max_model_len")
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, http.client.HTTPException):
+        return None
+    return found if isinstance(found, int) else None
 
 
 @contextmanager
@@ -145,7 +172,10 @@ def _address(host: str, listener: socket.socket) -> str:
 
 def _guard_server(engine: Engine, settings: GuardSettings | None) -> uvicorn.Server:
     length = engine.settings.max_model_len
-    settings = replace(settings or GuardSettings(upstream="", max_model_len=length), upstream=engine.url)
+    return _uvicorn(replace(settings or GuardSettings(upstream="", max_model_len=length), upstream=engine.url))
+
+
+def _uvicorn(settings: GuardSettings) -> uvicorn.Server:
     config = uvicorn.Config(
         build_app(settings), lifespan="on", log_level="warning", access_log=False, timeout_graceful_shutdown=5
     )

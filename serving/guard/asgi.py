@@ -1,30 +1,34 @@
 """The guard as an ASGI app in front of an OpenAI-compatible server.
 
-Passes /v1/* through, answers chat completions that ask for JSON only when the JSON is valid, and asks again otherwise.
+Answers completions that ask for structure (JSON, a pattern, tool calls) only where they are as asked, and asks again
+otherwise. Completions that ask for none and the list of models pass as they are; there is no other route.
 
-    python -m serving.guard.asgi --upstream http://127.0.0.1:8001 --port 8000
+    qwen-fusion guard --upstream http://127.0.0.1:8001 --port 8000
 """
 
 import asyncio
 import json
-import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
 from yarl import URL
 
-from serving.guard.ladder import MAX_ATTEMPTS, Done, Exhausted, Ladder, Send, ladder_for
+from serving.guard.ladder import MAX_ATTEMPTS, Done, Exhausted, Ladder, Limits, Send, ladder_for
 from serving.guard.schema import CheckerCache, SchemaError
+from serving.guard.stream import as_events, error_events
+from serving.guard.wanted import CONSTRAINTS
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 SendEvent = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, SendEvent], Awaitable[None]]
 
-CHAT = "/v1/chat/completions"
+CHAT, COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
 NUMBERS = ("n", "max_tokens", "max_completion_tokens", "temperature", "seed")
 ATTEMPTS_HEADER = "x-qwen-fusion-attempts"
+JSON_TYPE = (b"content-type", b"application/json")
+EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
 # RFC 9110 7.6.1, and what this side of the proxy sets itself
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
@@ -36,8 +40,9 @@ HOP_BY_HOP = frozenset(
 class GuardSettings:
     """Where the engine listens and what a request gets that leaves something out.
 
-    `max_tokens`, `temperature` and `top_p` fill chat requests that do not say (None: leave them out);
-    `max_model_len` caps the filled max_tokens, the engine clips it to what the prompt leaves.
+    `max_tokens`, `temperature` and `top_p` fill chat requests that do not say (None: leave them out); `max_model_len`
+    caps the filled max_tokens, the engine clips it to what the prompt leaves. `unwrap` takes JSON out of a fence or of
+    text around it. A stream that waits to be checked gets a comment line every `keepalive_s`.
     """
 
     upstream: str
@@ -46,7 +51,9 @@ class GuardSettings:
     max_model_len: int | None = None
     temperature: float | None = 0.7
     top_p: float | None = 0.9
+    unwrap: bool = False
     deadline_s: float = 900.0
+    keepalive_s: float = 10.0
     max_body_bytes: int = 16 * 1024 * 1024
 
     @property
@@ -71,6 +78,26 @@ class Refusal(Exception):
 
 class ClientGone(Exception):
     """The client went away before its answer was complete."""
+
+
+FAILURES = (Refusal, TimeoutError, aiohttp.ClientError, OSError, ValueError)
+
+
+def _refusal(failure: Exception) -> Refusal:
+    """What the client is told of a failure on the way."""
+    if isinstance(failure, Refusal):
+        return failure
+    if isinstance(failure, TimeoutError):
+        return Refusal(504, "The deadline passed before an answer was ready.", "timeout_error", "deadline")
+    what = f"The engine did not answer: {type(failure).__name__}."
+    return Refusal(502, what, "upstream_error", "upstream_unavailable")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    status: int
+    body: bytes
+    headers: tuple[tuple[bytes, bytes], ...] = (JSON_TYPE,)
 
 
 def build_app(settings: GuardSettings) -> App:
@@ -117,13 +144,8 @@ class _Guard:
             await _unless_gone(self._route(scope, body, tracked), receive)
         except ClientGone:
             return
-        except Refusal as refusal:
-            error = refusal
-        except TimeoutError:
-            error = Refusal(504, "The deadline passed before an answer was ready.", "timeout_error", "deadline")
-        except (aiohttp.ClientError, OSError, ValueError) as failure:
-            what = f"The engine did not answer: {type(failure).__name__}."
-            error = Refusal(502, what, "upstream_error", "upstream_unavailable")
+        except FAILURES as failure:
+            error = _refusal(failure)
         else:
             return
         if started:  # an answer cut short must not look complete: leaving without its end closes the connection
@@ -134,9 +156,9 @@ class _Guard:
         path, method = scope["path"], scope["method"]
         if path == "/health":
             await self._health(send)
-        elif path == CHAT and method == "POST":
-            await self._chat(scope, body, send)
-        elif path.startswith("/v1/"):
+        elif path in (CHAT, COMPLETIONS) and method == "POST":
+            await self._completion(scope, body, send)
+        elif (path == MODELS or path.startswith(f"{MODELS}/")) and method == "GET":
             await self._pass_through(scope, body, send)
         else:
             raise Refusal(404, f"There is no {path} here.", "invalid_request_error", "not_found")
@@ -150,7 +172,7 @@ class _Guard:
             healthy = False
         await _json(send, 200 if healthy else 503, {"status": "ok" if healthy else "engine unavailable"})
 
-    async def _chat(self, scope: MutableMapping[str, Any], body: bytes, send: SendEvent) -> None:
+    async def _completion(self, scope: MutableMapping[str, Any], body: bytes, send: SendEvent) -> None:
         try:
             request = json.loads(body)
         except (ValueError, RecursionError):
@@ -159,21 +181,22 @@ class _Guard:
             await self._pass_through(scope, body, send)
             return
         own_budget = "max_tokens" in request or "max_completion_tokens" in request
-        filled = self._fill(request)
-        limit = None if own_budget else self._settings.max_model_len
+        filled = self._fill(request) if scope["path"] == CHAT else request
+        window = self._settings.max_model_len
+        limits = Limits(self._settings.max_attempts, None if own_budget else window, window, self._settings.unwrap)
         try:
-            ladder = ladder_for(filled, self._cache, self._settings.max_attempts, limit)
+            ladder = ladder_for(filled, self._cache, limits)
         except SchemaError as error:
-            raise Refusal(400, f"The schema cannot be used: {error}", "invalid_request_error", "invalid_schema",
-                          "response_format") from None  # fmt: skip
+            what = next((key for key in (*CONSTRAINTS, "tools") if request.get(key)), None)
+            said = f"The schema cannot be used: {error}"
+            raise Refusal(400, said, "invalid_request_error", "invalid_schema", what) from None
         if ladder is None:
             await self._pass_through(scope, body if filled == request else json.dumps(filled).encode(), send)
             return
         for key in NUMBERS:  # a repair computes with them
             if isinstance(filled.get(key), bool) or not isinstance(filled.get(key), int | float | None):
                 raise Refusal(400, f"'{key}' is not a number.", "invalid_request_error", "invalid_value", key)
-        async with asyncio.timeout(self._settings.deadline_s):
-            await self._guarded(scope, ladder, request, send)
+        await self._guarded(scope, ladder, request, send)
 
     def _fill(self, request: dict[str, Any]) -> dict[str, Any]:
         defaults = {"temperature": self._settings.temperature, "top_p": self._settings.top_p}
@@ -185,25 +208,56 @@ class _Guard:
     async def _guarded(
         self, scope: MutableMapping[str, Any], ladder: Ladder, request: dict[str, Any], send: SendEvent
     ) -> None:
+        climb = asyncio.ensure_future(self._climb(scope, ladder))
+        begun = False
+        try:
+            while request.get("stream") and not (await asyncio.wait({climb}, timeout=self._settings.keepalive_s))[0]:
+                if not begun:
+                    await send({"type": "http.response.start", "status": 200, "headers": [EVENT_STREAM]})
+                begun = True
+                await send({"type": "http.response.body", "body": b": checking\n\n", "more_body": True})
+            try:
+                answer = await climb
+            except FAILURES as failure:
+                if not begun:
+                    raise
+                error = _refusal(failure)
+                answer = _Answer(error.status, json.dumps(error.body()).encode())
+        finally:
+            climb.cancel()
+        if request.get("stream") and answer.status == 200:
+            options = request.get("stream_options")
+            usage = isinstance(options, dict) and bool(options.get("include_usage"))
+            events = as_events(_object(answer.body), usage)
+            answer = replace(answer, body=events, headers=(EVENT_STREAM, *answer.headers[1:]))
+        elif begun:  # what has gone out is a stream: an error is its last event
+            answer = replace(answer, body=error_events(answer.body))
+        if begun:
+            await send({"type": "http.response.body", "body": answer.body})
+        else:
+            await _whole(send, answer.status, list(answer.headers), answer.body)
+
+    async def _climb(self, scope: MutableMapping[str, Any], ladder: Ladder) -> "_Answer":
+        """The ladder's outcome, or the upstream's own word where that is an error, within the deadline."""
         own = {"accept-encoding": "identity", "content-type": "application/json"}
         headers = [pair for pair in _forwarded(scope["headers"]) if pair[0].lower() not in own] + list(own.items())
+        url = self._upstream + scope["path"]
         step: Send | Done | Exhausted = ladder.start()
-        while isinstance(step, Send):
-            async with self._session.post(self._upstream + CHAT, json=step.body, headers=headers) as answer:
-                content = await answer.read()
-                if answer.status != 200:
-                    await _whole(send, answer.status, _returned(answer), content)
-                    return
-            step = ladder.receive(_object(content))
-        attempts = [(ATTEMPTS_HEADER.encode(), str(step.attempts).encode())]
+        async with asyncio.timeout(self._settings.deadline_s):
+            while isinstance(step, Send):
+                async with self._session.post(url, json=step.body, headers=headers) as answer:
+                    content = await answer.read()
+                if answer.status == 200:
+                    step = ladder.receive(_object(content))
+                    continue
+                bare = ladder.refuse() if answer.status == 400 and step.constrained else None
+                if bare is None:
+                    return _Answer(answer.status, content, tuple(_returned(answer)))
+                step = bare
+        kept = [JSON_TYPE, (ATTEMPTS_HEADER.encode(), str(step.attempts).encode())]
         if isinstance(step, Exhausted):
-            await _json(send, 422, step.error, [*attempts, (b"x-should-retry", b"false")])
-        elif request.get("stream"):
-            options = request.get("stream_options")
-            events = _as_events(step.answer, isinstance(options, dict) and bool(options.get("include_usage")))
-            await _whole(send, 200, [(b"content-type", b"text/event-stream; charset=utf-8"), *attempts], events)
-        else:
-            await _json(send, 200, step.answer, attempts)
+            return _Answer(422, json.dumps(step.error).encode(), (*kept, (b"x-should-retry", b"false")))
+        return _Answer(200, json.dumps(step.answer).encode(), tuple(kept))
 
     async def _pass_through(self, scope: MutableMapping[str, Any], body: bytes, send: SendEvent) -> None:
         path, query = scope.get("raw_path") or scope["path"].encode(), scope.get("query_string")
@@ -283,47 +337,3 @@ async def _whole(send: SendEvent, status: int, headers: list[tuple[bytes, bytes]
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def _as_events(answer: dict[str, Any], include_usage: bool) -> bytes:
-    """A finished chat completion as the server-sent events of a streamed one."""
-    head: dict[str, Any] = {"id": "chatcmpl-guard", "created": int(time.time()), "model": ""}
-    head.update((key, answer[key]) for key in ("id", "created", "model", "system_fingerprint") if key in answer)
-    head["object"] = "chat.completion.chunk"
-    chunks: list[dict[str, Any]] = []
-    for choice in answer["choices"]:
-        index, message = choice["index"], choice.get("message") or {}
-        chunks.append(_chunk(head, index, {"role": message.get("role", "assistant"), "content": ""}))
-        delta = {key: message[key] for key in ("content", "reasoning_content", "refusal") if message.get(key)}
-        if message.get("tool_calls"):
-            delta["tool_calls"] = [{"index": place, **call} for place, call in enumerate(message["tool_calls"])]
-        chunks.append(_chunk(head, index, delta, logprobs=choice.get("logprobs")))
-        chunks.append(_chunk(head, index, {}, choice.get("finish_reason")))
-    if include_usage:
-        chunks.append({**head, "choices": [], "usage": answer.get("usage")})
-    events = [f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in chunks]
-    return "".join([*events, "data: [DONE]\n\n"]).encode()
-
-
-def _chunk(
-    head: dict[str, Any], index: int, delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None
-) -> dict[str, Any]:
-    choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-    return {**head, "choices": [choice]}
-
-
-def _main() -> None:
-    import argparse
-
-    import uvicorn
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--upstream", required=True, help="address of an OpenAI-compatible server")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    options = parser.parse_args()
-    uvicorn.run(build_app(GuardSettings(options.upstream)), host=options.host, port=options.port, log_level="warning")
-
-
-if __name__ == "__main__":
-    _main()

@@ -80,7 +80,12 @@ class CheckerCache:
 
 
 def _pointer(path: list[str | int]) -> str:
-    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
+    return "".join("/" + escaped(str(part)) for part in path)
+
+
+def escaped(part: str) -> str:
+    """One part of a JSON pointer (RFC 6901)."""
+    return part.replace("~", "~0").replace("/", "~1")
 
 
 def _depth(value: Any) -> int:

@@ -14,7 +14,10 @@ from typing import Any
 WHITESPACE = " \t\n\r"
 MAX_DEPTH = 128
 MAX_INTEGER_DIGITS = 4000
+MAX_STARTS = 64  # brackets that are tried as the start of a value within a text
 
+_FENCE = re.compile(r"^```(?:json)?[ \t]*\n(.*?)\n```[ \t]*$", re.DOTALL | re.MULTILINE)
+_OPENING = re.compile(r"[\[{]")
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
 
 
@@ -54,6 +57,31 @@ def parse(text: str, max_depth: int = MAX_DEPTH) -> Any:
     except UnicodeEncodeError:
         raise StrictJSONError("lone_surrogate", "a string holds a lone surrogate") from None
     return value
+
+
+def unwrapped(text: str) -> str | None:
+    """The one JSON object or array within a text: alone in a fence, or with text around it; None where it is not one.
+
+    Nothing is mended: what comes back is a piece of the text as it stands, and the only such piece.
+    """
+    fences = _FENCE.findall(text)
+    if len(fences) == 1:
+        return fences[0].strip(WHITESPACE)
+    found: str | None = None
+    position = 0
+    for _ in range(MAX_STARTS):
+        start = _OPENING.search(text, position)
+        if start is None:
+            return found
+        try:
+            _, position = _DECODER.raw_decode(text, start.start())
+        except (ValueError, RecursionError):
+            position = start.end()
+            continue
+        if found is not None:
+            return None
+        found = text[start.start() : position]
+    return None
 
 
 def _check_depth(text: str, max_depth: int) -> None:

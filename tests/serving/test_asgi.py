@@ -14,7 +14,7 @@ from yarl import URL
 from fusion.errors import UserError
 from serving.client import chat
 from tests.serving.conftest import Guarded
-from tests.serving.upstream import DROP, HANG, USAGE, Status, completion
+from tests.serving.upstream import DROP, HANG, USAGE, Slow, Status, completion
 
 Start = Callable[..., Guarded]
 GOOD = completion('{"a": 1}')
@@ -129,6 +129,73 @@ def test_upstream_faults_become_clean_errors(guarded: Start, fault: Any, status:
     assert len(guard.upstream.requests) <= 2
 
 
+def test_a_grammar_that_the_engine_refuses_is_left_out(guarded: Start) -> None:
+    refused = Status(400, '{"error": {"message": "The provided JSON schema contains features not supported"}}')
+    guard = guarded(refused, GOOD)
+    answer = ask(guard, response_format=FORMAT)
+    assert answer.choices[0].message.content == '{"a": 1}' and answer.model_extra["guard"]["grammar"] == "refused"
+    assert ["response_format" in sent for sent in guard.upstream.requests] == [True, False]
+    again = guarded(Status(400, '{"error": {"message": "no such model"}}'))
+    with pytest.raises(openai.BadRequestError, match="no such model"):
+        ask(again, response_format=FORMAT)
+    assert len(again.upstream.requests) == 2
+
+
+def test_completions_are_guarded_as_chats_are(guarded: Start) -> None:
+    def text(value: str) -> dict[str, Any]:
+        choice = {"index": 0, "text": value, "finish_reason": "stop", "logprobs": None}
+        return {"id": "c", "object": "text_completion", "created": 1, "model": "m", "choices": [choice], "usage": USAGE}
+
+    wanted = {"structured_outputs": {"choice": ["yes", "no"]}}
+    guard = guarded(text("maybe"), text("yes"))
+    answer = client(guard).completions.create(model="m", prompt="?", extra_body=wanted)
+    assert answer.choices[0].text == "yes" and len(guard.upstream.requests) == 2
+    assert "max_tokens" not in guard.upstream.requests[0]
+    streamed = client(guard).completions.create(model="m", prompt="?", extra_body=wanted, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == "yes"
+
+
+def test_arguments_of_tools_are_guarded(guarded: Start) -> None:
+    def called(arguments: str) -> dict[str, Any]:
+        answer = completion(None, finish_reason="tool_calls")
+        function = {"name": "f", "arguments": arguments}
+        answer["choices"][0]["message"]["tool_calls"] = [{"id": "1", "type": "function", "function": function}]
+        return answer
+
+    parameters = FORMAT["json_schema"]["schema"]  # type: ignore[index]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    guard = guarded(called('{"a": "x"}'), called('{"a": 1}'))
+    answer = ask(guard, tools=tools)
+    assert answer.choices[0].message.tool_calls[0].function.arguments == '{"a": 1}'
+    assert "/tool_calls/0/function/arguments/a" in guard.upstream.requests[1]["messages"][-1]["content"]
+    with client(guard).chat.completions.stream(model="m", messages=USER, tools=tools) as events:  # type: ignore[arg-type]
+        final = events.get_final_completion()
+    assert final.choices[0].message.tool_calls[0].function.arguments == '{"a": 1}'  # type: ignore[index]
+
+
+def test_a_stream_that_waits_is_kept_alive_and_ends_in_an_event(guarded: Start) -> None:
+    for script, settings, said in (
+        ([Slow(0.5, GOOD)], {}, '{\\"a\\": 1}'),
+        ([Slow(0.5, BAD)], {"max_attempts": 1}, "json_guard_exhausted"),
+        ([HANG], {"deadline_s": 0.5}, "deadline"),
+        ([Slow(0.5, Status(503, "<html>"))], {}, "upstream_error"),
+    ):
+        guard = guarded(*script, keepalive_s=0.1, **settings)
+        body = {"model": "m", "messages": USER, "response_format": FORMAT, "stream": True}
+        text = asyncio.run(_text(guard, body))
+        assert text.startswith(": checking\n\n: checking\n\n") and text.endswith("data: [DONE]\n\n")
+        assert said in text
+    guard = guarded(Slow(0.5, BAD), keepalive_s=0.1, max_attempts=1)
+    with pytest.raises(openai.APIError, match="No valid structured output"):
+        list(ask(guard, response_format=FORMAT, stream=True))
+
+
+async def _text(guard: Guarded, body: dict[str, Any]) -> str:
+    async with aiohttp.ClientSession(guard.url) as session, session.post("/v1/chat/completions", json=body) as answer:
+        assert answer.status == 200
+        return await answer.text()
+
+
 def nobody_listens() -> socket.socket:
     """A bound socket: its port is taken, and a connection to it refused."""
     taken = socket.socket()
@@ -172,22 +239,21 @@ async def _walk_routes(guard: Guarded) -> None:
         async with session.get("/v1/models") as answer:
             assert answer.headers["x-own"] == "1"
             assert (await answer.json())["data"][0]["id"] == "m"
-        body = bytes(range(256))
         headers = {"connection": "x-private", "x-private": "1", "x-public": "1"}
-        async with session.post("/v1/echo?a=1&b=%20", data=body, headers=headers) as answer:
-            assert await answer.read() == body
+        async with session.get("/v1/models/m?a=1&b=%20", headers=headers) as answer:
             assert answer.headers["x-query"] == "a=1&b=%20"
             assert "x-public" in answer.headers["x-saw"]
             assert "x-private" not in answer.headers["x-saw"]
-        async with session.post("/v1/echo", data=b"", skip_auto_headers=("Accept-Encoding", "User-Agent")) as answer:
+        async with session.get("/v1/models/m", skip_auto_headers=("Accept-Encoding", "User-Agent")) as answer:
             assert not {"accept-encoding", "user-agent"} & set(answer.headers["x-saw"].split(","))
-        async with session.post("/v1/echo", data=b"x" * 2000) as answer:
+        async with session.post("/v1/chat/completions", data=b"x" * 2000) as answer:
             assert answer.status == 413
         async with session.post("/v1/chat/completions", data=b"{not json") as answer:
             assert answer.status == 500  # the upstream's own word
-        async with session.get("/pause") as answer:
-            assert answer.status == 404
-            assert (await answer.json())["error"]["code"] == "not_found"
+        for method, path in (("GET", "/pause"), ("POST", "/v1/responses"), ("POST", "/v1/models"), ("POST", "/v1/x")):
+            async with session.request(method, path) as answer:
+                assert answer.status == 404
+                assert (await answer.json())["error"]["code"] == "not_found"
         for path in ("/v1/../health", "/v1/%2e%2e/health"):
             async with session.get(URL(f"{guard.url}{path}", encoded=True)) as answer:
                 assert answer.status == 404

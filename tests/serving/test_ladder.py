@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.guard.ladder import Done, Exhausted, Ladder, Send, language, wanted_schema
-from serving.guard.schema import Checker, SchemaError
+from serving.guard.ladder import Done, Exhausted, Ladder, Limits, Send, Step, ladder_for, language
+from serving.guard.schema import CheckerCache
 from tests.serving.upstream import USAGE, completion
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -18,8 +18,18 @@ def request(**fields: Any) -> dict[str, Any]:
     return {"model": "m", "messages": [{"role": "user", "content": "Give me a"}], "response_format": wanted, **fields}
 
 
+def climbing(limits: Limits, **fields: Any) -> Ladder:
+    found = ladder_for(request(**fields), CheckerCache(), limits)
+    assert found is not None
+    return found
+
+
 def ladder(limit: int | None = None, **fields: Any) -> Ladder:
-    return Ladder(request(**fields), Checker(SCHEMA), budget_limit=limit)
+    return climbing(Limits(budget=limit), **fields)
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
 
 
 def test_a_valid_answer_comes_back_unchanged() -> None:
@@ -29,7 +39,9 @@ def test_a_valid_answer_comes_back_unchanged() -> None:
     step = climb.receive(completion(GOOD))
     assert isinstance(step, Done)
     assert step.attempts == 1
+    report = step.answer.pop("guard")
     assert step.answer == completion(GOOD)
+    assert report == {"attempts": [{"attempt": 1, "constrained": True, "errors": [], "usage": USAGE}]}
 
 
 def test_the_repair_message_quotes_paths_and_fences_the_answer() -> None:
@@ -47,6 +59,8 @@ def test_the_repair_message_quotes_paths_and_fences_the_answer() -> None:
     assert isinstance(step, Done)
     assert step.attempts == 2
     assert step.answer["usage"] == {key: 2 * value for key, value in USAGE.items()}
+    assert [attempt["usage"] for attempt in step.answer["guard"]["attempts"]] == [USAGE, USAGE]
+    assert step.answer["guard"]["attempts"][0]["errors"][0]["path"] == "/a"
 
 
 def test_a_chinese_conversation_is_repaired_in_chinese() -> None:
@@ -109,15 +123,75 @@ def test_the_same_failure_again_changes_seed_and_temperature() -> None:
     assert second.body["seed"] != 5
 
 
-def test_tool_calls_pass_and_formats_are_recognised() -> None:
-    answer = completion(None)
-    answer["choices"][0]["message"]["tool_calls"] = [{"id": "1"}]
-    assert isinstance(ladder().receive(answer), Done)
-    assert wanted_schema({"response_format": {"type": "json_object"}}) == {"type": "object"}
-    assert wanted_schema({"response_format": {"type": "text"}}) is None
-    assert wanted_schema({}) is None
-    with pytest.raises(SchemaError):
-        wanted_schema({"response_format": {"type": "json_schema", "json_schema": {"name": "s"}}})
+def test_what_the_grammar_ignores_is_asked_for_without_it_in_the_end() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "not": {"const": 1}}}}
+    climb = ladder(response_format=schema_format(schema))
+    second = climb.receive(completion(GOOD))
+    assert isinstance(second, Send) and second.constrained and "response_format" in second.body
+    third = climb.receive(completion(GOOD))
+    assert isinstance(third, Send) and not third.constrained and "response_format" not in third.body
+    assert json.dumps(schema) in third.body["messages"][-1]["content"]
+    step = climb.receive(completion('{"a": 2}'))
+    assert isinstance(step, Done)
+    (left_out,) = step.answer["guard"]["unenforced"]
+    assert (left_out["path"], left_out["keyword"]) == ("/properties/a", "not")
+    assert [attempt["constrained"] for attempt in step.answer["guard"]["attempts"]] == [True, True, False]
+
+
+def test_a_grammar_that_the_engine_refuses_is_left_out_and_still_checked() -> None:
+    climb = ladder()
+    climb.start()
+    bare = climb.refuse()
+    assert bare is not None and not bare.constrained and "response_format" not in bare.body
+    assert json.dumps(SCHEMA) in bare.body["messages"][-1]["content"]
+    assert climb.refuse() is None
+    step = climb.receive(completion(WRONG))
+    assert isinstance(step, Send) and "response_format" not in step.body
+    step = climb.receive(completion(GOOD))
+    assert isinstance(step, Done) and step.answer["guard"]["grammar"] == "refused"
+
+
+def test_a_repair_that_does_not_fit_the_window_quotes_nothing_or_is_left_out() -> None:
+    usage = {"prompt_tokens": 500, "completion_tokens": 300, "total_tokens": 800}
+
+    def second(window: int) -> Step:
+        return climbing(Limits(window=window)).receive({**completion('{"a": "long"}'), "usage": usage})
+
+    quoting, bare, none = second(1600), second(1300), second(1100)
+    assert isinstance(quoting, Send) and '{"a": "long"}' in quoting.body["messages"][-1]["content"]
+    assert isinstance(bare, Send) and len(bare.body["messages"]) == 2
+    assert "long" not in bare.body["messages"][-1]["content"] and "/a: " in bare.body["messages"][-1]["content"]
+    assert isinstance(none, Send) and len(none.body["messages"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "inner"),
+    [
+        ('```json\n{"a": 1}\n```', '{"a": 1}'),
+        ('Here it is: {"a": 1}. Good luck!', '{"a": 1}'),
+        ('{"a": 1} or {"a": 2}', None),
+        ('{"a": 1,}', None),
+    ],
+)
+def test_one_value_is_unwrapped_where_that_is_switched_on(text: str, inner: str | None) -> None:
+    assert isinstance(ladder().receive(completion(text)), Send)
+    step = climbing(Limits(unwrap=True)).receive(completion(text))
+    if inner is None:
+        assert isinstance(step, Send)
+    else:
+        assert isinstance(step, Done) and step.answer["guard"]["unwrapped"] == 1
+        assert step.answer["choices"][0]["message"]["content"] == inner
+
+
+def test_completions_without_messages_are_asked_again_with_another_seed() -> None:
+    climb = ladder_for({"model": "m", "prompt": "a:", "structured_outputs": {"json": SCHEMA}}, CheckerCache(), Limits())
+    assert climb is not None
+    answer = {"choices": [{"index": 0, "text": WRONG, "finish_reason": "stop"}], "usage": USAGE}
+    step = climb.receive(answer)
+    assert isinstance(step, Send)
+    assert step.body["seed"] and step.body["temperature"] > 0 and "messages" not in step.body
+    step = climb.receive({"choices": [{"index": 0, "text": GOOD, "finish_reason": "stop"}], "usage": USAGE})
+    assert isinstance(step, Done) and step.answer["choices"][0]["text"] == GOOD
 
 
 texts = st.sampled_from([GOOD, WRONG, BROKEN, "", None, "NaN", '{"a": 1, "a": 1}'])
@@ -130,7 +204,7 @@ answers = st.builds(
 
 @given(st.integers(1, 4), st.integers(1, 4), st.lists(answers, min_size=4, max_size=4))
 def test_every_climb_ends_in_time_with_valid_choices_or_an_error(n: int, most: int, script: list[dict]) -> None:
-    climb = Ladder(request(n=n), Checker(SCHEMA), max_attempts=most)
+    climb = climbing(Limits(attempts=most), n=n)
     step: Any = climb.start()
     sent = 0
     while isinstance(step, Send):

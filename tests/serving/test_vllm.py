@@ -4,6 +4,7 @@ import http.client
 import json
 import signal
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,6 +102,40 @@ def test_control_routes_are_not_reachable(url: str, path: str) -> None:
     connection = http.client.HTTPConnection(host, int(port), timeout=10)
     connection.request("GET", path)
     assert connection.getresponse().status == 404
+
+
+def test_no_route_of_the_engine_is_reachable_but_those_that_are_guarded(
+    server: tuple[subprocess.Popen[str], str], url: str
+) -> None:
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0") for pid in descendants(server[0].pid)]
+    (port,) = {part.removeprefix("--port=") for command in commands for part in command if part.startswith("--port=")}
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/openapi.json") as answer:
+        routes = json.load(answer)["paths"]
+    assert {"/v1/chat/completions", "/v1/responses", "/invocations", "/tokenize"} <= set(routes)
+    open_ = {
+        ("/health", "get"),
+        ("/v1/models", "get"),
+        ("/v1/chat/completions", "post"),
+        ("/v1/completions", "post"),
+    }
+    host, guard_port = url.removeprefix("http://").split(":")
+    for path, methods in routes.items():
+        for method in methods:
+            if (path, method) not in open_:
+                connection = http.client.HTTPConnection(host, int(guard_port), timeout=10)
+                connection.request(method.upper(), path, body=b"{}", headers={"content-type": "application/json"})
+                assert connection.getresponse().status == 404, (method, path)
+
+
+def test_a_schema_that_the_engine_refuses_is_kept_all_the_same(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    schema = {"type": "integer", "multipleOf": 3}
+    wanted = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    with pytest.raises(openai.UnprocessableEntityError) as caught:  # a random model writes no number by itself
+        client.chat.completions.create(model="tiny", messages=USER, response_format=wanted, max_tokens=8)  # type: ignore[call-overload]
+    error = caught.value.response.json()["error"]
+    assert error["grammar"] == "refused" and len(error["attempts"]) == 3
+    assert error["unenforced"][0]["keyword"] == "multipleOf"
 
 
 def test_ctrl_c_leaves_nothing_behind(server: tuple[subprocess.Popen[str], str]) -> None:

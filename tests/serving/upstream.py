@@ -29,6 +29,13 @@ class Status:
         self.status, self.text = status, text
 
 
+class Slow:
+    """Wait this long, then answer with that."""
+
+    def __init__(self, seconds: float, answer: Any) -> None:
+        self.seconds, self.answer = seconds, answer
+
+
 DROP = object()  # close the connection without an answer
 HANG = object()  # never answer
 
@@ -62,7 +69,8 @@ class Upstream:
         app = web.Application()
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/echo", self._echo)
+        app.router.add_get("/v1/models/{name}", self._echo)
+        app.router.add_post("/v1/completions", self._chat)
         app.router.add_post("/v1/chat/completions", self._chat)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.5)
         await self._runner.setup()
@@ -74,20 +82,25 @@ class Upstream:
         return web.Response(status=200 if self.healthy else 503)
 
     async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": "m", "object": "model"}]}, headers={"x-own": "1"})
+        return web.json_response(
+            {"object": "list", "data": [{"id": "m", "object": "model", "max_model_len": 1234}]}, headers={"x-own": "1"}
+        )
 
     async def _echo(self, request: web.Request) -> web.Response:
         headers = {
             "x-query": request.rel_url.raw_query_string,
             "x-saw": ",".join(sorted(key.lower() for key in request.headers)),
         }
-        return web.Response(body=await request.read(), headers=headers)
+        return web.Response(headers=headers)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.headers.append({key.lower(): value for key, value in request.headers.items()})
         self.requests.append(body)
         item = self.script[min(len(self.requests), len(self.script)) - 1]
+        if isinstance(item, Slow):
+            await asyncio.sleep(item.seconds)
+            item = item.answer
         if item is HANG:
             try:
                 await asyncio.sleep(60)

@@ -1,0 +1,50 @@
+"""`qwen-fusion guard` in a process of its own, in front of a server that it did not start."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from serving.client import chat
+from tests.serving.upstream import Upstream, completion
+
+USER = [{"role": "user", "content": "Give me a"}]
+FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object", "required": ["a"]}}}
+COMMAND = [sys.executable, "-m", "fusion.cli", "guard"]
+
+
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    with Upstream(completion('Here: {"b": 1}'), completion('Here: {"a": 1}')) as running:
+        yield running
+
+
+def test_a_server_that_runs_already_is_guarded(upstream: Upstream) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "--upstream", f"{upstream.url}/v1", "--port", "0", "--unwrap"], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert f"guarding {upstream.url}, 1,234 tokens on " in line
+        found = re.search(r"on (http://[^/]+)/v1", line)
+        assert found is not None
+        answer = chat(found.group(1), "m", USER, response_format=FORMAT)
+        assert (answer.text, answer.attempts) == ('{"a": 1}', 2)
+        assert answer.raw["guard"]["unwrapped"] == 1
+        sent = upstream.requests[0]  # nothing is filled in that its client did not say
+        assert set(sent) == {"model", "messages", "response_format", "stream"}
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--upstream", "localhost:8001"], ["--upstream", "http://x", "--port", "70000"], []]
+)
+def test_bad_arguments_are_a_sentence(arguments: list[str]) -> None:
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.strip()
