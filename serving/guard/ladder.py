@@ -19,12 +19,13 @@ from typing import Any
 from serving.guard import strict_json
 from serving.guard.enforcement import unenforced
 from serving.guard.schema import CheckerCache, Violation
+from serving.guard.stream import REPORT
 from serving.guard.wanted import CONSTRAINTS, Wanted, text_of, wanted_of
 
 MAX_ATTEMPTS = 3
 MAX_QUOTED_CHARACTERS = 4000
 REPAIR_TOKENS = 400  # of a repair message without the quoted answer and the schema, generously
-REPORT = "guard"  # the field of an answer that says how it came about
+MAX_REPORTED = 50  # keywords that a grammar leaves out
 
 _CHINESE = re.compile(r"[㐀-鿿豈-﫿]")
 _REPAIR = {
@@ -115,7 +116,7 @@ class Ladder:
         self._limits = limits or Limits()
         self._count: int = request.get("n") or 1
         self._language = language(request.get("messages") or [])
-        self._left_out = unenforced(wanted.schema)
+        self._left_out = unenforced(wanted.schema)[:MAX_REPORTED]
         self._grammar = wanted.schema is not None  # whether the engine is to constrain by a schema, still
         self._valid: list[dict[str, Any]] = []
         self._attempts: list[dict[str, Any]] = []

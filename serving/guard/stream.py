@@ -8,10 +8,11 @@ import time
 from typing import Any
 
 DONE = "data: [DONE]\n\n"
+REPORT = "guard"  # the field of an answer that says how it came about
 
 
 def as_events(answer: dict[str, Any], include_usage: bool = False) -> bytes:
-    """The events of a chat completion or a completion, with a chunk of usage where it is asked for, and [DONE]."""
+    """The events of a chat completion or a completion, and [DONE]; usage and the guard's report where asked for."""
     head: dict[str, Any] = {"id": "chatcmpl-guard", "created": int(time.time()), "model": ""}
     head |= {key: answer[key] for key in ("id", "created", "model", "system_fingerprint") if key in answer}
     chunks: list[dict[str, Any]] = []
@@ -19,7 +20,8 @@ def as_events(answer: dict[str, Any], include_usage: bool = False) -> bytes:
         head["object"] = "text_completion" if "text" in choice else "chat.completion.chunk"
         chunks += [{**head, "choices": [part]} for part in (_texts(choice) if "text" in choice else _deltas(choice))]
     if include_usage:
-        chunks.append({**head, "choices": [], "usage": answer.get("usage")})
+        kept = {REPORT: answer[REPORT]} if REPORT in answer else {}
+        chunks.append({**head, "choices": [], "usage": answer.get("usage"), **kept})
     return "".join([*map(_event, chunks), DONE]).encode()
 
 

@@ -14,8 +14,8 @@ def chunks(events: bytes) -> list[dict[str, Any]]:
 
 
 def test_a_chat_completion_comes_in_deltas() -> None:
-    found = chunks(as_events(completion("one", "zwei"), include_usage=True))
-    assert found[-1]["choices"] == [] and found[-1]["usage"] == USAGE
+    found = chunks(as_events({**completion("one", "zwei"), "guard": {"attempts": []}}, include_usage=True))
+    assert (found[-1]["choices"], found[-1]["usage"], found[-1]["guard"]) == ([], USAGE, {"attempts": []})
     assert {chunk["object"] for chunk in found} == {"chat.completion.chunk"}
     for index, text in enumerate(("one", "zwei")):
         mine = [choice for chunk in found for choice in chunk["choices"] if choice["index"] == index]
