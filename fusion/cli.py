@@ -193,9 +193,12 @@ def guard(
     attempts: Annotated[int, typer.Option(help="as serving.guard.attempts", min=1)] = 3,
     deadline_s: Annotated[float, typer.Option(help="as serving.guard.deadline_s", min=0.1)] = 900.0,
     unwrap: Annotated[bool, typer.Option(help="as serving.guard.unwrap")] = False,
+    api_keys_file: Annotated[str | None, typer.Option(help="as serving.guard.api_keys_file")] = None,
+    max_in_flight: Annotated[int | None, typer.Option(help="as serving.guard.max_in_flight", min=1)] = None,
 ) -> None:
     """Guard an OpenAI-compatible server that runs already, until Ctrl-C."""
     from serving.guard.asgi import GuardSettings
+    from serving.guard.keys import read_keys
     from serving.serve import guard as guard_server
 
     if not upstream.startswith(("http://", "https://")):
@@ -207,6 +210,8 @@ def guard(
         temperature=None,
         top_p=None,
         unwrap=unwrap,
+        api_keys=read_keys(api_keys_file),
+        max_in_flight=max_in_flight,
         deadline_s=deadline_s,
     )
     guard_server(settings, host, port)

@@ -448,6 +448,8 @@ class Guarding(Section):
     attempts: int = Field(3, gt=0)  # a request, in all
     deadline_s: float = Field(900.0, gt=0)  # for all of them
     unwrap: bool = False  # one JSON value out of a fence or of text around it; the answer says where that was done
+    api_keys_file: str | None = None  # one a line; those of the variable QWEN_FUSION_API_KEYS count as well
+    max_in_flight: int | None = Field(None, gt=0)  # requests at a time, the next gets a 503
 
 
 class Serving(Section):

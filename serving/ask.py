@@ -15,6 +15,7 @@ from fusion.recipe import Question, Recipe
 from serving.client import chat
 from serving.engine import EngineSettings
 from serving.guard.asgi import GuardSettings
+from serving.guard.keys import read_keys
 from serving.serve import RunningServer, find_server, running_server, serve
 
 STATE = "server.json"
@@ -63,6 +64,8 @@ def guard_settings(recipe: Recipe) -> GuardSettings:
         max_attempts=guard.attempts,
         deadline_s=guard.deadline_s,
         unwrap=guard.unwrap,
+        api_keys=read_keys(guard.api_keys_file),
+        max_in_flight=guard.max_in_flight,
     )
 
 
@@ -103,7 +106,8 @@ def ask_all(recipe: Recipe, questions: Sequence[Question], reuse: bool = True) -
         return []
     with recipe_server(recipe, reuse) as server:
         try:
-            answers = [_ask(server, question) for question in questions]
+            keys = read_keys(recipe.serving.guard.api_keys_file)
+            answers = [_ask(server, question, keys[0] if keys else None) for question in questions]
         except UserError:
             if server.engine is not None:
                 server.engine.check()  # an engine that has died says more than its guard
@@ -115,7 +119,7 @@ def ask_all(recipe: Recipe, questions: Sequence[Question], reuse: bool = True) -
     return answers
 
 
-def _ask(server: RunningServer, question: Question) -> dict[str, Any]:
+def _ask(server: RunningServer, question: Question, api_key: str | None) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if question.json_schema is not None:
         options["response_format"] = {
@@ -125,7 +129,8 @@ def _ask(server: RunningServer, question: Question) -> dict[str, Any]:
     for key in ("max_tokens", "temperature"):
         if getattr(question, key) is not None:
             options[key] = getattr(question, key)
-    answer = chat(server.url, server.model, [{"role": "user", "content": question.question}], **options)
+    asked = [{"role": "user", "content": question.question}]
+    answer = chat(server.url, server.model, asked, api_key=api_key, **options)
     return {
         "question": question.question,
         "domain": question.domain,

@@ -28,16 +28,21 @@ class Answer:
 
 
 def chat(
-    url: str, model: str, messages: Sequence[dict[str, Any]], *, timeout_s: float = 900.0, **options: Any
+    url: str,
+    model: str,
+    messages: Sequence[dict[str, Any]],
+    *,
+    timeout_s: float = 900.0,
+    api_key: str | None = None,
+    **options: Any,
 ) -> Answer:
     """Asks the server at `url` (without /v1); `options` are request fields, such as response_format.
 
     Raises UserError when the server cannot be reached or refuses the request.
     """
     body = {"model": model, "messages": list(messages), **options}
-    request = urllib.request.Request(
-        f"{url.rstrip('/')}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-    )
+    headers = {"content-type": "application/json", **({"authorization": f"Bearer {api_key}"} if api_key else {})}
+    request = urllib.request.Request(f"{url.rstrip('/')}/v1/chat/completions", json.dumps(body).encode(), headers)
     begin = time.monotonic()
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as response:

@@ -282,10 +282,10 @@ class Engine:
                 time.sleep(0.25)
 
 
-def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
-    """True when GET url/health answers 200."""
+def is_healthy(url: str, timeout_s: float = 5.0, path: str = "/health") -> bool:
+    """True when GET of the path answers 200."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=timeout_s) as answer:
+        with urllib.request.urlopen(f"{url}{path}", timeout=timeout_s) as answer:
             return bool(answer.status == 200)
     except (OSError, ValueError):
         return False

@@ -137,7 +137,7 @@ def find_server(state: Path, model: str | None = None) -> RunningServer | None:
         os.kill(found.pid, 0)
     except (OSError, ValueError, TypeError):
         return None
-    if (model is not None and found.model != model) or not is_healthy(found.url):
+    if (model is not None and found.model != model) or not is_healthy(found.url, path="/ready"):
         return None
     return RunningServer(found.url, found.model)
 

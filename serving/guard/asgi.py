@@ -8,14 +8,17 @@ otherwise. Completions that ask for none and the list of models pass as they are
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
 from yarl import URL
 
+from serving.guard.keys import Keys
 from serving.guard.ladder import MAX_ATTEMPTS, Done, Exhausted, Ladder, Limits, Send, ladder_for
+from serving.guard.metrics import Metrics
 from serving.guard.schema import CheckerCache, SchemaError
 from serving.guard.stream import as_events, error_events
 from serving.guard.wanted import CONSTRAINTS
@@ -24,7 +27,9 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 SendEvent = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, SendEvent], Awaitable[None]]
 
+OPEN = ("/health", "/ready")  # without a key, however many requests are under way
 CHAT, COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
+COUNTED = (*OPEN, "/metrics", CHAT, COMPLETIONS, MODELS)
 NUMBERS = ("n", "max_tokens", "max_completion_tokens", "temperature", "seed")
 ATTEMPTS_HEADER = "x-qwen-fusion-attempts"
 JSON_TYPE = (b"content-type", b"application/json")
@@ -42,7 +47,8 @@ class GuardSettings:
 
     `max_tokens`, `temperature` and `top_p` fill chat requests that do not say (None: leave them out); `max_model_len`
     caps the filled max_tokens, the engine clips it to what the prompt leaves. `unwrap` takes JSON out of a fence or of
-    text around it. A stream that waits to be checked gets a comment line every `keepalive_s`.
+    text around it. With `api_keys` a request needs one of them; beyond `max_in_flight` requests the next gets a 503. A
+    stream that waits to be checked gets a comment line every `keepalive_s`.
     """
 
     upstream: str
@@ -52,6 +58,8 @@ class GuardSettings:
     temperature: float | None = 0.7
     top_p: float | None = 0.9
     unwrap: bool = False
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    max_in_flight: int | None = None
     deadline_s: float = 900.0
     keepalive_s: float = 10.0
     max_body_bytes: int = 16 * 1024 * 1024
@@ -67,9 +75,18 @@ class GuardSettings:
 class Refusal(Exception):
     """An answer of the guard's own, in OpenAI's error form."""
 
-    def __init__(self, status: int, message: str, kind: str, code: str, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str,
+        code: str,
+        param: str | None = None,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
+        self.headers = headers
 
     def body(self) -> dict[str, Any]:
         """The JSON object to answer with."""
@@ -110,6 +127,10 @@ class _Guard:
         self._settings = settings
         self._upstream = settings.upstream.rstrip("/")
         self._cache = CheckerCache()
+        self._keys = Keys(settings.api_keys)
+        self._key_header = b"authorization" if self._keys else b""  # no business of the engine's then
+        self._metrics = Metrics()
+        self._in_flight = 0
         self._client: aiohttp.ClientSession | None = None
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: SendEvent) -> None:
@@ -137,25 +158,53 @@ class _Guard:
         async def tracked(event: MutableMapping[str, Any]) -> None:
             nonlocal started
             started = True
+            if event["type"] == "http.response.start":
+                self._count(scope["path"], event["status"])
             await send(event)
 
+        self._in_flight += 1
         try:
+            self._admit(scope)
             body = await _read_body(receive, self._settings.max_body_bytes)
             await _unless_gone(self._route(scope, body, tracked), receive)
         except ClientGone:
+            self._count(scope["path"], 499)
             return
         except FAILURES as failure:
             error = _refusal(failure)
         else:
             return
+        finally:
+            self._in_flight -= 1
         if started:  # an answer cut short must not look complete: leaving without its end closes the connection
             raise ConnectionAbortedError(error.message)
-        await _json(send, error.status, error.body())
+        await _json(tracked, error.status, error.body(), error.headers)
+
+    def _admit(self, scope: MutableMapping[str, Any]) -> None:
+        """Raises Refusal where the request has no key or there are too many under way."""
+        if scope["path"] in OPEN:
+            return
+        if not self._keys.allow(dict(scope["headers"]).get(b"authorization")):
+            headers = ((b"www-authenticate", b"Bearer"),)
+            said = "The request has no API key that is known here (Authorization: Bearer ...)."
+            raise Refusal(401, said, "invalid_request_error", "invalid_api_key", headers=headers)
+        limit = self._settings.max_in_flight
+        if limit is not None and self._in_flight > limit:
+            said = f"{limit} requests are under way, as many as are taken at a time."
+            raise Refusal(503, said, "overloaded_error", "overloaded", headers=((b"retry-after", b"1"),))
+
+    def _count(self, path: str, status: int) -> None:
+        self._metrics.answers.labels(path if path in COUNTED else "other", str(status)).inc()
 
     async def _route(self, scope: MutableMapping[str, Any], body: bytes, send: SendEvent) -> None:
         path, method = scope["path"], scope["method"]
         if path == "/health":
-            await self._health(send)
+            await _json(send, 200, {"status": "ok"})
+        elif path == "/ready":
+            await self._ready(send)
+        elif path == "/metrics" and method == "GET":
+            self._metrics.in_flight.set(self._in_flight - 1)
+            await _whole(send, 200, [(b"content-type", b"text/plain; version=0.0.4")], self._metrics.text())
         elif path in (CHAT, COMPLETIONS) and method == "POST":
             await self._completion(scope, body, send)
         elif (path == MODELS or path.startswith(f"{MODELS}/")) and method == "GET":
@@ -163,7 +212,7 @@ class _Guard:
         else:
             raise Refusal(404, f"There is no {path} here.", "invalid_request_error", "not_found")
 
-    async def _health(self, send: SendEvent) -> None:
+    async def _ready(self, send: SendEvent) -> None:
         try:
             timeout = aiohttp.ClientTimeout(total=5)
             async with self._session.get(f"{self._upstream}/health", timeout=timeout) as answer:
@@ -240,30 +289,43 @@ class _Guard:
     async def _climb(self, scope: MutableMapping[str, Any], ladder: Ladder) -> "_Answer":
         """The ladder's outcome, or the upstream's own word where that is an error, within the deadline."""
         own = {"accept-encoding": "identity", "content-type": "application/json"}
-        headers = [pair for pair in _forwarded(scope["headers"]) if pair[0].lower() not in own] + list(own.items())
+        given = _forwarded(scope["headers"], self._key_header)
+        headers = [pair for pair in given if pair[0].lower() not in own] + list(own.items())
         url = self._upstream + scope["path"]
+        began, away = time.perf_counter(), 0.0
         step: Send | Done | Exhausted = ladder.start()
         async with asyncio.timeout(self._settings.deadline_s):
             while isinstance(step, Send):
+                sent = time.perf_counter()
                 async with self._session.post(url, json=step.body, headers=headers) as answer:
                     content = await answer.read()
+                away += time.perf_counter() - sent
+                self._metrics.upstream.observe(time.perf_counter() - sent)
                 if answer.status == 200:
                     step = ladder.receive(_object(content))
+                    self._judged(ladder.attempts[-1]["errors"])
                     continue
+                self._metrics.attempts.labels(f"status {answer.status}").inc()
                 bare = ladder.refuse() if answer.status == 400 and step.constrained else None
                 if bare is None:
                     return _Answer(answer.status, content, tuple(_returned(answer)))
                 step = bare
+        self._metrics.added.observe(time.perf_counter() - began - away)
         kept = [JSON_TYPE, (ATTEMPTS_HEADER.encode(), str(step.attempts).encode())]
         if isinstance(step, Exhausted):
             return _Answer(422, json.dumps(step.error).encode(), (*kept, (b"x-should-retry", b"false")))
         return _Answer(200, json.dumps(step.answer).encode(), tuple(kept))
 
+    def _judged(self, errors: list[dict[str, Any]]) -> None:
+        self._metrics.attempts.labels("invalid" if errors else "valid").inc()
+        for error in errors:
+            self._metrics.violations.labels(error["keyword"]).inc()
+
     async def _pass_through(self, scope: MutableMapping[str, Any], body: bytes, send: SendEvent) -> None:
         path, query = scope.get("raw_path") or scope["path"].encode(), scope.get("query_string")
         target = (path + b"?" + query if query else path).decode("latin-1")
         url = URL(self._upstream + target, encoded=True)  # not normalised: /v1/../x must not become /x
-        headers = _forwarded(scope["headers"])
+        headers = _forwarded(scope["headers"], self._key_header)
         async with self._session.request(scope["method"], url, data=body or None, headers=headers) as answer:
             await send({"type": "http.response.start", "status": answer.status, "headers": _returned(answer)})
             async for chunk in answer.content.iter_any():
@@ -311,9 +373,10 @@ async def _unless_gone(work: Awaitable[None], receive: Receive) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _forwarded(headers: list[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
+def _forwarded(headers: list[tuple[bytes, bytes]], ours: bytes = b"") -> list[tuple[str, str]]:
+    """The client's headers without those of the connection, and without `ours`, which the guard itself has read."""
     named = {name.strip() for key, value in headers if key == b"connection" for name in value.lower().split(b",")}
-    dropped = HOP_BY_HOP | named | {b"host", b"content-length", b"expect"}
+    dropped = HOP_BY_HOP | named | {b"host", b"content-length", b"expect", ours}
     return [(key.decode("latin-1"), value.decode("latin-1")) for key, value in headers if key.lower() not in dropped]
 
 

@@ -107,7 +107,7 @@ def language(messages: Iterable[Any]) -> str:
 
 
 class Ladder:
-    """State of one guarded request: attempts made, choices that are as asked so far, tokens used."""
+    """State of one guarded request: `attempts` made, choices that are as asked so far, tokens used."""
 
     def __init__(self, request: dict[str, Any], wanted: Wanted, limits: Limits | None = None) -> None:
         self._request = {**request, "stream": False}
@@ -119,7 +119,7 @@ class Ladder:
         self._left_out = unenforced(wanted.schema)[:MAX_REPORTED]
         self._grammar = wanted.schema is not None  # whether the engine is to constrain by a schema, still
         self._valid: list[dict[str, Any]] = []
-        self._attempts: list[dict[str, Any]] = []
+        self.attempts: list[dict[str, Any]] = []
         self._failed_texts: set[str] = set()
         self._usage: dict[str, Any] = {}
         self._refused = False
@@ -150,14 +150,14 @@ class Ladder:
                 failures.append((choice, violations))
             elif len(self._valid) < self._count:
                 self._valid.append(choice)
-        self._attempts.append(self._attempt(failures, answer.get("usage")))
+        self.attempts.append(self._attempt(failures, answer.get("usage")))
         if len(self._valid) >= self._count:
             choices = [{**choice, "index": index} for index, choice in enumerate(self._valid)]
             whole = {**answer, "choices": choices, "usage": self._usage, REPORT: self._report()}
-            return Done(whole, len(self._attempts))
-        if len(self._attempts) >= self._limits.attempts:
-            return Exhausted(self._error(), len(self._attempts))
-        if self._left_out and len(self._attempts) == self._limits.attempts - 1:
+            return Done(whole, len(self.attempts))
+        if len(self.attempts) >= self._limits.attempts:
+            return Exhausted(self._error(), len(self.attempts))
+        if self._left_out and len(self.attempts) == self._limits.attempts - 1:
             self._grammar = False
         body = self._repair(failures)
         without = self._wanted.schema is not None and not self._grammar
@@ -192,10 +192,10 @@ class Ladder:
             errors = "\n".join(f"- {violation.path or '/'}: {violation.message}" for violation in violations)
         if text in self._failed_texts or "messages" not in body:  # the same request would fail the same way again
             body["temperature"] = max(body.get("temperature") or 0.0, 0.7)
-            body["seed"] = (body.get("seed") or 0) + len(self._attempts)
+            body["seed"] = (body.get("seed") or 0) + len(self.attempts)
         self._failed_texts.add(text)
         if "messages" in body and self._room(0):
-            answered = _tokens(self._attempts[-1]["usage"], "completion_tokens")
+            answered = _tokens(self.attempts[-1]["usage"], "completion_tokens")
             quoted = _fenced(text if self._room(answered) else "...")
             kind = " JSON " if self._wanted.schema is not None or self._wanted.tools else " "
             repair = _REPAIR[self._language].format(format=kind, errors=errors, answer=quoted)
@@ -204,7 +204,7 @@ class Ladder:
 
     def _room(self, quoted: int) -> bool:
         """Whether the window holds the prompt, a repair message with `quoted` tokens in it, and an answer as long."""
-        usage = self._attempts[-1]["usage"]
+        usage = self.attempts[-1]["usage"]
         prompt, answer = (_tokens(usage, key) for key in ("prompt_tokens", "completion_tokens"))
         window = self._limits.window
         return window is None or prompt + REPAIR_TOKENS + quoted + answer <= window
@@ -224,11 +224,11 @@ class Ladder:
             for choice, violations in failures
             for found in violations
         ]
-        number = len(self._attempts) + 1
+        number = len(self.attempts) + 1
         return {"attempt": number, "constrained": self._grammar, "errors": errors, "usage": usage}
 
     def _report(self) -> dict[str, Any]:
-        report: dict[str, Any] = {"attempts": self._attempts}
+        report: dict[str, Any] = {"attempts": self.attempts}
         if self._left_out:
             report["unenforced"] = [asdict(found) for found in self._left_out]
         if self._refused:
@@ -238,9 +238,9 @@ class Ladder:
         return report
 
     def _error(self) -> dict[str, Any]:
-        last = self._attempts[-1]["errors"]
+        last = self.attempts[-1]["errors"]
         truncated = bool(last) and all(error["keyword"] == "output_truncated" for error in last)
-        count = len(self._attempts)
+        count = len(self.attempts)
         return {
             "error": {
                 "message": f"No valid structured output after {count} attempt{'s' * (count > 1)}: "

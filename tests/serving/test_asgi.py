@@ -1,6 +1,7 @@
 import asyncio
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -257,12 +258,74 @@ async def _walk_routes(guard: Guarded) -> None:
         for path in ("/v1/../health", "/v1/%2e%2e/health"):
             async with session.get(URL(f"{guard.url}{path}", encoded=True)) as answer:
                 assert answer.status == 404
-        async with session.get("/health") as answer:
+        async with session.get("/ready") as answer:
             assert answer.status == 200
         guard.upstream.healthy = False
-        async with session.get("/health") as answer:
+        async with session.get("/ready") as answer:
             assert answer.status == 503
             assert json.loads(await answer.text())["status"] == "engine unavailable"
+        async with session.get("/health") as answer:  # the guard's own
+            assert answer.status == 200
+
+
+def test_without_a_known_key_nothing_is_answered(guarded: Start) -> None:
+    guard = guarded(GOOD, api_keys=("first", "second"))
+    for key in ("first", "second"):
+        answer = openai.OpenAI(base_url=f"{guard.url}/v1", api_key=key).chat.completions.create(
+            model="m",
+            messages=USER,
+            response_format=FORMAT,  # type: ignore[call-overload]
+        )
+        assert answer.choices[0].message.content == '{"a": 1}'
+    assert all("authorization" not in headers for headers in guard.upstream.headers)
+    for call in (lambda: ask(guard), lambda: client(guard).models.list()):
+        with pytest.raises(openai.AuthenticationError) as caught:
+            call()
+        assert caught.value.code == "invalid_api_key"
+    with pytest.raises(UserError, match="answered 401"):
+        chat(guard.url, "m", USER)
+    assert chat(guard.url, "m", USER, api_key="second").text == '{"a": 1}'
+    assert asyncio.run(_status(guard, "/metrics")) == 401
+    assert asyncio.run(_status(guard, "/health")) == asyncio.run(_status(guard, "/ready")) == 200
+
+
+async def _status(guard: Guarded, path: str, **headers: str) -> int:
+    async with aiohttp.ClientSession(guard.url) as session, session.get(path, headers=headers) as answer:
+        return answer.status
+
+
+def test_too_many_at_a_time_are_told_to_come_back(guarded: Start) -> None:
+    guard = guarded(Slow(1.0, GOOD), GOOD, max_in_flight=1)
+    waiting = threading.Thread(target=ask, args=(guard,))
+    waiting.start()
+    while not guard.upstream.requests:
+        time.sleep(0.01)
+    with pytest.raises(openai.InternalServerError) as caught:
+        client(guard).with_options(max_retries=0).chat.completions.create(model="m", messages=USER)  # type: ignore[call-overload]
+    assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "1")
+    assert asyncio.run(_status(guard, "/health")) == 200
+    waiting.join()
+    assert ask(guard).choices[0].message.content == '{"a": 1}'
+
+
+def test_what_happens_is_counted_and_nothing_said_is_in_it(guarded: Start) -> None:
+    guard = guarded(completion('{"a": "secret"}'), GOOD)
+    ask(guard, response_format=FORMAT)
+    asyncio.run(_status(guard, "/v1/nowhere"))
+    counted = asyncio.run(_metrics(guard))
+    assert 'guard_attempts_total{outcome="invalid"} 1.0' in counted
+    assert 'guard_attempts_total{outcome="valid"} 1.0' in counted
+    assert 'guard_violations_total{keyword="type"} 1.0' in counted
+    assert 'guard_answers_total{route="/v1/chat/completions",status="200"} 1.0' in counted
+    assert 'guard_answers_total{route="other",status="404"} 1.0' in counted
+    assert "guard_added_seconds_count 1.0" in counted and "guard_upstream_seconds_count 2.0" in counted
+    assert "guard_in_flight 0.0" in counted
+    assert "secret" not in counted and "Give me" not in counted
+
+
+async def _metrics(guard: Guarded) -> str:
+    async with aiohttp.ClientSession(guard.url) as session, session.get("/metrics") as answer:
+        return await answer.text()
 
 
 def test_the_client_says_what_went_wrong(guarded: Start) -> None:

@@ -1,0 +1,55 @@
+"""API keys: who may ask. Several at a time, compared in constant time, from a file or the environment.
+
+QWEN_FUSION_API_KEYS=first,second qwen-fusion serve configs/demo.yaml
+"""
+
+import hashlib
+import hmac
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from fusion.errors import UserError
+
+VARIABLE = "QWEN_FUSION_API_KEYS"
+
+
+class Keys:
+    """The hashes of all keys; without any everyone may ask."""
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        self._hashes = [_hash(key.encode()) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._hashes)
+
+    def allow(self, authorization: bytes | None) -> bool:
+        """Whether an Authorization header's bearer token is a key. Every key is compared, wherever one fits."""
+        if not self._hashes:
+            return True
+        kind, _, token = (authorization or b"").partition(b" ")
+        given = _hash(token.strip())
+        fits = [hmac.compare_digest(given, known) for known in self._hashes]
+        return kind.lower() == b"bearer" and any(fits)
+
+
+def read_keys(file: str | None) -> tuple[str, ...]:
+    """The keys of a file, one a line (lines with # say whose they are), and of the environment.
+
+    Raises UserError where the file is missing or has none.
+    """
+    found = [key.strip() for key in os.environ.get(VARIABLE, "").split(",") if key.strip()]
+    if file is not None:
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise UserError(f"the file of API keys {path} does not exist: create it with one key a line")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        keys = [line for line in lines if line and not line.startswith("#")]
+        if not keys:
+            raise UserError(f"the file of API keys {path} has none: write one a line")
+        found += keys
+    return tuple(found)
+
+
+def _hash(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
