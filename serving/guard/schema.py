@@ -10,8 +10,11 @@ from typing import Any
 
 import jsonschema_rs
 
+from serving.guard.cost import evaluations
+
 MAX_SCHEMA_BYTES = 256 * 1024
 MAX_SCHEMA_DEPTH = 64
+MAX_EVALUATIONS = 20_000  # of subschemas at one place of a value
 MAX_VIOLATIONS = 10
 CACHED_SCHEMAS = 256
 
@@ -41,6 +44,8 @@ class Checker:
             raise SchemaError(f"a JSON Schema is an object or a boolean, not {type(schema).__name__}")
         if _depth(schema) > MAX_SCHEMA_DEPTH:
             raise SchemaError(f"the schema has more than {MAX_SCHEMA_DEPTH} levels of nesting")
+        if (count := evaluations(schema)) > MAX_EVALUATIONS:
+            raise SchemaError(f"its references and alternatives multiply: {count:,} schemas apply to one place")
         try:
             self._validator = jsonschema_rs.validator_for(schema, retriever=_refuse, mask="the value")
         except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError, ValueError) as error:
