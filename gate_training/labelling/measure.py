@@ -15,11 +15,14 @@ import yaml
 
 from fusion.data import chat, train_rows
 from fusion.errors import run_main
+from fusion.progress import quiet_libraries
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from gate_training.labelling.classifier import recipe_classifier
 from gate_training.labelling.combine import label_questions
 from gate_training.labelling.likelihood import answer_labels
+
+quiet_libraries()
 
 
 def confusing_questions(recipe: Recipe) -> list[tuple[str, str]]:
