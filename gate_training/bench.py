@@ -214,7 +214,7 @@ def quality() -> dict[str, float | None]:
 def _side_by_side(recipe: Recipe) -> None:
     """Prints what a run's shared parts and its healing were chosen and measured by."""
     shared, healing = shared_parts(recipe) / SHARED_NOTE, recipe.folder / "healing.json"
-    if shared.is_file():
+    if shared.is_file() and not recipe.shared.is_anchor:
         note = read_json(shared)
         means = ", ".join(f"{name} {sum(row.values()) / len(row):.3f}" for name, row in note["losses"].items())
         print(f"  shared parts, nats a token with every row at its own expert: {means}; taken: {note['method']}")
