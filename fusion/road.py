@@ -429,10 +429,8 @@ def heal(recipe: Recipe, force: bool = False) -> None:
         share = "no gain to retain" if before is None else f"{before:.2f} -> {after:.2f} of the experts' gain kept"
         return f"{share}, {result.tokens:,} tokens in {result.seconds:.0f} s"
 
-    sources = [anchor_source(recipe), *_originals(recipe)]
-    models = [path for source in sources for path in source.paths]
     parts = [recipe.heal, recipe.domains, [expert.domain for expert in recipe.experts]]
-    inputs = [*_merged_shards(recipe), *models, *_domain_files(recipe)]
+    inputs = [*_merged_shards(recipe), *_model_files(recipe), *_domain_files(recipe)]
     outputs = [path, recipe.folder / "healing.md"]
     run_step(Step("heal", parts, inputs, outputs, action), recipe.folder, force or not is_healed(folder))
     write_papers(recipe, folder)
@@ -443,10 +441,12 @@ def _unhealed(recipe: Recipe) -> Path:
     return recipe.folder / "unhealed"
 
 
-def _originals(recipe: Recipe) -> list[ModelSource]:
-    """What the experts are measured against, and what they come from where that is another model."""
-    pairs = ((own_source(recipe, expert), original_source(recipe, expert)) for expert in recipe.experts)
-    return [source for own, original in pairs for source in ([own] if own == original else [own, original])]
+def _model_files(recipe: Recipe) -> list[Path]:
+    """The anchor, the models that the experts are measured against, and those that they come from where they differ."""
+    sources = [anchor_source(recipe)]
+    for expert in recipe.experts:
+        sources += dict.fromkeys((own_source(recipe, expert), original_source(recipe, expert)))
+    return [path for source in sources for path in source.paths]
 
 
 def _merged_shards(recipe: Recipe) -> list[Path]:
@@ -492,10 +492,8 @@ def evaluate_step(recipe: Recipe) -> Step:
         write_json(path, result)
 
     data = _data_files(*recipe.evaluation.extra.values(), *(domain.held_out for domain in recipe.domains.values()))
-    sources = [anchor_source(recipe), *_originals(recipe)]
-    experts = [path for source in sources for path in source.paths]
     parts = [recipe.evaluation, recipe.domains, recipe.gate_training]
-    inputs = [*_checkpoint_files(_fused(recipe)), *experts, *data]
+    inputs = [*_checkpoint_files(_fused(recipe)), *_model_files(recipe), *data]
     outputs = [path, *(recipe.folder / name for name in ("evaluation.md", "routing.png"))]
     return Step("evaluate", parts, inputs, outputs, action)
 

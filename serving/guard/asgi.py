@@ -112,9 +112,15 @@ def _refusal(failure: Exception) -> Refusal:
 
 @dataclass(frozen=True)
 class _Answer:
+    """What to send: an object of the guard's own making, or the upstream's word as it came."""
+
     status: int
-    body: bytes
+    content: dict[str, Any] | bytes
     headers: tuple[tuple[bytes, bytes], ...] = (JSON_TYPE,)
+
+    @property
+    def body(self) -> bytes:
+        return self.content if isinstance(self.content, bytes) else json.dumps(self.content).encode()
 
 
 def build_app(settings: GuardSettings) -> App:
@@ -271,16 +277,15 @@ class _Guard:
                 if not begun:
                     raise
                 error = _refusal(failure)
-                answer = _Answer(error.status, json.dumps(error.body()).encode())
+                answer = _Answer(error.status, error.body())
         finally:
             climb.cancel()
-        if request.get("stream") and answer.status == 200:
+        if request.get("stream") and answer.status == 200 and isinstance(answer.content, dict):
             options = request.get("stream_options")
             usage = isinstance(options, dict) and bool(options.get("include_usage"))
-            events = as_events(_object(answer.body), usage)
-            answer = replace(answer, body=events, headers=(EVENT_STREAM, *answer.headers[1:]))
+            answer = _Answer(200, as_events(answer.content, usage), (EVENT_STREAM, *answer.headers[1:]))
         elif begun:  # what has gone out is a stream: an error is its last event
-            answer = replace(answer, body=error_events(answer.body))
+            answer = replace(answer, content=error_events(answer.body))
         if begun:
             await send({"type": "http.response.body", "body": answer.body})
         else:
@@ -299,8 +304,9 @@ class _Guard:
                 sent = time.perf_counter()
                 async with self._session.post(url, json=step.body, headers=headers) as answer:
                     content = await answer.read()
-                away += time.perf_counter() - sent
-                self._metrics.upstream.observe(time.perf_counter() - sent)
+                spent = time.perf_counter() - sent
+                away += spent
+                self._metrics.upstream.observe(spent)
                 if answer.status == 200:
                     step = ladder.receive(_object(content))
                     self._judged(ladder.attempts[-1]["errors"])
@@ -313,8 +319,8 @@ class _Guard:
         self._metrics.added.observe(time.perf_counter() - began - away)
         kept = [JSON_TYPE, (ATTEMPTS_HEADER.encode(), str(step.attempts).encode())]
         if isinstance(step, Exhausted):
-            return _Answer(422, json.dumps(step.error).encode(), (*kept, (b"x-should-retry", b"false")))
-        return _Answer(200, json.dumps(step.answer).encode(), tuple(kept))
+            return _Answer(422, step.error, (*kept, (b"x-should-retry", b"false")))
+        return _Answer(200, step.answer, tuple(kept))
 
     def _judged(self, errors: list[dict[str, Any]]) -> None:
         self._metrics.attempts.labels("invalid" if errors else "valid").inc()
