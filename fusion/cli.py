@@ -14,8 +14,8 @@ import typer
 from safetensors import SafetensorError
 
 from fusion.errors import UserError
-from fusion.recipe import Question, Recipe
-from fusion.recipe_file import load_recipe
+from fusion.recipe import Guarding, Question, Recipe
+from fusion.recipe_file import load_recipe, load_section
 
 app = typer.Typer(
     help="Fuse fine-tuned models of one Qwen2.5 family into one mixture-of-experts model, train its gates, serve it.",
@@ -190,31 +190,24 @@ def guard(
     upstream: Annotated[str, typer.Option(help="address of the server to guard, without /v1", show_default=False)],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on", min=0, max=65535)] = 8000,
-    attempts: Annotated[int, typer.Option(help="as serving.guard.attempts", min=1)] = 3,
-    deadline_s: Annotated[float, typer.Option(help="as serving.guard.deadline_s", min=0.1)] = 900.0,
-    unwrap: Annotated[bool, typer.Option(help="as serving.guard.unwrap")] = False,
-    api_keys_file: Annotated[str | None, typer.Option(help="as serving.guard.api_keys_file")] = None,
-    max_in_flight: Annotated[int | None, typer.Option(help="as serving.guard.max_in_flight", min=1)] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML with the keys of a recipe's serving.guard, for example configs/guard.yaml")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one key of serving.guard; may be repeated")
+    ] = None,
 ) -> None:
     """Guard an OpenAI-compatible server that runs already, until Ctrl-C."""
-    from serving.guard.asgi import GuardSettings
     from serving.guard.keys import read_keys
+    from serving.guard.settings import GuardSettings
     from serving.serve import guard as guard_server
 
     if not upstream.startswith(("http://", "https://")):
         raise UserError(f"--upstream {upstream} is no address: write http://HOST:PORT, without /v1")
-    settings = GuardSettings(
-        upstream.removesuffix("/").removesuffix("/v1"),
-        max_attempts=attempts,
-        max_tokens=None,
-        temperature=None,
-        top_p=None,
-        unwrap=unwrap,
-        api_keys=read_keys(api_keys_file),
-        max_in_flight=max_in_flight,
-        deadline_s=deadline_s,
-    )
-    guard_server(settings, host, port)
+    guarding = load_section(Guarding, config, set_, "configs/guard.yaml")
+    address = upstream.removesuffix("/").removesuffix("/v1")
+    keys = read_keys(guarding.api_keys_file)
+    guard_server(GuardSettings(address, guarding, sampling=None, api_keys=keys), host, port)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from pydantic import (
 DEMO_ROPE_THETA = 1e4  # of a pretrained anchor: its sequences are short
 NAME = r"^[a-z0-9][a-z0-9_-]*$"
 ScoreName = Literal["exact_match", "exact_values", "number", "tests_passed", "chrf"]  # fusion/evaluation/scores.py
+Detector = Literal["secrets", "email", "phone", "cn_identity", "bank_card"]  # serving/guard/detectors.py
 SharedMethod = Literal["anchor", "mean", "multislerp", "karcher", "regmean"]
 SCORE_NAMES: tuple[str, ...] = get_args(ScoreName)
 
@@ -442,14 +443,55 @@ class Question(Section):
     temperature: float | None = Field(None, ge=0)
 
 
+class PolicyRule(Section):
+    """What is looked for in requests or answers, and what becomes of it."""
+
+    find: tuple[Detector, ...] = ()
+    words: tuple[str, ...] = ()  # a block list, in any case of letters
+    on: Literal["input", "output", "both"] = "both"
+    action: Literal["redact", "refuse"] = "redact"
+
+    @model_validator(mode="after")
+    def _of_something(self) -> "PolicyRule":
+        if not self.find and not any(word.strip() for word in self.words):
+            raise ValueError("a rule looks for nothing: give it 'find' or 'words'")
+        return self
+
+
+class Moderation(Section):
+    """A moderation model behind an OpenAI-compatible address; what it flags is refused."""
+
+    url: str = Field(pattern=r"^https?://")  # up to and without /v1
+    model: str
+    on: Literal["input", "output", "both"] = "both"
+    fail: Literal["open", "closed"] = "closed"  # where it does not answer: pass, or refuse
+    timeout_s: float = Field(10.0, gt=0)
+    api_key_variable: str | None = None  # the environment variable that holds its key
+
+
+class Policy(Section):
+    """What may not go in or out. Rules are applied in their order."""
+
+    rules: tuple[PolicyRule, ...] = ()
+    phone_regions: tuple[str, ...] = ("CN", "US")  # whose numbers count where they have no country code
+    moderation: Moderation | None = None
+
+
 class Guarding(Section):
-    """How hard the guard tries to give what a request asks for."""
+    """How hard the guard tries to give what a request asks for, and what it takes on."""
 
     attempts: int = Field(3, gt=0)  # a request, in all
     deadline_s: float = Field(900.0, gt=0)  # for all of them
     unwrap: bool = False  # one JSON value out of a fence or of text around it; the answer says where that was done
+    keepalive_s: float = Field(10.0, gt=0)  # between the comment lines of a stream that is being checked
+    policy: Policy = Policy()
     api_keys_file: str | None = None  # one a line; those of the variable QWEN_FUSION_API_KEYS count as well
+    requests_per_minute: int | None = Field(None, gt=0)  # a key, or a client's address where there are no keys
     max_in_flight: int | None = Field(None, gt=0)  # requests at a time, the next gets a 503
+    max_body_bytes: int = Field(16 * 2**20, gt=0)
+    workers: int = Field(1, gt=0)  # guard processes; the two limits above are each one's own
+    drain_s: float = Field(30.0, gt=0)  # what requests under way get to end in when the server is told to
+    log: Literal["off", "requests", "content"] = "requests"  # a JSON line a request; with what was asked and answered
 
 
 class Serving(Section):

@@ -2,17 +2,20 @@
 
     recipe = load_recipe(Path("configs/demo.yaml"), overrides=["routing.top_k=2"])
 
-Whatever is wrong with a recipe is one sentence that names the file and the line, or the override.
+Whatever is wrong with a recipe is one sentence that names the file and the line, or the override. `load_section` reads
+a file that holds one section alone, as `qwen-fusion guard --config` does.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from fusion.errors import UserError
-from fusion.recipe import Location, Misfit, Recipe, place_of
+from fusion.recipe import Location, Misfit, Recipe, Section, place_of
+
+Kind = TypeVar("Kind", bound=Section)
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -20,9 +23,45 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
     Raises UserError in one sentence with the YAML line of the first thing that is wrong.
     """
+    recipe, places = _load(Recipe, path, overrides or [], "recipe", "configs/demo.yaml")
+    recipe._places.update(places)
+    return recipe
+
+
+def load_section(kind: type[Kind], path: Path | None, overrides: list[str] | None, example: str) -> Kind:
+    """One section of a recipe from a file of its own (None: its defaults), with overrides `key=value`.
+
+    `example` is a file to name where this one is missing. Raises UserError as `load_recipe` does.
+    """
+    return _load(kind, path, overrides or [], "file", example)[0]
+
+
+def _load(
+    kind: type[Kind], path: Path | None, overrides: list[str], what: str, example: str
+) -> tuple[Kind, dict[Location, str]]:
+    data, root = ({}, None) if path is None else _read(path, what, example)
+    touched = [_override(data, override) for override in overrides]
+    places = _places(path, root, touched)
+    try:
+        return kind.model_validate(data), places
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        location = (*first["loc"], *(cause.location if isinstance(cause, Misfit) else ()))
+        key = ".".join(str(part) for part in location) or what
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "unknown key"
+        elif first["type"] == "missing":
+            message = "this key is missing"
+        raise UserError(f"{place_of(places, location)}: {key}: {message}") from error
+
+
+def _read(path: Path, kind: str, example: str) -> tuple[dict[str, Any], yaml.Node | None]:
+    """The YAML of a file, as data and as nodes that know their lines."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"recipe {path} {what}: name a YAML file, for example configs/demo.yaml")
+        raise UserError(f"{kind} {path} {what}: name a YAML file, for example {example}")
     try:
         text = path.read_text(encoding="utf-8")
         data = yaml.load(text, Loader=_UniqueKeyLoader)
@@ -37,25 +76,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     except ValueError as error:  # a value that YAML takes for a date and that is none
         raise UserError(f"{path}: not YAML ({error}): quote the value") from error
     if not isinstance(data, dict):
-        raise UserError(f"{path}, line 1: a recipe is a mapping of sections, see configs/demo.yaml")
-    data = _unshared(data)
-    touched = [_override(data, override) for override in overrides or []]
-    places = _places(path, root, touched)
-    try:
-        recipe = Recipe.model_validate(data)
-        recipe._places.update(places)
-        return recipe
-    except ValidationError as error:
-        first = error.errors()[0]
-        cause = first.get("ctx", {}).get("error")
-        location = (*first["loc"], *(cause.location if isinstance(cause, Misfit) else ()))
-        key = ".".join(str(part) for part in location) or "recipe"
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = "unknown key"
-        elif first["type"] == "missing":
-            message = "this key is missing"
-        raise UserError(f"{place_of(places, location)}: {key}: {message}") from error
+        raise UserError(f"{path}, line 1: a {kind} is a mapping of keys, see {example}")
+    return _unshared(data), root
 
 
 def _unshared(value: Any) -> Any:
@@ -120,9 +142,9 @@ def _override(data: dict[str, Any], override: str) -> tuple[str, Location]:
     return override, created or tuple(location)
 
 
-def _places(path: Path, node: yaml.Node | None, touched: list[tuple[str, Location]]) -> dict[Location, str]:
+def _places(path: Path | None, node: yaml.Node | None, touched: list[tuple[str, Location]]) -> dict[Location, str]:
     """Where each key of the recipe was said: `FILE, line N`, or the `--set` that brought it."""
-    places: dict[Location, str] = {(): f"{path}, line {node.start_mark.line + 1 if node else 1}"}
+    places: dict[Location, str] = {(): f"{path}, line {node.start_mark.line + 1 if node else 1}" if path else "--set"}
 
     def walk(node: yaml.Node | None, here: Location) -> None:
         if isinstance(node, yaml.MappingNode):

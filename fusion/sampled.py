@@ -287,11 +287,11 @@ def _other_language(text: str, question: str) -> bool:
 
 
 def _satisfies(text: str, schema: dict[str, Any]) -> bool:
-    from serving.guard.strict_json import StrictJSONError, parse
+    from serving.guard.strict_json import Malformed, parse
 
     try:
         return not _checker(schema).violations(parse(unfenced(text)))
-    except StrictJSONError:
+    except Malformed:
         return False
 
 

@@ -14,8 +14,8 @@ from fusion.progress import console
 from fusion.recipe import Question, Recipe
 from serving.client import chat
 from serving.engine import EngineSettings
-from serving.guard.asgi import GuardSettings
 from serving.guard.keys import read_keys
+from serving.guard.settings import GuardSettings
 from serving.serve import RunningServer, find_server, running_server, serve
 
 STATE = "server.json"
@@ -54,19 +54,9 @@ def _gates_are_random(folder: Path) -> bool:
 
 def guard_settings(recipe: Recipe) -> GuardSettings:
     """The guard's part of the serving section; `serve` fills in the engine's address."""
-    sampling, guard = recipe.serving.sampling, recipe.serving.guard
-    return GuardSettings(
-        upstream="",
-        max_tokens=sampling.max_tokens,
-        max_model_len=recipe.serving.max_model_len,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        max_attempts=guard.attempts,
-        deadline_s=guard.deadline_s,
-        unwrap=guard.unwrap,
-        api_keys=read_keys(guard.api_keys_file),
-        max_in_flight=guard.max_in_flight,
-    )
+    serving = recipe.serving
+    keys = read_keys(serving.guard.api_keys_file)
+    return GuardSettings("", serving.guard, serving.sampling, serving.max_model_len, keys)
 
 
 def serve_recipe(recipe: Recipe) -> None:

@@ -4,28 +4,33 @@ with running_server(EngineSettings("runs/demo/fused", "demo")) as server:
     print(chat(server.url, server.model, [{"role": "user", "content": "17+25="}]).text)
 """
 
-import asyncio
+import gc
 import http.client
 import json
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import uvicorn
+from uvicorn.supervisors import Multiprocess
 
 from fusion.errors import UserError
 from fusion.progress import console
 from serving.engine import Engine, EngineSettings, is_healthy
-from serving.guard.asgi import GuardSettings, build_app
+from serving.guard.asgi import App, build_app
+from serving.guard.metrics import SHARED
+from serving.guard.settings import GuardSettings
 
 CHECK_EVERY_S = 0.5
 
@@ -57,7 +62,7 @@ def serve(
     log: Path | None = None,
     state: Path | None = None,
 ) -> None:
-    """Serves until Ctrl-C or SIGTERM, then ends engine and guard.
+    """Serves until Ctrl-C or SIGTERM, then lets requests under way end (`drain_s`), and ends guard and engine.
 
     `guard_settings.upstream` is replaced by the engine's address. `state` names the file that tells `find_server` about
     this server. Raises UserError when the port is taken or vLLM dies.
@@ -69,11 +74,10 @@ def serve(
         Engine(engine_settings, log) as engine,
     ):
         url = _address(host, listener)
-        guard = _guard_server(engine, guard_settings)
         with _state_file(state, ServerState(os.getpid(), url, engine_settings.served_name)):
             ready = f"serving {engine_settings.served_name} on {url}/v1"
             console.print(f"{ready} (started in {engine.start_seconds:.0f} s, Ctrl-C ends it)", highlight=False)
-            asyncio.run(_serve_while_alive(guard, listener, engine))
+            _run_guard(_of_engine(engine, guard_settings), listener, engine.alive)
         engine.check()
 
 
@@ -89,7 +93,7 @@ def guard(settings: GuardSettings, host: str = "127.0.0.1", port: int = 8000) ->
         console.print(
             f"guarding {settings.upstream}{window} on {_address(host, listener)}/v1 (Ctrl-C ends it)", highlight=False
         )
-        asyncio.run(_uvicorn(settings).serve(sockets=[listener]))
+        _run_guard(settings, listener, lambda: True)
 
 
 def _window(upstream: str) -> int | None:
@@ -115,7 +119,9 @@ def running_server(
     """A server for the length of a `with` block; port 0 takes a free one. Raises UserError as `serve` does."""
     with listening_socket(host, port) as listener, Engine(engine_settings, log) as engine:
         url = _address(host, listener)
-        guard = _guard_server(engine, guard_settings)
+        settings = _of_engine(engine, guard_settings)
+        quiet = settings.guard.model_copy(update={"log": "off"})  # the console is the caller's
+        guard = uvicorn.Server(_config(replace(settings, guard=quiet)))
         thread = threading.Thread(target=guard.run, args=([listener],), name="guard", daemon=True)
         thread.start()
         try:
@@ -170,29 +176,77 @@ def _address(host: str, listener: socket.socket) -> str:
     return f"http://{shown}:{listener.getsockname()[1]}"
 
 
-def _guard_server(engine: Engine, settings: GuardSettings | None) -> uvicorn.Server:
+def _of_engine(engine: Engine, settings: GuardSettings | None) -> GuardSettings:
     length = engine.settings.max_model_len
-    return _uvicorn(replace(settings or GuardSettings(upstream="", max_model_len=length), upstream=engine.url))
+    return replace(settings or GuardSettings(upstream="", max_model_len=length), upstream=engine.url)
 
 
-def _uvicorn(settings: GuardSettings) -> uvicorn.Server:
-    config = uvicorn.Config(
-        build_app(settings), lifespan="on", log_level="warning", access_log=False, timeout_graceful_shutdown=5
+def _app(settings: GuardSettings) -> App:
+    """The guard's app in a process of its own: what is imported by then is no garbage, and is not looked at again."""
+    app = build_app(settings)
+    gc.collect()
+    gc.freeze()
+    return app
+
+
+def _config(settings: GuardSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        partial(_app, settings),  # a worker process makes its own
+        factory=True,
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        workers=settings.guard.workers,
+        timeout_graceful_shutdown=max(1, round(settings.guard.drain_s)),
     )
-    return uvicorn.Server(config)
 
 
-async def _serve_while_alive(guard: uvicorn.Server, listener: socket.socket, engine: Engine) -> None:
-    async def watch() -> None:
-        while engine.alive():
-            await asyncio.sleep(CHECK_EVERY_S)
-        guard.should_exit = True
+def _run_guard(settings: GuardSettings, listener: socket.socket, alive: Callable[[], bool]) -> None:
+    """Runs the guard's processes until a signal, or until what they guard is not `alive` any more."""
+    config = _config(settings)
+    if config.workers == 1:
+        server = uvicorn.Server(config)
+        with _watched(alive, lambda: setattr(server, "should_exit", True)):
+            server.run([listener])
+        return
+    with tempfile.TemporaryDirectory(prefix="qwen-fusion-metrics-") as folder, _signals_kept():
+        os.environ[SHARED] = folder
+        supervisor = Multiprocess(config, sockets=[listener])
+        with _watched(alive, supervisor.should_exit.set):
+            supervisor.run()
 
-    watcher = asyncio.create_task(watch())
+
+@contextmanager
+def _watched(alive: Callable[[], bool], end: Callable[[], None]) -> Iterator[None]:
+    """Inside, `end` is called as soon as something is not `alive` any more."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(CHECK_EVERY_S):
+            if not alive():
+                end()
+                return
+
+    thread = threading.Thread(target=watch, name="watch", daemon=True)
+    thread.start()
     try:
-        await guard.serve(sockets=[listener])
+        yield
     finally:
-        watcher.cancel()
+        over.set()
+        thread.join()
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Puts back the signal handlers that uvicorn's supervisor of processes takes for itself."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals() if signal.getsignal(number)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 @contextmanager

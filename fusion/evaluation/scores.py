@@ -21,9 +21,9 @@ from functools import cache
 from typing import Any
 from xml.etree import ElementTree
 
-import yaml
-
 from fusion.data import ChatExample
+from serving.guard import strict_json
+from serving.guard.formats import parse_yaml
 
 TEST_SECONDS = 10
 TEST_MEMORY_BYTES = 1 << 30
@@ -53,7 +53,7 @@ def exact_values(answer: str, example: ChatExample) -> float:
         if isinstance(reference, str):
             reference = {"format": "json", "value": json.loads(unfenced(reference))}
         return float(PARSERS[reference["format"]](unfenced(answer), reference["value"]))
-    except (ValueError, yaml.YAMLError, ElementTree.ParseError, RecursionError):
+    except (ValueError, ElementTree.ParseError, RecursionError):
         return 0.0
 
 
@@ -78,50 +78,12 @@ def same(found: Any, wanted: Any) -> bool:
     return found == wanted
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _json_equals(text: str, value: Any) -> bool:
-    return same(json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant), value)
-
-
-class _CoreLoader(yaml.SafeLoader):
-    """YAML 1.2's core types: without it 14:30 is the number 870, a date is no string, and `no` is false."""
-
-
-_CoreLoader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-):
-    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
-def _yaml_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    return _unique(
-        [(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in node.value]
-    )
-
-
-_CoreLoader.add_constructor("tag:yaml.org,2002:map", _yaml_mapping)
-_CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-_CoreLoader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
+    return same(strict_json.parse(text), value)
 
 
 def _yaml_equals(text: str, value: Any) -> bool:
-    try:
-        return same(yaml.load(text, Loader=_CoreLoader), value)
-    except TypeError as error:  # an unhashable key
-        raise ValueError(str(error)) from error
+    return same(parse_yaml(text), value)
 
 
 def _xml_equals(text: str, value: Any) -> bool:

@@ -1,113 +1,66 @@
 """The guard as an ASGI app in front of an OpenAI-compatible server.
 
-Answers completions that ask for structure (JSON, a pattern, tool calls) only where they are as asked, and asks again
-otherwise. Completions that ask for none and the list of models pass as they are; there is no other route.
+Answers completions that ask for structure (JSON, a pattern, tool calls, YAML, XML) only where they are as asked, and
+asks again otherwise. Completions that ask for none and the list of models pass as they are; there is no other route.
 
     qwen-fusion guard --upstream http://127.0.0.1:8001 --port 8000
 """
 
 import asyncio
-import json
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import aiohttp
-from yarl import URL
-
+from serving.guard.bodies import decoded, encoded
+from serving.guard.exchange import (
+    EVENT_STREAM,
+    FAILURES,
+    JSON_TYPE,
+    ClientGone,
+    Exchange,
+    Header,
+    Receive,
+    Refusal,
+    SendEvent,
+    read_body,
+    refusal_of,
+    unless_gone,
+)
 from serving.guard.keys import Keys
-from serving.guard.ladder import MAX_ATTEMPTS, Done, Exhausted, Ladder, Limits, Send, ladder_for
+from serving.guard.ladder import Done, Exhausted, Ladder, Limits, Send, ladder_for
+from serving.guard.live import LiveCheck
 from serving.guard.metrics import Metrics
-from serving.guard.schema import CheckerCache, SchemaError
+from serving.guard.moderation import Unmoderated, moderate
+from serving.guard.openapi import DESCRIPTION
+from serving.guard.policy import (
+    INPUT,
+    OUTPUT,
+    Censor,
+    Forbidden,
+    answer_texts,
+    redacted_answer,
+    redacted_request,
+    request_texts,
+)
+from serving.guard.rates import Rates
+from serving.guard.requests_log import RequestsLog
+from serving.guard.schema import CheckerCache, NotCompiled, SchemaError
+from serving.guard.settings import GuardSettings
 from serving.guard.stream import as_events, error_events
-from serving.guard.wanted import CONSTRAINTS
+from serving.guard.tracing import Tracing
+from serving.guard.upstream import BODY_HEADERS, OF_BODY, Upstream, forwarded, returned
+from serving.guard.wanted import CONSTRAINTS, FIELD, extension_of
 
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-SendEvent = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, SendEvent], Awaitable[None]]
 
 OPEN = ("/health", "/ready")  # without a key, however many requests are under way
 CHAT, COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
-COUNTED = (*OPEN, "/metrics", CHAT, COMPLETIONS, MODELS)
+COUNTED = (*OPEN, "/metrics", "/openapi.json", CHAT, COMPLETIONS, MODELS)
 NUMBERS = ("n", "max_tokens", "max_completion_tokens", "temperature", "seed")
-ATTEMPTS_HEADER = "x-qwen-fusion-attempts"
-JSON_TYPE = (b"content-type", b"application/json")
-EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
-# RFC 9110 7.6.1, and what this side of the proxy sets itself
-HOP_BY_HOP = frozenset(
-    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
-    b"upgrade".split()
-)
-
-
-@dataclass(frozen=True)
-class GuardSettings:
-    """Where the engine listens and what a request gets that leaves something out.
-
-    `max_tokens`, `temperature` and `top_p` fill chat requests that do not say (None: leave them out); `max_model_len`
-    caps the filled max_tokens, the engine clips it to what the prompt leaves. `unwrap` takes JSON out of a fence or of
-    text around it. With `api_keys` a request needs one of them; beyond `max_in_flight` requests the next gets a 503. A
-    stream that waits to be checked gets a comment line every `keepalive_s`.
-    """
-
-    upstream: str
-    max_attempts: int = MAX_ATTEMPTS
-    max_tokens: int | None = 8192
-    max_model_len: int | None = None
-    temperature: float | None = 0.7
-    top_p: float | None = 0.9
-    unwrap: bool = False
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    max_in_flight: int | None = None
-    deadline_s: float = 900.0
-    keepalive_s: float = 10.0
-    max_body_bytes: int = 16 * 1024 * 1024
-
-    @property
-    def budget(self) -> int | None:
-        """max_tokens of a request that names none."""
-        if self.max_tokens is None or self.max_model_len is None:
-            return self.max_tokens
-        return min(self.max_tokens, self.max_model_len)
-
-
-class Refusal(Exception):
-    """An answer of the guard's own, in OpenAI's error form."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        kind: str,
-        code: str,
-        param: str | None = None,
-        headers: tuple[tuple[bytes, bytes], ...] = (),
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
-        self.headers = headers
-
-    def body(self) -> dict[str, Any]:
-        """The JSON object to answer with."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
-
-
-class ClientGone(Exception):
-    """The client went away before its answer was complete."""
-
-
-FAILURES = (Refusal, TimeoutError, aiohttp.ClientError, OSError, ValueError)
-
-
-def _refusal(failure: Exception) -> Refusal:
-    """What the client is told of a failure on the way."""
-    if isinstance(failure, Refusal):
-        return failure
-    if isinstance(failure, TimeoutError):
-        return Refusal(504, "The deadline passed before an answer was ready.", "timeout_error", "deadline")
-    what = f"The engine did not answer: {type(failure).__name__}."
-    return Refusal(502, what, "upstream_error", "upstream_unavailable")
+ATTEMPTS_HEADER = b"x-qwen-fusion-attempts"
+NO_RETRY = (b"x-should-retry", b"false")
+LARGE_ANSWER_BYTES = 256 * 1024  # one that is judged aside, so that others do not wait for it
 
 
 @dataclass(frozen=True)
@@ -116,293 +69,331 @@ class _Answer:
 
     status: int
     content: dict[str, Any] | bytes
-    headers: tuple[tuple[bytes, bytes], ...] = (JSON_TYPE,)
+    headers: tuple[Header, ...] = (JSON_TYPE,)
 
     @property
     def body(self) -> bytes:
-        return self.content if isinstance(self.content, bytes) else json.dumps(self.content).encode()
+        return self.content if isinstance(self.content, bytes) else encoded(self.content)
 
 
-def build_app(settings: GuardSettings) -> App:
+def build_app(settings: GuardSettings, tracing: Tracing | None = None) -> App:
     """The guard as an ASGI app, for uvicorn or any other server. It needs the lifespan protocol."""
-    return _Guard(settings)
+    return _Guard(settings, tracing or Tracing())
 
 
 class _Guard:
-    def __init__(self, settings: GuardSettings) -> None:
-        self._settings = settings
-        self._upstream = settings.upstream.rstrip("/")
+    def __init__(self, settings: GuardSettings, tracing: Tracing) -> None:
+        self._settings, self._tracing = settings, tracing
+        guard = settings.guard
+        self._upstream = Upstream(settings.upstream)
         self._cache = CheckerCache()
         self._keys = Keys(settings.api_keys)
-        self._key_header = b"authorization" if self._keys else b""  # no business of the engine's then
-        self._metrics = Metrics()
+        self._rates = Rates(guard.requests_per_minute) if guard.requests_per_minute else None
+        own = frozenset((b"authorization",)) if self._keys else frozenset()  # no business of the engine's then
+        self._dropped, self._dropped_of_body = own, own | OF_BODY
+        self._metrics, self._log = Metrics(), RequestsLog(guard.log)
+        self._input, self._output = Censor(guard.policy, INPUT), Censor(guard.policy, OUTPUT)
+        moderation = guard.policy.moderation
+        self._reads_output = bool(self._output) or (moderation is not None and moderation.on != INPUT)
         self._in_flight = 0
-        self._client: aiohttp.ClientSession | None = None
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: SendEvent) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
-            await self._http(scope, receive, send)
+            await self._http(Exchange(scope, send), receive)
 
     async def _lifespan(self, receive: Receive, send: SendEvent) -> None:
         await receive()
-        self._client = aiohttp.ClientSession(
-            auto_decompress=False,
-            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-        )
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        await self._client.close()
+        async with self._upstream:
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
         await send({"type": "lifespan.shutdown.complete"})
 
-    async def _http(self, scope: MutableMapping[str, Any], receive: Receive, send: SendEvent) -> None:
-        started = False
-
-        async def tracked(event: MutableMapping[str, Any]) -> None:
-            nonlocal started
-            started = True
-            if event["type"] == "http.response.start":
-                self._count(scope["path"], event["status"])
-            await send(event)
-
+    async def _http(self, exchange: Exchange, receive: Receive) -> None:
+        error = None
         self._in_flight += 1
         try:
-            self._admit(scope)
-            body = await _read_body(receive, self._settings.max_body_bytes)
-            await _unless_gone(self._route(scope, body, tracked), receive)
+            self._admit(exchange)
+            body = await read_body(receive, self._settings.guard.max_body_bytes)
+            if self._tracing:
+                with self._tracing.span(f"guard {exchange.path}", exchange.headers) as span:
+                    await unless_gone(self._route(exchange, body), receive, exchange)
+                    span.set_attributes({"http.response.status_code": exchange.status, "attempts": exchange.attempts})
+            else:
+                await unless_gone(self._route(exchange, body), receive, exchange)
         except ClientGone:
-            self._count(scope["path"], 499)
-            return
+            exchange.status = 499
         except FAILURES as failure:
-            error = _refusal(failure)
-        else:
-            return
+            error = refusal_of(failure)
         finally:
             self._in_flight -= 1
-        if started:  # an answer cut short must not look complete: leaving without its end closes the connection
-            raise ConnectionAbortedError(error.message)
-        await _json(tracked, error.status, error.body(), error.headers)
+        if error is not None and not exchange.started:
+            await exchange.json(error.status, error.body(), error.headers)
+        path = exchange.path if exchange.path in COUNTED else "other"
+        self._metrics.answer(path, exchange.status)
+        self._log.write(exchange)
+        if error is not None and not exchange.finished:  # leaving without an end closes the connection
+            raise ConnectionAbortedError(error.message)  # so that an answer cut short does not look complete
 
-    def _admit(self, scope: MutableMapping[str, Any]) -> None:
-        """Raises Refusal where the request has no key or there are too many under way."""
-        if scope["path"] in OPEN:
+    def _admit(self, exchange: Exchange) -> None:
+        """Raises Refusal where the request has no key, its asker has made too many, or too many are under way."""
+        if exchange.path in OPEN:
             return
-        if not self._keys.allow(dict(scope["headers"]).get(b"authorization")):
-            headers = ((b"www-authenticate", b"Bearer"),)
-            said = "The request has no API key that is known here (Authorization: Bearer ...)."
-            raise Refusal(401, said, "invalid_request_error", "invalid_api_key", headers=headers)
-        limit = self._settings.max_in_flight
+        client = exchange.scope.get("client")
+        exchange.asker = client[0] if client else ""
+        if self._keys:
+            number = self._keys.number(exchange.headers.get(b"authorization"))
+            if number is None:
+                headers = ((b"www-authenticate", b"Bearer"),)
+                said = "The request has no API key that is known here (Authorization: Bearer ...)."
+                raise Refusal(401, said, "invalid_request_error", "invalid_api_key", headers=headers)
+            exchange.asker = f"key {number}"
+        limit = self._settings.guard.max_in_flight
         if limit is not None and self._in_flight > limit:
             said = f"{limit} requests are under way, as many as are taken at a time."
             raise Refusal(503, said, "overloaded_error", "overloaded", headers=((b"retry-after", b"1"),))
+        if self._rates is not None and (wait := self._rates.wait_s(exchange.asker)):
+            said = f"More than {self._settings.guard.requests_per_minute} requests within a minute."
+            headers = ((b"retry-after", str(wait).encode()),)
+            raise Refusal(429, said, "rate_limit_error", "rate_limit_exceeded", headers=headers)
 
-    def _count(self, path: str, status: int) -> None:
-        self._metrics.answers.labels(path if path in COUNTED else "other", str(status)).inc()
-
-    async def _route(self, scope: MutableMapping[str, Any], body: bytes, send: SendEvent) -> None:
-        path, method = scope["path"], scope["method"]
+    async def _route(self, exchange: Exchange, body: bytes) -> None:
+        path, method = exchange.path, exchange.scope["method"]
         if path == "/health":
-            await _json(send, 200, {"status": "ok"})
+            await exchange.json(200, {"status": "ok"})
         elif path == "/ready":
-            await self._ready(send)
+            ready = await self._upstream.healthy()
+            await exchange.json(200 if ready else 503, {"status": "ok" if ready else "engine unavailable"})
         elif path == "/metrics" and method == "GET":
-            self._metrics.in_flight.set(self._in_flight - 1)
-            await _whole(send, 200, [(b"content-type", b"text/plain; version=0.0.4")], self._metrics.text())
+            text = self._metrics.text(self._in_flight - 1)
+            await exchange.whole(200, [(b"content-type", b"text/plain; version=0.0.4")], text)
+        elif path == "/openapi.json" and method == "GET":
+            await exchange.json(200, DESCRIPTION)
         elif path in (CHAT, COMPLETIONS) and method == "POST":
-            await self._completion(scope, body, send)
+            await self._completion(exchange, body)
         elif (path == MODELS or path.startswith(f"{MODELS}/")) and method == "GET":
-            await self._pass_through(scope, body, send)
+            await self._relay(exchange, body)
         else:
             raise Refusal(404, f"There is no {path} here.", "invalid_request_error", "not_found")
 
-    async def _ready(self, send: SendEvent) -> None:
-        try:
-            timeout = aiohttp.ClientTimeout(total=5)
-            async with self._session.get(f"{self._upstream}/health", timeout=timeout) as answer:
-                healthy = answer.status == 200
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            healthy = False
-        await _json(send, 200 if healthy else 503, {"status": "ok" if healthy else "engine unavailable"})
+    async def _relay(self, exchange: Exchange, body: bytes) -> None:
+        headers = self._tracing.inject(forwarded(exchange.scope["headers"], self._dropped))
+        async with asyncio.timeout(self._settings.guard.deadline_s):
+            await self._upstream.relay(exchange, body, headers)
 
-    async def _completion(self, scope: MutableMapping[str, Any], body: bytes, send: SendEvent) -> None:
+    async def _completion(self, exchange: Exchange, body: bytes) -> None:
         try:
-            request = json.loads(body)
+            request = decoded(body)
         except (ValueError, RecursionError):
             request = None
         if not isinstance(request, dict):  # the engine's own 400 says what is wrong with it
-            await self._pass_through(scope, body, send)
+            await self._relay(exchange, body)
             return
-        own_budget = "max_tokens" in request or "max_completion_tokens" in request
-        filled = self._fill(request) if scope["path"] == CHAT else request
-        window = self._settings.max_model_len
-        limits = Limits(self._settings.max_attempts, None if own_budget else window, window, self._settings.unwrap)
-        try:
-            ladder = ladder_for(filled, self._cache, limits)
-        except SchemaError as error:
-            what = next((key for key in (*CONSTRAINTS, "tools") if request.get(key)), None)
-            said = f"The schema cannot be used: {error}"
-            raise Refusal(400, said, "invalid_request_error", "invalid_schema", what) from None
+        exchange.asked = request
+        filled = self._fill(request) if exchange.path == CHAT else request
+        redacted: dict[str, int] = {}
+        filled = await self._permitted(filled, redacted)
+        ladder, live = await self._ladder(filled, "max_tokens" in request or "max_completion_tokens" in request)
         if ladder is None:
-            await self._pass_through(scope, body if filled == request else json.dumps(filled).encode(), send)
+            filled.pop(FIELD, None)
+            await self._relay(exchange, body if filled == request else encoded(filled))
             return
         for key in NUMBERS:  # a repair computes with them
             if isinstance(filled.get(key), bool) or not isinstance(filled.get(key), int | float | None):
                 raise Refusal(400, f"'{key}' is not a number.", "invalid_request_error", "invalid_value", key)
-        await self._guarded(scope, ladder, request, send)
+        if live and request.get("stream") and not self._reads_output:
+            if filled.get("n") not in (None, 1):
+                said = "A live stream has one choice: leave n out."
+                raise Refusal(400, said, "invalid_request_error", "invalid_value", "n")
+            await self._live(exchange, ladder, filled)
+        else:
+            await self._guarded(exchange, ladder, request, redacted)
 
     def _fill(self, request: dict[str, Any]) -> dict[str, Any]:
-        defaults = {"temperature": self._settings.temperature, "top_p": self._settings.top_p}
+        sampling = self._settings.sampling
+        if sampling is None:
+            return request
+        defaults: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
         if request.get("max_tokens") is None and request.get("max_completion_tokens") is None:
             defaults["max_tokens"] = self._settings.budget
         missing = {key: value for key, value in defaults.items() if value is not None and request.get(key) is None}
         return {**request, **missing}
 
-    async def _guarded(
-        self, scope: MutableMapping[str, Any], ladder: Ladder, request: dict[str, Any], send: SendEvent
-    ) -> None:
-        climb = asyncio.ensure_future(self._climb(scope, ladder))
-        begun = False
+    async def _permitted(self, request: dict[str, Any], redacted: dict[str, int]) -> dict[str, Any]:
+        """The request as the policy lets it in. Raises Refusal."""
+        moderation = self._settings.guard.policy.moderation
+        if not self._input and moderation is None:
+            return request
         try:
-            while request.get("stream") and not (await asyncio.wait({climb}, timeout=self._settings.keepalive_s))[0]:
-                if not begun:
-                    await send({"type": "http.response.start", "status": 200, "headers": [EVENT_STREAM]})
-                begun = True
-                await send({"type": "http.response.body", "body": b": checking\n\n", "more_body": True})
+            if self._input:
+                request = await asyncio.to_thread(redacted_request, request, self._input, redacted)
+            if moderation is not None and moderation.on != OUTPUT:
+                await moderate(self._upstream.session, moderation, request_texts(request), INPUT)
+        except Forbidden as error:
+            raise Refusal(400, str(error), "invalid_request_error", "content_policy", headers=(NO_RETRY,)) from None
+        except Unmoderated:
+            raise _unmoderated() from None
+        except ValueError as error:
+            said = f"The policy cannot be applied: {error}."
+            raise Refusal(400, said, "invalid_request_error", "content_policy", "prompt") from None
+        return request
+
+    async def _ladder(self, request: dict[str, Any], own_budget: bool) -> tuple[Ladder | None, bool]:
+        """The ladder of a request, and whether its stream is to pass live. Raises Refusal on a bad schema."""
+        guard, window = self._settings.guard, self._settings.max_model_len
+        limits = Limits(guard.attempts, None if own_budget else window, window, guard.unwrap)
+        try:
+            live = extension_of(request).live
+            try:
+                return ladder_for(request, self._cache.at_once, limits, self._reads_output), live
+            except NotCompiled:
+                return await asyncio.to_thread(ladder_for, request, self._cache.get, limits, self._reads_output), live
+        except SchemaError as error:
+            what = next((key for key in (FIELD, *CONSTRAINTS, "tools") if request.get(key)), None)
+            said = f"The schema cannot be used: {error}"
+            raise Refusal(400, said, "invalid_request_error", "invalid_schema", what) from None
+
+    async def _guarded(
+        self, exchange: Exchange, ladder: Ladder, request: dict[str, Any], redacted: dict[str, int]
+    ) -> None:
+        if not request.get("stream"):
+            answer = await self._climb(exchange, ladder, redacted)
+            await exchange.whole(answer.status, answer.headers, answer.body)
+            return
+        climb = asyncio.ensure_future(self._climb(exchange, ladder, redacted))
+        try:
+            while not (await asyncio.wait({climb}, timeout=self._settings.guard.keepalive_s))[0]:
+                if not exchange.started:
+                    await exchange.start(200, [EVENT_STREAM])
+                await exchange.send(b": checking\n\n", more=True)
             try:
                 answer = await climb
             except FAILURES as failure:
-                if not begun:
+                if not exchange.started:
                     raise
-                error = _refusal(failure)
+                error = refusal_of(failure)
                 answer = _Answer(error.status, error.body())
         finally:
             climb.cancel()
-        if request.get("stream") and answer.status == 200 and isinstance(answer.content, dict):
+        if answer.status == 200 and isinstance(answer.content, dict):
             options = request.get("stream_options")
             usage = isinstance(options, dict) and bool(options.get("include_usage"))
             answer = _Answer(200, as_events(answer.content, usage), (EVENT_STREAM, *answer.headers[1:]))
-        elif begun:  # what has gone out is a stream: an error is its last event
+        elif exchange.started:  # what has gone out is a stream: an error is its last event
             answer = replace(answer, content=error_events(answer.body))
-        if begun:
-            await send({"type": "http.response.body", "body": answer.body})
+        if exchange.started:
+            await exchange.send(answer.body)
         else:
-            await _whole(send, answer.status, list(answer.headers), answer.body)
+            await exchange.whole(answer.status, answer.headers, answer.body)
 
-    async def _climb(self, scope: MutableMapping[str, Any], ladder: Ladder) -> "_Answer":
+    async def _climb(self, exchange: Exchange, ladder: Ladder, redacted: dict[str, int]) -> _Answer:
         """The ladder's outcome, or the upstream's own word where that is an error, within the deadline."""
-        own = {"accept-encoding": "identity", "content-type": "application/json"}
-        given = _forwarded(scope["headers"], self._key_header)
-        headers = [pair for pair in given if pair[0].lower() not in own] + list(own.items())
-        url = self._upstream + scope["path"]
+        headers = self._body_headers(exchange)
         began, away = time.perf_counter(), 0.0
         step: Send | Done | Exhausted = ladder.start()
-        async with asyncio.timeout(self._settings.deadline_s):
+        async with asyncio.timeout(self._settings.guard.deadline_s):
             while isinstance(step, Send):
                 sent = time.perf_counter()
-                async with self._session.post(url, json=step.body, headers=headers) as answer:
-                    content = await answer.read()
+                if self._tracing:
+                    with self._tracing.span(f"attempt {len(ladder.attempts) + 1}"):
+                        reply = await self._upstream.ask(exchange.path, step.body, self._tracing.inject(headers))
+                else:
+                    reply = await self._upstream.ask(exchange.path, step.body, headers)
                 spent = time.perf_counter() - sent
                 away += spent
                 self._metrics.upstream.observe(spent)
-                if answer.status == 200:
-                    step = ladder.receive(_object(content))
-                    self._judged(ladder.attempts[-1]["errors"])
+                if reply.status == 200:
+                    large = len(reply.content) > LARGE_ANSWER_BYTES
+                    step = (
+                        await asyncio.to_thread(_judged, ladder, reply.content)
+                        if large
+                        else _judged(ladder, reply.content)
+                    )
+                    self._note(exchange, ladder.attempts[-1]["errors"])
                     continue
-                self._metrics.attempts.labels(f"status {answer.status}").inc()
-                bare = ladder.refuse() if answer.status == 400 and step.constrained else None
+                self._metrics.attempt(f"status {reply.status}")
+                bare = ladder.refuse() if reply.status == 400 and step.constrained else None
                 if bare is None:
-                    return _Answer(answer.status, content, tuple(_returned(answer)))
+                    return _Answer(reply.status, reply.content, tuple(reply.headers))
                 step = bare
+            if isinstance(step, Done) and self._reads_output:
+                step = Done(await self._released(step.answer, ladder, redacted), step.attempts)
         self._metrics.added.observe(time.perf_counter() - began - away)
-        kept = [JSON_TYPE, (ATTEMPTS_HEADER.encode(), str(step.attempts).encode())]
+        kept = (JSON_TYPE, (ATTEMPTS_HEADER, str(step.attempts).encode()))
         if isinstance(step, Exhausted):
-            return _Answer(422, step.error, (*kept, (b"x-should-retry", b"false")))
-        return _Answer(200, step.answer, tuple(kept))
+            return _Answer(422, step.error, (*kept, NO_RETRY))
+        exchange.answered = step.answer["choices"]
+        return _Answer(200, step.answer, kept)
 
-    def _judged(self, errors: list[dict[str, Any]]) -> None:
-        self._metrics.attempts.labels("invalid" if errors else "valid").inc()
+    async def _released(self, answer: dict[str, Any], ladder: Ladder, redacted: dict[str, int]) -> dict[str, Any]:
+        """The answer as the policy lets it out. Raises Refusal where it may not, or would not be as asked any more."""
+        wanted, moderation = ladder.wanted, self._settings.guard.policy.moderation
+        try:
+            if self._output:
+                is_json = wanted.schema is not None and wanted.form == "json"
+                answer = await asyncio.to_thread(redacted_answer, answer, self._output, is_json, redacted)
+            if moderation is not None and moderation.on != INPUT:
+                await moderate(self._upstream.session, moderation, answer_texts(answer), OUTPUT)
+        except Forbidden as error:
+            raise Refusal(422, str(error), "invalid_structured_output", "content_policy", headers=(NO_RETRY,)) from None
+        except Unmoderated:
+            raise _unmoderated() from None
+        if redacted and any(wanted.violations(choice) for choice in answer["choices"]):
+            said = "The answer holds what may not pass here, and without it is not as asked."
+            raise Refusal(422, said, "invalid_structured_output", "content_policy", headers=(NO_RETRY,))
+        if redacted:
+            answer = {**answer, FIELD: {**answer[FIELD], "redacted": redacted}}
+        return answer
+
+    async def _live(self, exchange: Exchange, ladder: Ladder, request: dict[str, Any]) -> None:
+        """Passes a stream on as it comes; what is wrong ends it with an error event."""
+        body = {**ladder.start().body, "stream": True}
+        if "stream_options" in request:
+            body["stream_options"] = request["stream_options"]
+        headers = self._tracing.inject(self._body_headers(exchange))
+        check = LiveCheck(ladder.wanted)
+        try:
+            async with (
+                asyncio.timeout(self._settings.guard.deadline_s),
+                self._upstream.stream(exchange.path, body, headers) as answer,
+            ):
+                if answer.status != 200:
+                    await exchange.whole(answer.status, returned(answer), await answer.read())
+                    return
+                await exchange.start(200, [EVENT_STREAM])
+                async for chunk in answer.content.iter_any():
+                    if passed := check.feed(chunk):
+                        await exchange.send(passed, more=True)
+                    if check.over:
+                        break
+            last = check.end()
+        except FAILURES as failure:
+            if not exchange.started:
+                raise
+            last = error_events(encoded(refusal_of(failure).body()))
+        self._note(exchange, [{"keyword": violation.keyword} for violation in check.violations])
+        await exchange.send(last)
+
+    def _body_headers(self, exchange: Exchange) -> list[tuple[str, str]]:
+        given = forwarded(exchange.scope["headers"], self._dropped_of_body)
+        return [*(pair for pair in given if pair[0] != "x-request-id"), *BODY_HEADERS, ("x-request-id", exchange.id)]
+
+    def _note(self, exchange: Exchange, errors: list[dict[str, Any]]) -> None:
+        exchange.attempts += 1
+        self._metrics.attempt("invalid" if errors else "valid")
         for error in errors:
-            self._metrics.violations.labels(error["keyword"]).inc()
-
-    async def _pass_through(self, scope: MutableMapping[str, Any], body: bytes, send: SendEvent) -> None:
-        path, query = scope.get("raw_path") or scope["path"].encode(), scope.get("query_string")
-        target = (path + b"?" + query if query else path).decode("latin-1")
-        url = URL(self._upstream + target, encoded=True)  # not normalised: /v1/../x must not become /x
-        headers = _forwarded(scope["headers"], self._key_header)
-        async with self._session.request(scope["method"], url, data=body or None, headers=headers) as answer:
-            await send({"type": "http.response.start", "status": answer.status, "headers": _returned(answer)})
-            async for chunk in answer.content.iter_any():
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-
-    @property
-    def _session(self) -> aiohttp.ClientSession:
-        if self._client is None:
-            raise RuntimeError("the server in front of the guard must run the ASGI lifespan (uvicorn: lifespan on)")
-        return self._client
+            self._metrics.violation(error["keyword"])
+            exchange.violations.append(error["keyword"])
 
 
-async def _read_body(receive: Receive, limit: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        event = await receive()
-        if event["type"] == "http.disconnect":
-            raise ClientGone
-        size += len(event.get("body", b""))
-        if size > limit:
-            raise Refusal(413, f"The body has more than {limit} bytes.", "invalid_request_error", "body_too_large")
-        parts.append(event.get("body", b""))
-        if not event.get("more_body"):
-            return b"".join(parts)
-
-
-async def _unless_gone(work: Awaitable[None], receive: Receive) -> None:
-    """Runs `work`; cancels it, and the request upstream with it, when the client disconnects first."""
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ClientGone
-        tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _forwarded(headers: list[tuple[bytes, bytes]], ours: bytes = b"") -> list[tuple[str, str]]:
-    """The client's headers without those of the connection, and without `ours`, which the guard itself has read."""
-    named = {name.strip() for key, value in headers if key == b"connection" for name in value.lower().split(b",")}
-    dropped = HOP_BY_HOP | named | {b"host", b"content-length", b"expect", ours}
-    return [(key.decode("latin-1"), value.decode("latin-1")) for key, value in headers if key.lower() not in dropped]
-
-
-def _returned(answer: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
-    return [(key.lower(), value) for key, value in answer.raw_headers if key.lower() not in HOP_BY_HOP]
-
-
-def _object(content: bytes) -> dict[str, Any]:
-    value = json.loads(content)
-    if not isinstance(value, dict):
+def _judged(ladder: Ladder, content: bytes) -> Send | Done | Exhausted:
+    answer = decoded(content)
+    if not isinstance(answer, dict):
         raise ValueError("the engine's answer is not an object")
-    return value
+    return ladder.receive(answer)
 
 
-async def _json(send: SendEvent, status: int, value: Any, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
-    await _whole(send, status, [(b"content-type", b"application/json"), *headers], json.dumps(value).encode())
-
-
-async def _whole(send: SendEvent, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-    headers = [pair for pair in headers if pair[0] != b"content-length"]
-    headers.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _unmoderated() -> Refusal:
+    said = "The moderation model does not answer, and nothing passes without it."
+    return Refusal(503, said, "upstream_error", "moderation_unavailable", headers=((b"retry-after", b"10"),))

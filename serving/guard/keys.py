@@ -23,14 +23,15 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._hashes)
 
-    def allow(self, authorization: bytes | None) -> bool:
-        """Whether an Authorization header's bearer token is a key. Every key is compared, wherever one fits."""
-        if not self._hashes:
-            return True
+    def number(self, authorization: bytes | None) -> int | None:
+        """Which key an Authorization header's bearer token is, from 1; None where it is none.
+
+        Every key is compared, wherever one fits.
+        """
         kind, _, token = (authorization or b"").partition(b" ")
         given = _hash(token.strip())
-        fits = [hmac.compare_digest(given, known) for known in self._hashes]
-        return kind.lower() == b"bearer" and any(fits)
+        fits = [place for place, known in enumerate(self._hashes, 1) if hmac.compare_digest(given, known)]
+        return fits[0] if fits and kind.lower() == b"bearer" else None
 
 
 def read_keys(file: str | None) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 A ladder belongs to one request whose answer can be checked. It hands out request bodies and takes in the upstream's
 answers; choices that are as asked are kept, the others are asked for again with a repair message. Where the grammar
-cannot express the schema, the last attempt, or the first that the engine refuses, goes without it.
+cannot express the schema, the last attempt, or the first that the engine refuses, goes without it; YAML and XML have
+none, so the schema is told.
 
     ladder = Ladder(request, wanted)
     step = ladder.start()
@@ -16,11 +17,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from serving.guard import strict_json
-from serving.guard.enforcement import unenforced
-from serving.guard.schema import CheckerCache, Violation
-from serving.guard.stream import REPORT
-from serving.guard.wanted import CONSTRAINTS, Wanted, text_of, wanted_of
+from serving.guard import formats, strict_json
+from serving.guard.schema import Violation
+from serving.guard.wanted import CONSTRAINTS, FIELD, Compile, Wanted, text_of, wanted_of
 
 MAX_ATTEMPTS = 3
 MAX_QUOTED_CHARACTERS = 4000
@@ -39,8 +38,20 @@ _REPAIR = {
     ),
 }
 _SCHEMA = {
-    "zh": "只返回一个符合以下 JSON Schema 的 JSON 值，不要附加任何说明：\n{schema}",
-    "en": "Return nothing but one JSON value that satisfies this JSON Schema:\n{schema}",
+    "zh": "只返回一个符合以下 JSON Schema 的 {what}，不要附加任何说明：\n{schema}",
+    "en": "Return nothing but one {what} that satisfies this JSON Schema:\n{schema}",
+}
+_DOCUMENT = {
+    "zh": {
+        "json": "JSON 值",
+        "yaml": "YAML 文档",
+        "xml": "XML 元素（根元素 <record>，列表项 <item>，null 为空元素，无属性）",
+    },
+    "en": {
+        "json": "JSON value",
+        "yaml": "YAML document",
+        "xml": "XML element (root <record>, list entries <item>, null = empty element, no attributes)",
+    },
 }
 _TRUNCATED = {
     "zh": "- 回答在结束之前被截断，请更简短地作答",
@@ -81,7 +92,7 @@ class Limits:
 
     `budget` is the largest max_tokens a truncated answer is asked for again with; None where the client set the budget,
     which is then never raised. `window` is how many tokens prompt and answer may have together (None: not known).
-    `unwrap` takes one JSON value out of a fence or of text around it.
+    `unwrap` takes one JSON value out of a fence or of text around it, YAML and XML out of a fence.
     """
 
     attempts: int = MAX_ATTEMPTS
@@ -90,11 +101,16 @@ class Limits:
     unwrap: bool = False
 
 
-def ladder_for(request: dict[str, Any], cache: CheckerCache, limits: Limits) -> "Ladder | None":
-    """The ladder of a request, None where nothing in its answer can be checked. Raises SchemaError on a bad schema."""
+def ladder_for(request: dict[str, Any], compiled: Compile, limits: Limits, every: bool = False) -> "Ladder | None":
+    """The ladder of a request, None where nothing in its answer can be checked, unless `every` request is to have one.
+
+    `compiled` gives the checker of a schema. Raises SchemaError on a bad schema.
+    """
     if not isinstance(request.get("messages"), list) and "prompt" not in request:
         return None  # the engine says what is wrong with it
-    wanted = wanted_of(request, cache)
+    wanted = wanted_of(request, compiled)
+    if wanted is None and every:
+        wanted = Wanted(None)
     return None if wanted is None else Ladder(request, wanted, limits)
 
 
@@ -111,13 +127,14 @@ class Ladder:
 
     def __init__(self, request: dict[str, Any], wanted: Wanted, limits: Limits | None = None) -> None:
         self._request = {**request, "stream": False}
-        self._request.pop("stream_options", None)
-        self._wanted = wanted
+        for key in ("stream_options", FIELD):
+            self._request.pop(key, None)
+        self.wanted = wanted
         self._limits = limits or Limits()
         self._count: int = request.get("n") or 1
         self._language = language(request.get("messages") or [])
-        self._left_out = unenforced(wanted.schema)[:MAX_REPORTED]
-        self._grammar = wanted.schema is not None  # whether the engine is to constrain by a schema, still
+        self._left_out = wanted.left_out[:MAX_REPORTED]
+        self._grammar = wanted.schema is not None and any(self._request.get(key) for key in CONSTRAINTS)
         self._valid: list[dict[str, Any]] = []
         self.attempts: list[dict[str, Any]] = []
         self._failed_texts: set[str] = set()
@@ -127,14 +144,14 @@ class Ladder:
 
     def start(self) -> Send:
         """The first request."""
-        return Send(dict(self._request), self._grammar)
+        return self._sent(dict(self._request))
 
     def refuse(self) -> Send | None:
         """What to send where the engine has refused the grammar of the step before; None where it had none."""
         if not self._grammar:
             return None
         self._grammar, self._refused = False, True
-        return Send(self._unconstrained(dict(self._request)), False)
+        return self._sent(dict(self._request))
 
     def receive(self, answer: dict[str, Any]) -> Step:
         """Takes the upstream's completion object and says what follows.
@@ -153,23 +170,26 @@ class Ladder:
         self.attempts.append(self._attempt(failures, answer.get("usage")))
         if len(self._valid) >= self._count:
             choices = [{**choice, "index": index} for index, choice in enumerate(self._valid)]
-            whole = {**answer, "choices": choices, "usage": self._usage, REPORT: self._report()}
+            whole = {**answer, "choices": choices, "usage": self._usage, FIELD: self._report()}
             return Done(whole, len(self.attempts))
         if len(self.attempts) >= self._limits.attempts:
             return Exhausted(self._error(), len(self.attempts))
         if self._left_out and len(self.attempts) == self._limits.attempts - 1:
             self._grammar = False
-        body = self._repair(failures)
-        without = self._wanted.schema is not None and not self._grammar
+        return self._sent(self._repair(failures))
+
+    def _sent(self, body: dict[str, Any]) -> Send:
+        without = self.wanted.schema is not None and not self._grammar
         return Send(self._unconstrained(body) if without else body, self._grammar)
 
     def _checked(self, choice: dict[str, Any]) -> tuple[dict[str, Any], list[Violation]]:
-        violations = self._wanted.violations(choice)
-        if violations and self._limits.unwrap and self._wanted.schema is not None:
-            inner = strict_json.unwrapped(text_of(choice))
+        violations = self.wanted.violations(choice)
+        if violations and self._limits.unwrap and self.wanted.schema is not None:
+            text = text_of(choice)
+            inner = strict_json.unwrapped(text) if self.wanted.form == "json" else formats.unfenced(text)
             if inner is not None:
                 bare = _with_text(choice, inner)
-                if not self._wanted.violations(bare):
+                if not self.wanted.violations(bare):
                     self._unwrapped += 1
                     return bare, []
         return choice, violations
@@ -196,8 +216,9 @@ class Ladder:
         self._failed_texts.add(text)
         if "messages" in body and self._room(0):
             answered = _tokens(self.attempts[-1]["usage"], "completion_tokens")
-            quoted = _fenced(text if self._room(answered) else "...")
-            kind = " JSON " if self._wanted.schema is not None or self._wanted.tools else " "
+            form = self.wanted.form if self.wanted.schema is not None or self.wanted.tools else ""
+            quoted = _fenced(text if self._room(answered) else "...", form)
+            kind = f" {form.upper()} " if form else " "
             repair = _REPAIR[self._language].format(format=kind, errors=errors, answer=quoted)
             body["messages"] = [*body["messages"], {"role": "user", "content": repair}]
         return body
@@ -213,8 +234,9 @@ class Ladder:
         """The same request without a grammar, the schema told in a message."""
         bare = {key: value for key, value in body.items() if key not in CONSTRAINTS}
         if "messages" in bare:
-            schema = json.dumps(self._wanted.schema, ensure_ascii=False)
-            told = {"role": "user", "content": _SCHEMA[self._language].format(schema=schema)}
+            schema = json.dumps(self.wanted.schema, ensure_ascii=False)
+            what = _DOCUMENT[self._language][self.wanted.form]
+            told = {"role": "user", "content": _SCHEMA[self._language].format(what=what, schema=schema)}
             bare["messages"] = [*bare["messages"], told]
         return bare
 
@@ -246,7 +268,7 @@ class Ladder:
                 "message": f"No valid structured output after {count} attempt{'s' * (count > 1)}: "
                 + (last[0]["message"] if last else "the model gave no choice"),
                 "type": "invalid_structured_output",
-                "param": next((key for key in (*CONSTRAINTS, "tools") if self._request.get(key)), None),
+                "param": next((key for key in (*CONSTRAINTS, "tools") if self._request.get(key)), FIELD),
                 "code": "output_truncated" if truncated else "json_guard_exhausted",
                 "usage": self._usage,
                 **self._report(),
@@ -275,13 +297,13 @@ def _tokens(usage: Any, key: str) -> int:
     return count if isinstance(count, int) else 0
 
 
-def _fenced(text: str) -> str:
+def _fenced(text: str, form: str) -> str:
     """`text` in a fence longer than any run of backticks in it, its middle left out where it is long."""
     if len(text) > MAX_QUOTED_CHARACTERS:
         half = MAX_QUOTED_CHARACTERS // 2
         text = f"{text[:half]}\n...\n{text[-half:]}"
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}json\n{text}\n{fence}"
+    return f"{fence}{form}\n{text}\n{fence}"
 
 
 def _add_usage(total: dict[str, Any], usage: Any) -> None:

@@ -4,23 +4,37 @@ python -c "from serving.guard.schema import Checker; print(Checker({'type': 'int
 """
 
 import json
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import jsonschema_rs
 
+from serving.guard.bodies import encoded
 from serving.guard.cost import evaluations
+from serving.guard.enforcement import Unenforced, unenforced
 
 MAX_SCHEMA_BYTES = 256 * 1024
 MAX_SCHEMA_DEPTH = 64
 MAX_EVALUATIONS = 20_000  # of subschemas at one place of a value
+MAX_REFERENCES = 2000
+MAX_BRANCHES = 8000  # members of all anyOf, oneOf and allOf
+MAX_PATTERN_SECONDS = 0.5  # to compile all patterns: \p{L}{1,250} alone is 0.1
 MAX_VIOLATIONS = 10
+QUICK_CHARACTERS = 2000  # a schema without patterns up to here compiles in under a millisecond
 CACHED_SCHEMAS = 256
 
 
 class SchemaError(ValueError):
     """A schema that cannot be used: not a schema, too large, or with a reference that leaves it."""
+
+
+class NotCompiled(Exception):
+    """A schema that may take long to compile has not been compiled yet; `CheckerCache.get` will, in a thread."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +58,30 @@ class Checker:
             raise SchemaError(f"a JSON Schema is an object or a boolean, not {type(schema).__name__}")
         if _depth(schema) > MAX_SCHEMA_DEPTH:
             raise SchemaError(f"the schema has more than {MAX_SCHEMA_DEPTH} levels of nesting")
-        if (count := evaluations(schema)) > MAX_EVALUATIONS:
+        _check_counts(schema)
+        try:
+            count = evaluations(schema)
+        except RecursionError:
+            raise SchemaError("its references follow one another too often") from None
+        if count > MAX_EVALUATIONS:
             raise SchemaError(f"its references and alternatives multiply: {count:,} schemas apply to one place")
+        _check_patterns(schema)
+        self.schema = schema
         try:
             self._validator = jsonschema_rs.validator_for(schema, retriever=_refuse, mask="the value")
         except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError, ValueError) as error:
             raise SchemaError(str(error).split("\n")[0]) from None
 
+    @cached_property
+    def left_out(self) -> list[Unenforced]:
+        """The keywords that a grammar leaves to this validation."""
+        return unenforced(self.schema)
+
     def violations(self, value: Any) -> list[Violation]:
         """What is wrong with `value`, at most MAX_VIOLATIONS entries; empty when it is valid."""
         found: list[Violation] = []
+        if self._validator.is_valid(value):  # half the time of looking for errors
+            return found
         for error in self._validator.iter_errors(value):
             keyword = str(error.schema_path[-1]) if error.schema_path else "false"
             found.append(Violation(_pointer(error.instance_path), keyword, error.message[:300]))
@@ -63,25 +91,93 @@ class Checker:
 
 
 class CheckerCache:
-    """Compiled schemas of the last requests, bounded."""
+    """Compiled schemas of the last requests, bounded. Threads may share it."""
 
     def __init__(self, size: int = CACHED_SCHEMAS) -> None:
         self._size = size
-        self._checkers: OrderedDict[str, Checker] = OrderedDict()
+        self._checkers: OrderedDict[bytes, Checker] = OrderedDict()
+        self._lock = Lock()
 
     def get(self, schema: Any) -> Checker:
-        """The checker of a schema. Raises SchemaError when the schema cannot be used."""
-        try:
-            text = json.dumps(schema)
-        except RecursionError:
-            raise SchemaError("the schema is nested too deeply") from None
-        if len(text) > MAX_SCHEMA_BYTES:
-            raise SchemaError(f"the schema has {len(text)} characters, more than {MAX_SCHEMA_BYTES}")
-        checker = self._checkers.pop(text, None) or Checker(schema)
-        self._checkers[text] = checker
-        if len(self._checkers) > self._size:
-            self._checkers.popitem(last=False)
+        """The checker of a schema, compiled where need be. Raises SchemaError when the schema cannot be used."""
+        key = _text(schema)
+        found = self._known(key)
+        return found if found is not None else self._keep(key, Checker(schema))
+
+    def at_once(self, schema: Any) -> Checker:
+        """As `get`, but raises NotCompiled rather than compile what may take long."""
+        key = _text(schema)
+        found = self._known(key)
+        if found is None:
+            if len(key) > QUICK_CHARACTERS or b'"pattern' in key:
+                raise NotCompiled
+            found = self._keep(key, Checker(schema))
+        return found
+
+    def _known(self, key: bytes) -> Checker | None:
+        with self._lock:
+            if key in self._checkers:
+                self._checkers.move_to_end(key)
+            return self._checkers.get(key)
+
+    def _keep(self, key: bytes, checker: Checker) -> Checker:
+        with self._lock:
+            self._checkers[key] = checker
+            if len(self._checkers) > self._size:
+                self._checkers.popitem(last=False)
         return checker
+
+
+def _text(schema: Any) -> bytes:
+    try:
+        text = encoded(schema)
+    except RecursionError:
+        raise SchemaError("the schema is nested too deeply") from None
+    if len(text) > MAX_SCHEMA_BYTES:
+        raise SchemaError(f"the schema has {len(text)} bytes, more than {MAX_SCHEMA_BYTES}")
+    return text
+
+
+def _check_counts(schema: Any) -> None:
+    counts: Counter[str] = Counter()
+    for part in _objects(schema):
+        counts["references"] += sum(key in part for key in ("$ref", "$dynamicRef", "$recursiveRef"))
+        lists = (part.get(key) for key in ("anyOf", "oneOf", "allOf"))
+        counts["alternatives"] += sum(len(found) for found in lists if isinstance(found, list))
+    for what, most in (("references", MAX_REFERENCES), ("alternatives", MAX_BRANCHES)):
+        if counts[what] > most:
+            raise SchemaError(f"the schema has {counts[what]:,} {what}, more than {most:,}")
+
+
+def _check_patterns(schema: Any) -> None:
+    """Compiles every pattern alone, with an eye on the clock: no schema may hold the guard up for long."""
+    begin = time.perf_counter()
+    for pattern in {found for part in _objects(schema) for found in _patterns(part)}:
+        try:
+            jsonschema_rs.validator_for({"pattern": pattern})
+        except (jsonschema_rs.ValidationError, ValueError):
+            raise SchemaError(f"{json.dumps(pattern)[:100]} is no pattern that can be used") from None
+        if time.perf_counter() - begin > MAX_PATTERN_SECONDS:
+            raise SchemaError(f"its patterns take more than {MAX_PATTERN_SECONDS} s to compile")
+
+
+def _patterns(schema: dict[str, Any]) -> Iterator[str]:
+    if isinstance(schema.get("pattern"), str):
+        yield schema["pattern"]
+    named = schema.get("patternProperties")
+    yield from named if isinstance(named, dict) else ()
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a JSON value."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            yield item
+            pending += item.values()
+        elif isinstance(item, list):
+            pending += item
 
 
 def _pointer(path: list[str | int]) -> str:

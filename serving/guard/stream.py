@@ -3,12 +3,13 @@
 as_events({"choices": [{"index": 0, "message": {"content": "{}"}, "finish_reason": "stop"}]})
 """
 
-import json
 import time
 from typing import Any
 
-DONE = "data: [DONE]\n\n"
-REPORT = "guard"  # the field of an answer that says how it came about
+from serving.guard.bodies import decoded, encoded
+from serving.guard.wanted import FIELD
+
+DONE = b"data: [DONE]\n\n"
 
 
 def as_events(answer: dict[str, Any], include_usage: bool = False) -> bytes:
@@ -20,22 +21,23 @@ def as_events(answer: dict[str, Any], include_usage: bool = False) -> bytes:
         head["object"] = "text_completion" if "text" in choice else "chat.completion.chunk"
         chunks += [{**head, "choices": [part]} for part in (_texts(choice) if "text" in choice else _deltas(choice))]
     if include_usage:
-        kept = {REPORT: answer[REPORT]} if REPORT in answer else {}
+        kept = {FIELD: answer[FIELD]} if FIELD in answer else {}
         chunks.append({**head, "choices": [], "usage": answer.get("usage"), **kept})
-    return "".join([*map(_event, chunks), DONE]).encode()
+    return b"".join([*map(event, chunks), DONE])
 
 
 def error_events(body: bytes) -> bytes:
     """An error in OpenAI's form as the last events of a stream that has begun."""
     try:
-        error = json.loads(body)
+        error = decoded(body)
     except ValueError:
         error = {"error": {"message": "the engine answered with an error", "type": "upstream_error"}}
-    return (_event(error) + DONE).encode()
+    return event(error) + DONE
 
 
-def _event(value: Any) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+def event(value: Any) -> bytes:
+    """One server-sent event with a JSON value."""
+    return b"data: " + encoded(value) + b"\n\n"
 
 
 def _texts(choice: dict[str, Any]) -> list[dict[str, Any]]:

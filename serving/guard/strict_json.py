@@ -21,11 +21,11 @@ _OPENING = re.compile(r"[\[{]")
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
 
 
-class StrictJSONError(ValueError):
-    """A text that is not strict JSON.
+class Malformed(ValueError):
+    """A text that is no document of its format.
 
-    `violation` is one of: empty, byte_order_mark, too_deep, duplicate_key, not_a_number, number_overflow,
-    number_too_long, lone_surrogate, trailing_text, syntax.
+    `violation` names why. Of strict JSON: empty, byte_order_mark, too_deep, duplicate_key, not_a_number,
+    number_overflow, number_too_long, lone_surrogate, trailing_text, syntax.
     """
 
     def __init__(self, violation: str, message: str) -> None:
@@ -36,26 +36,27 @@ class StrictJSONError(ValueError):
 def parse(text: str, max_depth: int = MAX_DEPTH) -> Any:
     """The value of a text that holds exactly one strict JSON value, white space around it allowed.
 
-    Raises StrictJSONError, whose `violation` names what is wrong.
+    Raises Malformed, whose `violation` names what is wrong.
     """
     if text.startswith("\ufeff"):
-        raise StrictJSONError("byte_order_mark", "the text starts with a byte order mark")
+        raise Malformed("byte_order_mark", "the text starts with a byte order mark")
     text = text.strip(WHITESPACE)
     if not text:
-        raise StrictJSONError("empty", "the text is empty")
-    _check_depth(text, max_depth)
+        raise Malformed("empty", "the text is empty")
+    if text.count("[") + text.count("{") > max_depth:
+        _check_depth(text, max_depth)
     try:
-        value, end = _DECODER.raw_decode(text)
+        value, end = (_DECODER if len(text) <= MAX_INTEGER_DIGITS else _CAREFUL).raw_decode(text)
     except json.JSONDecodeError as error:
-        raise StrictJSONError("syntax", f"{error.msg} at line {error.lineno} column {error.colno}") from None
+        raise Malformed("syntax", f"{error.msg} at line {error.lineno} column {error.colno}") from None
     if end < len(text):
-        raise StrictJSONError("trailing_text", f"text after the JSON value, from character {end}")
+        raise Malformed("trailing_text", f"text after the JSON value, from character {end}")
     try:
         text.encode()
         if "\\" in text:
             _check_surrogates(value)
     except UnicodeEncodeError:
-        raise StrictJSONError("lone_surrogate", "a string holds a lone surrogate") from None
+        raise Malformed("lone_surrogate", "a string holds a lone surrogate") from None
     return value
 
 
@@ -74,7 +75,7 @@ def unwrapped(text: str) -> str | None:
         if start is None:
             return found
         try:
-            _, position = _DECODER.raw_decode(text, start.start())
+            _, position = _CAREFUL.raw_decode(text, start.start())
         except (ValueError, RecursionError):
             position = start.end()
             continue
@@ -91,7 +92,7 @@ def _check_depth(text: str, max_depth: int) -> None:
         if mark in "[{":
             depth += 1
             if depth > max_depth:
-                raise StrictJSONError("too_deep", f"more than {max_depth} levels of nesting")
+                raise Malformed("too_deep", f"more than {max_depth} levels of nesting")
         elif mark in "]}":
             depth -= 1
 
@@ -113,27 +114,29 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise StrictJSONError("duplicate_key", f"the key {json.dumps(twice)} occurs twice in one object")
+        raise Malformed("duplicate_key", f"the key {json.dumps(twice)} occurs twice in one object")
     return result
 
 
 def _float(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise StrictJSONError("number_overflow", f"the number {digits[:40]} is too large for a double")
+        raise Malformed("number_overflow", f"the number {digits[:40]} is too large for a double")
     return value
 
 
 def _integer(digits: str) -> int:
     if len(digits) > MAX_INTEGER_DIGITS:
-        raise StrictJSONError("number_too_long", f"an integer of more than {MAX_INTEGER_DIGITS} digits")
+        raise Malformed("number_too_long", f"an integer of more than {MAX_INTEGER_DIGITS} digits")
     return int(digits)
 
 
 def _constant(name: str) -> Any:
-    raise StrictJSONError("not_a_number", f"{name} is not JSON")
+    raise Malformed("not_a_number", f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(
+# a text that is shorter than the longest integer holds none that is too long
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_constant, strict=True)
+_CAREFUL = json.JSONDecoder(
     object_pairs_hook=_object, parse_float=_float, parse_int=_integer, parse_constant=_constant, strict=True
 )

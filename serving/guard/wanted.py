@@ -4,35 +4,54 @@
 
 `response_format` (json_object, json_schema) and vLLM's `structured_outputs` (json, json_object, regex, choice) are
 checked; a grammar and structural tags are the engine's alone. Tool calls are checked against the tools' parameters.
+YAML and XML, and a stream that is passed on while it is checked, are asked for by a field of the guard's own:
+`"guard": {"format": "yaml", "schema": {...}, "live": true}`.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving.guard import strict_json
-from serving.guard.schema import Checker, CheckerCache, SchemaError, Violation
+from serving.guard import formats, strict_json
+from serving.guard.enforcement import Unenforced
+from serving.guard.schema import Checker, SchemaError, Violation
 
 JSON_OBJECT = {"type": "object"}
 CONSTRAINTS = ("response_format", "structured_outputs")  # the fields by which an engine constrains
+FIELD = "guard"  # the guard's own: of a request what it asks the guard for, of an answer how it came about
 Check = Callable[[str], list[Violation]]
+Compile = Callable[[Any], Checker]
+
+
+@dataclass(frozen=True)
+class Extension:
+    """The field `guard` of a request: `form` (json, yaml, xml) and `schema` of the text, `live` for its stream."""
+
+    form: str = "json"
+    schema: Any = None
+    live: bool = False
 
 
 @dataclass(frozen=True)
 class Wanted:
     """The checks of one request: of a choice's text (None: it is free), of the arguments by the tool's name.
 
-    `schema` is that of the text where it is JSON. `must_call` is whether a choice without a tool call is wrong.
+    `schema` is that of the text where it is a document, in `form`; `left_out` are its keywords that no grammar
+    enforces. `must_call` is whether a choice without a tool call is wrong.
     """
 
     check: Check | None
     schema: Any = None
+    form: str = "json"
+    left_out: Sequence[Unenforced] = ()
     tools: Mapping[str, Checker] = field(default_factory=dict)
     must_call: bool = False
 
     def violations(self, choice: Mapping[str, Any]) -> list[Violation]:
         """What is wrong with a choice of a chat completion or of a completion; empty when it is as asked."""
+        if self.check is None and not self.tools:
+            return []
         calls = (choice.get("message") or {}).get("tool_calls") or []
         found = [violation for index, call in enumerate(calls) for violation in self._call(index, call)]
         text = text_of(choice)
@@ -51,7 +70,7 @@ class Wanted:
             return []
         if function.get("name") not in self.tools:
             return [Violation(f"{where}/function/name", "unknown_tool", "the request has no tool of this name")]
-        found = json_violations(function.get("arguments") or "", self.tools[function["name"]])
+        found = document_violations(function.get("arguments") or "", self.tools[function["name"]])
         return [Violation(f"{where}/function/arguments{v.path}", v.keyword, v.message) for v in found]
 
     def _whole(self, choice: Mapping[str, Any]) -> bool:
@@ -59,10 +78,13 @@ class Wanted:
         calls = (choice.get("message") or {}).get("tool_calls") or []
         texts = [call["function"].get("arguments") or "" for call in calls if isinstance(call.get("function"), dict)]
         if self.schema is not None and not calls:
+            if self.form == "yaml":  # a piece of it is a document as well
+                return False
             texts.append(text_of(choice))
         try:
-            return bool(texts) and all(isinstance(strict_json.parse(text), dict | list) for text in texts)
-        except strict_json.StrictJSONError:
+            form = "json" if calls else self.form
+            return bool(texts) and all(isinstance(formats.parse(text, form), dict | list) for text in texts)
+        except strict_json.Malformed:
             return False
 
 
@@ -74,33 +96,63 @@ def text_of(choice: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else "" if content is None else json.dumps(content)
 
 
-def json_violations(text: str, checker: Checker) -> list[Violation]:
-    """What is wrong with a text that should be one strict JSON value that satisfies a schema."""
+def document_violations(text: str, checker: Checker, form: str = "json") -> list[Violation]:
+    """What is wrong with a text that should be one strict document that satisfies a schema."""
     try:
-        value = strict_json.parse(text)
-    except strict_json.StrictJSONError as error:
+        value = formats.parse(text, form, checker.schema)
+    except strict_json.Malformed as error:
         return [Violation("", error.violation, str(error))]
     return checker.violations(value)
 
 
-def wanted_of(request: Mapping[str, Any], cache: CheckerCache) -> Wanted | None:
-    """What a request asks for, None when it asks for nothing that can be checked.
+def extension_of(request: Mapping[str, Any]) -> Extension:
+    """What a request says in the guard's own field. Raises SchemaError where it says what is not known."""
+    given = request.get(FIELD)
+    if given is None:
+        return Extension()
+    if not isinstance(given, dict) or given.keys() - {"format", "schema", "live"}:
+        raise SchemaError("'guard' has no keys but format, schema and live")
+    form, live = given.get("format", "json"), given.get("live", False)
+    if form not in formats.PARSERS:
+        raise SchemaError(f"guard.format is one of {', '.join(formats.PARSERS)}")
+    if not isinstance(live, bool):
+        raise SchemaError("guard.live is true or false")
+    if form != "json" and (constraint := next((key for key in CONSTRAINTS if request.get(key)), None)):
+        raise SchemaError(f"guard.format {form} and {constraint} ask for two things")
+    return Extension(form, given.get("schema"), live)
+
+
+def wanted_of(request: Mapping[str, Any], compiled: Compile) -> Wanted | None:
+    """What a request asks for, None when it asks for nothing that can be checked. `compiled` gives a schema's checker.
 
     Raises SchemaError on an unusable schema, and where `response_format` is json_schema without one.
     """
-    schema = _schema(request)
-    check = _check(request, schema, cache)
-    tools = _tools(request, cache)
-    choice = request.get("tool_choice")
-    if check is None and not tools:
+    extension = extension_of(request)
+    schema, tools = _schema(request, extension), _tools(request, compiled)
+    if schema is not None:
+        checker = compiled(schema)
+
+        def check(text: str) -> list[Violation]:
+            return document_violations(text, checker, extension.form)
+
+        left_out = checker.left_out if extension.form == "json" else ()
+        return Wanted(check, schema, extension.form, left_out, tools, _must_call(request, tools))
+    other = _other_check(request, compiled)
+    if other is None and not tools:
         return None
-    must_call = bool(tools) and (choice == "required" or isinstance(choice, dict))
-    return Wanted(check, schema, tools, must_call)
+    return Wanted(other, tools=tools, must_call=_must_call(request, tools))
 
 
-def _schema(request: Mapping[str, Any]) -> Any | None:
-    """The schema of the text; None where it need not be JSON."""
+def _must_call(request: Mapping[str, Any], tools: Mapping[str, Checker]) -> bool:
+    choice = request.get("tool_choice")
+    return bool(tools) and (choice == "required" or isinstance(choice, dict))
+
+
+def _schema(request: Mapping[str, Any], extension: Extension) -> Any | None:
+    """The schema of the text; None where it need not be a document."""
     wanted, ours = request.get("response_format"), request.get("structured_outputs")
+    if extension.schema is not None or extension.form != "json":
+        return True if extension.schema is None else extension.schema
     if isinstance(wanted, dict) and wanted.get("type") == "json_object":
         return JSON_OBJECT
     if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
@@ -116,15 +168,12 @@ def _schema(request: Mapping[str, Any]) -> Any | None:
     if isinstance(schema, str):
         try:
             return strict_json.parse(schema)
-        except strict_json.StrictJSONError as error:
+        except strict_json.Malformed as error:
             raise SchemaError(f"structured_outputs.json is no JSON: {error}") from None
     return schema
 
 
-def _check(request: Mapping[str, Any], schema: Any | None, cache: CheckerCache) -> Check | None:
-    if schema is not None:
-        checker = cache.get(schema)
-        return lambda text: json_violations(text, checker)
+def _other_check(request: Mapping[str, Any], compiled: Compile) -> Check | None:
     ours = request.get("structured_outputs")
     if not isinstance(ours, dict):
         return None
@@ -133,7 +182,7 @@ def _check(request: Mapping[str, Any], schema: Any | None, cache: CheckerCache) 
         return lambda text: [] if text in texts else [Violation("", "choice", f"is none of {_quoted(texts)}")]
     if isinstance(ours.get("regex"), str):
         try:
-            pattern = cache.get({"type": "string", "pattern": f"^(?:{ours['regex']})$"})
+            pattern = compiled({"type": "string", "pattern": f"^(?:{ours['regex']})$"})
         except SchemaError:
             return None  # a pattern of the engine's own kind is its alone
         return pattern.violations
@@ -145,14 +194,14 @@ def _quoted(texts: list[Any]) -> str:
     return shown + (", ..." if len(texts) > 20 else "")
 
 
-def _tools(request: Mapping[str, Any], cache: CheckerCache) -> dict[str, Checker]:
+def _tools(request: Mapping[str, Any], compiled: Compile) -> dict[str, Checker]:
     """The checker of each tool's arguments, none where no tool may be called."""
     tools = request.get("tools")
     if not isinstance(tools, list) or request.get("tool_choice") == "none":
         return {}
     functions = [tool.get("function") for tool in tools if isinstance(tool, dict)]
     return {
-        function["name"]: cache.get(_parameters(function))
+        function["name"]: compiled(_parameters(function))
         for function in functions
         if isinstance(function, dict) and isinstance(function.get("name"), str)
     }

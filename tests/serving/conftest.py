@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import uvicorn
 
-from serving.guard.asgi import GuardSettings, build_app
+from fusion.recipe import Guarding, Sampling
+from serving.guard.asgi import build_app
+from serving.guard.settings import GuardSettings
 from serving.serve import listening_socket
 from tests.serving.upstream import Upstream
 
@@ -21,15 +23,22 @@ class Guarded:
         self.url, self.upstream = url, upstream
 
 
+def guard_settings(upstream: str, **given: Any) -> GuardSettings:
+    """Settings by name, whether the guard's own, the sampling's or max_model_len and api_keys."""
+    sampling = {key: given.pop(key) for key in ("max_tokens", "temperature", "top_p") if key in given}
+    own = {key: given.pop(key) for key in ("max_model_len", "api_keys") if key in given}
+    return GuardSettings(upstream, Guarding.model_validate({"log": "off", **given}), Sampling(**sampling), **own)
+
+
 @pytest.fixture
 def guarded() -> Iterator[Callable[..., Guarded]]:
     """Call it with the upstream's script, and settings by name, to get a guard that runs."""
     with ExitStack() as stack:
 
-        def start(*script: Any, **settings: Any) -> Guarded:
+        def start(*script: Any, tracing: Any = None, **settings: Any) -> Guarded:
             upstream = stack.enter_context(Upstream(*script))
             listener = stack.enter_context(listening_socket("127.0.0.1", 0))
-            app = build_app(GuardSettings(**{"upstream": upstream.url, **settings}))
+            app = build_app(guard_settings(settings.pop("upstream", upstream.url), **settings), tracing)
             server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="error"))
             thread = threading.Thread(target=server.run, args=([listener],))
             thread.start()

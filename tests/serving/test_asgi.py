@@ -177,7 +177,7 @@ def test_arguments_of_tools_are_guarded(guarded: Start) -> None:
 def test_a_stream_that_waits_is_kept_alive_and_ends_in_an_event(guarded: Start) -> None:
     for script, settings, said in (
         ([Slow(0.5, GOOD)], {}, '{\\"a\\": 1}'),
-        ([Slow(0.5, BAD)], {"max_attempts": 1}, "json_guard_exhausted"),
+        ([Slow(0.5, BAD)], {"attempts": 1}, "json_guard_exhausted"),
         ([HANG], {"deadline_s": 0.5}, "deadline"),
         ([Slow(0.5, Status(503, "<html>"))], {}, "upstream_error"),
     ):
@@ -186,7 +186,7 @@ def test_a_stream_that_waits_is_kept_alive_and_ends_in_an_event(guarded: Start) 
         text = asyncio.run(_text(guard, body))
         assert text.startswith(": checking\n\n: checking\n\n") and text.endswith("data: [DONE]\n\n")
         assert said in text
-    guard = guarded(Slow(0.5, BAD), keepalive_s=0.1, max_attempts=1)
+    guard = guarded(Slow(0.5, BAD), keepalive_s=0.1, attempts=1)
     with pytest.raises(openai.APIError, match="No valid structured output"):
         list(ask(guard, response_format=FORMAT, stream=True))
 

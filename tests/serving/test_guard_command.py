@@ -24,7 +24,9 @@ def upstream() -> Iterator[Upstream]:
 
 def test_a_server_that_runs_already_is_guarded(upstream: Upstream) -> None:
     process = subprocess.Popen(
-        [*COMMAND, "--upstream", f"{upstream.url}/v1", "--port", "0", "--unwrap"], stderr=subprocess.PIPE, text=True
+        [*COMMAND, "--upstream", f"{upstream.url}/v1", "--port", "0", "--set", "unwrap=true"],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stderr is not None

@@ -36,5 +36,8 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: 
     ],
 )
 def test_a_bearer_token_has_to_be_a_key(header: bytes | None, allowed: bool) -> None:
-    assert Keys(["first", "second"]).allow(header) is allowed
-    assert Keys().allow(header)
+    number = Keys(["first", "second"]).number(header)
+    assert (number is not None) is allowed
+    if number is not None:
+        assert number == (1 if b"first" in (header or b"") else 2)
+    assert Keys().number(header) is None and not Keys()

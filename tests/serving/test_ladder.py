@@ -19,7 +19,7 @@ def request(**fields: Any) -> dict[str, Any]:
 
 
 def climbing(limits: Limits, **fields: Any) -> Ladder:
-    found = ladder_for(request(**fields), CheckerCache(), limits)
+    found = ladder_for(request(**fields), CheckerCache().get, limits)
     assert found is not None
     return found
 
@@ -184,7 +184,9 @@ def test_one_value_is_unwrapped_where_that_is_switched_on(text: str, inner: str 
 
 
 def test_completions_without_messages_are_asked_again_with_another_seed() -> None:
-    climb = ladder_for({"model": "m", "prompt": "a:", "structured_outputs": {"json": SCHEMA}}, CheckerCache(), Limits())
+    climb = ladder_for(
+        {"model": "m", "prompt": "a:", "structured_outputs": {"json": SCHEMA}}, CheckerCache().get, Limits()
+    )
     assert climb is not None
     answer = {"choices": [{"index": 0, "text": WRONG, "finish_reason": "stop"}], "usage": USAGE}
     step = climb.receive(answer)

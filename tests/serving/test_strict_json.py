@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.guard.strict_json import StrictJSONError, parse
+from serving.guard.strict_json import Malformed, parse
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -51,7 +51,7 @@ def test_what_json_writes_comes_back(value: object, ascii_only: bool, indent: in
     ],
 )
 def test_every_violation_has_its_name(text: str, violation: str) -> None:
-    with pytest.raises(StrictJSONError) as caught:
+    with pytest.raises(Malformed) as caught:
         parse(text)
     assert caught.value.violation == violation
 
@@ -68,7 +68,7 @@ def test_large_integers_keep_their_digits_and_brackets_in_strings_do_not_count()
 def test_any_text_gives_a_value_or_a_named_violation(text: str) -> None:
     try:
         value = parse(text)
-    except StrictJSONError as error:
+    except Malformed as error:
         assert error.violation
     else:
         assert parse(json.dumps(value)) == value

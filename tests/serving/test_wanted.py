@@ -20,7 +20,7 @@ TOOL = {
 
 
 def wanted(**request: Any) -> Wanted:
-    found = wanted_of(request, CheckerCache())
+    found = wanted_of(request, CheckerCache().get)
     assert found is not None
     return found
 
@@ -47,7 +47,7 @@ def call(name: str, arguments: str) -> dict[str, Any]:
     ],
 )
 def test_what_asks_for_nothing_that_can_be_checked_is_not_guarded(request_: dict[str, Any]) -> None:
-    assert wanted_of(request_, CheckerCache()) is None
+    assert wanted_of(request_, CheckerCache().get) is None
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_json_is_asked_for_in_five_ways(request_: dict[str, Any]) -> None:
 )
 def test_an_unusable_schema_is_an_error(request_: dict[str, Any]) -> None:
     with pytest.raises(SchemaError):
-        wanted_of(request_, CheckerCache())
+        wanted_of(request_, CheckerCache().get)
 
 
 def test_choices_and_patterns_are_checked_whole() -> None:
@@ -93,7 +93,9 @@ def test_choices_and_patterns_are_checked_whole() -> None:
     assert keywords(pattern, "bc") == []
     assert keywords(pattern, "abc") == ["pattern"]
     assert keywords(pattern, "b", reason="length") == ["output_truncated"]
-    assert wanted_of({"structured_outputs": {"regex": "(?<"}}, CheckerCache()) is None  # the engine has its own word
+    assert (
+        wanted_of({"structured_outputs": {"regex": "(?<"}}, CheckerCache().get) is None
+    )  # the engine has its own word
 
 
 def test_tool_calls_are_checked_against_the_tools_parameters() -> None:

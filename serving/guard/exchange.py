@@ -1,0 +1,151 @@
+"""One request and what is answered to it, over ASGI.
+
+The guard's own refusals have OpenAI's error form; every answer has the request's id (`x-request-id`).
+"""
+
+import asyncio
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from serving.guard.bodies import encoded
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+SendEvent = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Header = tuple[bytes, bytes]
+
+JSON_TYPE = (b"content-type", b"application/json")
+EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
+REQUEST_ID = b"x-request-id"
+_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+
+class Refusal(Exception):
+    """An answer of the guard's own, in OpenAI's error form."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str,
+        code: str,
+        param: str | None = None,
+        headers: tuple[Header, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
+        self.headers = headers
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object to answer with."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+class ClientGone(Exception):
+    """The client went away before its answer was complete."""
+
+
+FAILURES = (Refusal, TimeoutError, aiohttp.ClientError, OSError, ValueError)
+
+
+def refusal_of(failure: Exception) -> Refusal:
+    """What the client is told of a failure on the way."""
+    if isinstance(failure, Refusal):
+        return failure
+    if isinstance(failure, TimeoutError):
+        return Refusal(504, "The deadline passed before an answer was ready.", "timeout_error", "deadline")
+    what = f"The engine did not answer: {type(failure).__name__}."
+    return Refusal(502, what, "upstream_error", "upstream_unavailable")
+
+
+@dataclass
+class Exchange:
+    """A request under way: its scope, how far its answer is, and what is to be logged of it."""
+
+    scope: MutableMapping[str, Any]
+    raw_send: SendEvent
+    began: float = field(default_factory=time.perf_counter)
+    status: int = 0
+    finished: bool = False
+    asker: str = ""
+    attempts: int = 0
+    violations: list[str] = field(default_factory=list)
+    asked: Any = None
+    answered: Any = None
+
+    def __post_init__(self) -> None:
+        self.path: str = self.scope["path"]
+        self.headers: dict[bytes, bytes] = dict(self.scope["headers"])
+        given = self.headers.get(REQUEST_ID, b"")
+        self.id = given.decode() if _ID.fullmatch(given) else os.urandom(16).hex()
+
+    @property
+    def started(self) -> bool:
+        """Whether the head of the answer has gone out."""
+        return self.status != 0
+
+    async def start(self, status: int, headers: Iterable[Header]) -> None:
+        """Sends the head of the answer."""
+        self.status = status
+        kept = [*(pair for pair in headers if pair[0] != REQUEST_ID), (REQUEST_ID, self.id.encode())]
+        await self.raw_send({"type": "http.response.start", "status": status, "headers": kept})
+
+    async def send(self, body: bytes, more: bool = False) -> None:
+        """Sends a piece of the answer, the last one unless there is `more`."""
+        self.finished = not more
+        await self.raw_send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def whole(self, status: int, headers: Iterable[Header], body: bytes) -> None:
+        """Sends all of an answer."""
+        kept = [pair for pair in headers if pair[0] != b"content-length"]
+        await self.start(status, [*kept, (b"content-length", str(len(body)).encode())])
+        await self.send(body)
+
+    async def json(self, status: int, value: Any, headers: Iterable[Header] = ()) -> None:
+        """Sends a JSON value as the answer."""
+        await self.whole(status, [JSON_TYPE, *headers], encoded(value))
+
+
+async def read_body(receive: Receive, limit: int) -> bytes:
+    """The request's body. Raises Refusal where it has more than `limit` bytes, ClientGone where it does not end."""
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        event = await receive()
+        if event["type"] == "http.disconnect":
+            raise ClientGone
+        size += len(event.get("body", b""))
+        if size > limit:
+            raise Refusal(413, f"The body has more than {limit} bytes.", "invalid_request_error", "body_too_large")
+        parts.append(event.get("body", b""))
+        if not event.get("more_body"):
+            return b"".join(parts)
+
+
+async def unless_gone(work: Awaitable[None], receive: Receive, exchange: Exchange) -> None:
+    """Does `work`; cancels it, and the request upstream with it, when the client disconnects first (ClientGone)."""
+    mine, gone = asyncio.current_task(), False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not exchange.finished and mine is not None:
+            gone = True
+            mine.cancel()
+
+    watcher = asyncio.ensure_future(watch())
+    try:
+        await work
+    except asyncio.CancelledError:
+        if gone and mine is not None:
+            mine.uncancel()
+            raise ClientGone from None
+        raise
+    finally:
+        watcher.cancel()

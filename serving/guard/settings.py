@@ -1,0 +1,30 @@
+"""What the guard is told: where the engine listens, and the recipe's serving section.
+
+GuardSettings("http://127.0.0.1:8001", Guarding(attempts=2))
+"""
+
+from dataclasses import dataclass, field
+
+from fusion.recipe import Guarding, Sampling
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """Settings of one guard.
+
+    `sampling` fills chat requests that do not say (None: leaves them as they are); `max_model_len` caps the filled
+    max_tokens, the engine clips it to what the prompt leaves. With `api_keys` a request needs one of them.
+    """
+
+    upstream: str
+    guard: Guarding = field(default_factory=Guarding)
+    sampling: Sampling | None = field(default_factory=Sampling)
+    max_model_len: int | None = None
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def budget(self) -> int | None:
+        """max_tokens of a request that names none."""
+        if self.sampling is None:
+            return None
+        return min(self.sampling.max_tokens, self.max_model_len or self.sampling.max_tokens)
