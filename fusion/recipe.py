@@ -491,7 +491,7 @@ class Guarding(Section):
     max_body_bytes: int = Field(16 * 2**20, gt=0)
     workers: int = Field(1, gt=0)  # guard processes; the two limits above are each one's own
     drain_s: float = Field(30.0, gt=0)  # what requests under way get to end in when the server is told to
-    log: Literal["off", "requests", "content"] = "requests"  # a JSON line a request; with what was asked and answered
+    log: Literal["none", "requests", "content"] = "requests"  # a JSON line a request; with what was asked and answered
 
 
 class Serving(Section):

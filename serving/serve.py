@@ -120,7 +120,7 @@ def running_server(
     with listening_socket(host, port) as listener, Engine(engine_settings, log) as engine:
         url = _address(host, listener)
         settings = _of_engine(engine, guard_settings)
-        quiet = settings.guard.model_copy(update={"log": "off"})  # the console is the caller's
+        quiet = settings.guard.model_copy(update={"log": "none"})  # the console is the caller's
         guard = uvicorn.Server(_config(replace(settings, guard=quiet)))
         thread = threading.Thread(target=guard.run, args=([listener],), name="guard", daemon=True)
         thread.start()

@@ -1,6 +1,6 @@
 """A JSON line on standard error for every request: its id, route, status, time, attempts, what was wrong.
 
-    serving.guard.log: off | requests | content
+    serving.guard.log: none | requests | content
 
 Never a word of what was asked or answered unless `content` is switched on, and no key: only which of them it was.
 """
@@ -13,7 +13,7 @@ from typing import Literal
 from serving.guard.bodies import encoded
 from serving.guard.exchange import Exchange
 
-Kind = Literal["off", "requests", "content"]
+Kind = Literal["none", "requests", "content"]
 
 
 class RequestsLog:
@@ -24,7 +24,7 @@ class RequestsLog:
 
     def write(self, exchange: Exchange) -> None:
         """One line about a request that has ended."""
-        if self._kind == "off":
+        if self._kind == "none":
             return
         said = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),

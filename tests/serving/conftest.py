@@ -27,7 +27,7 @@ def guard_settings(upstream: str, **given: Any) -> GuardSettings:
     """Settings by name, whether the guard's own, the sampling's or max_model_len and api_keys."""
     sampling = {key: given.pop(key) for key in ("max_tokens", "temperature", "top_p") if key in given}
     own = {key: given.pop(key) for key in ("max_model_len", "api_keys") if key in given}
-    return GuardSettings(upstream, Guarding.model_validate({"log": "off", **given}), Sampling(**sampling), **own)
+    return GuardSettings(upstream, Guarding.model_validate({"log": "none", **given}), Sampling(**sampling), **own)
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def test_an_unguarded_stream_arrives_as_it_is_made(guarded: Start) -> None:
     text = ""
     for chunk in ask(guarded(completion("one two three four")), stream=True):
         arrivals.append(time.monotonic())
-        text += chunk.choices[0].delta.content
+        text += chunk.choices[0].delta.content or ""
     assert text.split() == ["one", "two", "three", "four"]
     assert arrivals[-1] - arrivals[0] > 0.2
 

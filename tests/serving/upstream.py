@@ -36,6 +36,13 @@ class Slow:
         self.seconds, self.answer = seconds, answer
 
 
+class Cut:
+    """Stream the first `words` of an answer, then end without its end, or (`drop`) without one of the connection."""
+
+    def __init__(self, answer: Any, words: int, drop: bool = False) -> None:
+        self.answer, self.words, self.drop = answer, words, drop
+
+
 DROP = object()  # close the connection without an answer
 HANG = object()  # never answer
 
@@ -114,16 +121,29 @@ class Upstream:
         if isinstance(item, Status):
             return web.Response(status=item.status, text=item.text, content_type="application/json")
         if body.get("stream"):
-            return await self._stream(request, item)
+            cut = item if isinstance(item, Cut) else Cut(item, len(item["choices"][0]["message"]["content"]))
+            return await self._stream(request, cut)
         return web.json_response(item)
 
-    async def _stream(self, request: web.Request, item: dict[str, Any]) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, cut: Cut) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
-        for word in (item["choices"][0]["message"]["content"] or "").split(" "):
-            choice = {"index": 0, "delta": {"content": word + " "}, "finish_reason": None}
-            chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
-            await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        choice = cut.answer["choices"][0]
+        words = [word + " " for word in choice["message"]["content"].split(" ")]
+        for word in words[: cut.words]:
+            await response.write(stream_chunk({"content": word}))
             await asyncio.sleep(0.15)
-        await response.write(b"data: [DONE]\n\n")
+        if cut.drop:
+            assert request.transport is not None
+            request.transport.close()
+        elif cut.words >= len(words):
+            await response.write(stream_chunk({}, choice["finish_reason"]))
+            await response.write(b"data: [DONE]\n\n")
         return response
+
+
+def stream_chunk(delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
+    """One event of a streamed chat completion."""
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+    return f"data: {json.dumps(chunk)}\n\n".encode()
