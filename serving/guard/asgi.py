@@ -50,7 +50,7 @@ from serving.guard.settings import GuardSettings
 from serving.guard.stream import as_events, error_events
 from serving.guard.tracing import Tracing
 from serving.guard.upstream import BODY_HEADERS, OF_BODY, Upstream, forwarded, returned
-from serving.guard.wanted import CONSTRAINTS, FIELD, extension_of
+from serving.guard.wanted import CONSTRAINTS, FIELD, extension_of, is_completion
 
 App = Callable[[MutableMapping[str, Any], Receive, SendEvent], Awaitable[None]]
 
@@ -389,8 +389,8 @@ class _Guard:
 
 def _judged(ladder: Ladder, content: bytes) -> Send | Done | Exhausted:
     answer = decoded(content)
-    if not isinstance(answer, dict):
-        raise ValueError("the engine's answer is not an object")
+    if not is_completion(answer):
+        raise ValueError("the engine's answer is no completion")
     return ladder.receive(answer)
 
 

@@ -66,7 +66,7 @@ def _answer(description: str, schema: Any = None, kind: str = "application/json"
 
 def _completion(required: list[str], properties: dict[str, Any]) -> dict[str, Any]:
     whole = {"type": "object", "required": ["model", *required], "properties": {**STRUCTURE, **properties}}
-    content = {"application/json": {"schema": COMPLETION}, "text/event-stream": {"schema": {"type": "string"}}}
+    content = {"application/json": {"schema": COMPLETION}, "text/event-stream": {"schema": {}}}
     errors = {
         "400": "The request or its schema cannot be used, or the policy refuses it",
         "401": "No known API key",

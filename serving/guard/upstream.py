@@ -97,11 +97,14 @@ class Upstream:
         target = (path + b"?" + query if query else path).decode("latin-1")
         url = URL(self._address + target, encoded=True)  # not normalised: /v1/../x must not become /x
         async with self.session.request(scope["method"], url, data=body or None, headers=headers) as answer:
-            if answer.content_length is not None and answer.content_length <= SHORT_BYTES:
+            streams = answer.content_type == "text/event-stream" and answer.status == 200
+            if not streams and answer.content_length is not None and answer.content_length <= SHORT_BYTES:
                 await exchange.whole(answer.status, returned(answer), await answer.read())
                 return
-            await exchange.start(answer.status, returned(answer))
-            streams = answer.content_type == "text/event-stream" and answer.status == 200
+            kept = returned(answer)
+            if streams:  # an error at its end would make it longer than was said
+                kept = [pair for pair in kept if pair[0] != b"content-length"]
+            await exchange.start(answer.status, kept)
             tail = b""
             try:
                 async for chunk in answer.content.iter_any():

@@ -88,6 +88,24 @@ class Wanted:
             return False
 
 
+def is_completion(answer: Any) -> bool:
+    """Whether an engine's answer has the form of a completion, as far as it is looked into."""
+    if not isinstance(answer, dict) or not isinstance(answer.get("usage") or {}, dict):
+        return False
+    choices = answer.get("choices") or []
+    return isinstance(choices, list) and all(isinstance(choice, dict) and _is_choice(choice) for choice in choices)
+
+
+def _is_choice(choice: dict[str, Any]) -> bool:
+    message = choice.get("message") or {}
+    if not isinstance(message, dict):
+        return False
+    calls = message.get("tool_calls") or []
+    return isinstance(calls, list) and all(
+        isinstance(call, dict) and isinstance(call.get("function"), dict | None) for call in calls
+    )
+
+
 def text_of(choice: Mapping[str, Any]) -> str:
     """The text of a choice, whichever route it comes from."""
     content = choice["text"] if "text" in choice else (choice.get("message") or {}).get("content")

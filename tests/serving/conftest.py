@@ -1,9 +1,10 @@
 """Servers for the tests: the guard in front of a scripted upstream."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -12,15 +13,52 @@ import uvicorn
 from fusion.recipe import Guarding, Sampling
 from serving.guard.asgi import build_app
 from serving.guard.settings import GuardSettings
+from serving.guard.tracing import Tracing
 from serving.serve import listening_socket
 from tests.serving.upstream import Upstream
 
 
 class Guarded:
-    """The guard on `url`, the scripted upstream behind it."""
+    """The guard on `url`, the upstream behind it, and the guard's own tasks."""
 
-    def __init__(self, url: str, upstream: Upstream) -> None:
-        self.url, self.upstream = url, upstream
+    def __init__(self, url: str, upstream: Upstream | None = None) -> None:
+        self.url = url
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._upstream = upstream
+
+    @property
+    def upstream(self) -> Upstream:
+        """The scripted upstream."""
+        assert self._upstream is not None
+        return self._upstream
+
+    def tasks(self) -> int:
+        """How many tasks the guard's event loop has."""
+        assert self.loop is not None
+        return len(asyncio.all_tasks(self.loop))
+
+
+@contextmanager
+def running_guard(settings: GuardSettings, tracing: Tracing | None = None) -> Iterator[Guarded]:
+    """A guard of these settings, in a thread of its own."""
+    app = build_app(settings, tracing)
+
+    async def watched(scope: Any, receive: Any, send: Any) -> None:
+        guard.loop = asyncio.get_running_loop()
+        await app(scope, receive, send)
+
+    with listening_socket("127.0.0.1", 0) as listener:
+        guard = Guarded(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        server = uvicorn.Server(uvicorn.Config(watched, lifespan="on", log_level="error"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.005)
+            yield guard
+        finally:
+            server.should_exit = True
+            thread.join(10)
 
 
 def guard_settings(upstream: str, **given: Any) -> GuardSettings:
@@ -37,15 +75,9 @@ def guarded() -> Iterator[Callable[..., Guarded]]:
 
         def start(*script: Any, tracing: Any = None, **settings: Any) -> Guarded:
             upstream = stack.enter_context(Upstream(*script))
-            listener = stack.enter_context(listening_socket("127.0.0.1", 0))
-            app = build_app(guard_settings(settings.pop("upstream", upstream.url), **settings), tracing)
-            server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="error"))
-            thread = threading.Thread(target=server.run, args=([listener],))
-            thread.start()
-            stack.callback(thread.join, 10)
-            stack.callback(setattr, server, "should_exit", True)
-            while not server.started and thread.is_alive():
-                time.sleep(0.005)
-            return Guarded(f"http://127.0.0.1:{listener.getsockname()[1]}", upstream)
+            told = guard_settings(settings.pop("upstream", upstream.url), **settings)
+            guard = stack.enter_context(running_guard(told, tracing))
+            guard._upstream = upstream
+            return guard
 
         yield start
