@@ -47,7 +47,8 @@ class AnchorResult:
 
     `losses` and `scores` have the rows anchor, expert (the drifted one), teacher (where that is another model) and
     anchored; `starts` the loss of each start that was tried, before any training. `retained_share` is
-    (L_anchor - L_anchored) / (L_anchor - L_own), own the teacher or the expert, None without a gain.
+    (L_anchor - L_anchored) / (L_anchor - L_own), own the teacher or the expert, None without a gain. `best_step` is 0
+    where training has not made the start any better, and the start is the result.
     """
 
     losses: dict[str, float]
@@ -55,6 +56,7 @@ class AnchorResult:
     score_name: str
     start: str
     starts: dict[str, float]
+    best_step: int
     tokens: int
     seconds: float
     moved: dict[str, dict[str, Moved]]  # of the drifted expert and of the anchored one, by group of tensors
@@ -112,13 +114,16 @@ def anchor_expert(
     if teacher is not None:
         learnt_from = Teacher(teacher, settings.top_logits, anchor.folder, loading)
     start, done = partial / "start", partial / "done"
-    trained = train_expert(start, done, train, held_out, as_branch, layers, (), learnt_from, whole=True, limits=limits)
+    trained = train_expert(
+        start, done, train, held_out, as_branch, layers, (), learnt_from, whole=True, limits=limits, keep_start=True
+    )
     result = AnchorResult(
         losses={**{name: found["loss"] for name, found in before.items()}, "anchored": trained.loss_after},
         scores={**{name: found["score"] for name, found in before.items()}, "anchored": trained.score_after},
         score_name=trained.score_name,
         start=prepared["start"],
         starts=prepared["starts"],
+        best_step=trained.best_step,
         tokens=trained.tokens,
         seconds=trained.seconds,
         moved={

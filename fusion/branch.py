@@ -74,6 +74,7 @@ def train_expert(
     notes: Mapping[str, Any] | None = None,
     limits: tuple[float, float] | None = None,
     watched: Sequence[ChatExample] = (),
+    keep_start: bool = False,
 ) -> TrainResult:
     """Trains the model in folder `start` on `train` and writes the expert to folder `out`, with `branch.json`.
 
@@ -81,9 +82,9 @@ def train_expert(
     them. With `whole` an adapter is merged into the result. `notes` go into `branch.json`. With `limits`, the losses of
     anchor and drifted expert, the bar says what of that gain is kept. `general` rows are mixed in until they are
     `settings.general_share` of all. `watched` rows, or the first `held_out_rows` of `held_out`, pick the best step, the
-    first `score_rows` of `held_out` judge the result. An interrupted call goes on from its last evaluation when it is
-    made again. Raises UserError where a row is too long, a layer does not exist, or the expert scores no better than
-    `start`.
+    first `score_rows` of `held_out` judge the result; with `keep_start` the start may be the best step. An interrupted
+    call goes on from its last evaluation when it is made again. Raises UserError where a row is too long, a layer does
+    not exist, or the expert scores no better than `start`.
     """
     began = time.monotonic()
     partial = out.with_name(f".{out.name}.branch")
@@ -111,6 +112,7 @@ def train_expert(
         before["loss"],
         lambda: training.mean_loss(model, tokenizer, watched, settings.batch_rows),
         torch.float32 if settings.lora_rank else _saved_dtype(start),
+        keep_start=keep_start,
         limits=limits,
         callbacks=[_Pull(model, settings.anchor_penalty)] if settings.anchor_penalty else [],
     )

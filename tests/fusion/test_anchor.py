@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import fusion.anchor
 from fusion import road
 from fusion.anchor import SHARES, STARTS, AnchorResult, anchor_expert
 from fusion.architecture import is_mlp
+from fusion.branch import TrainResult, train_expert
 from fusion.checkpoint import Checkpoint, read_json, write_json
 from fusion.data import ChatExample, chat, load_examples
 from fusion.encoding import encode_batches
@@ -137,8 +139,12 @@ def test_a_teacher_with_another_vocabulary_is_refused(tmp_path: Path, drifted: P
 
 @pytest.mark.parametrize("lora_rank", [None, 4])
 def test_an_anchored_expert_differs_from_the_anchor_in_its_mlps_alone(
-    tmp_path: Path, anchor: Path, drifted: Path, lora_rank: int | None
+    tmp_path: Path, anchor: Path, drifted: Path, lora_rank: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def trained(*args: Any, **options: Any) -> TrainResult:  # the drifted model here is random: no reference is its own
+        return train_expert(*args, **{**options, "keep_start": False})
+
+    monkeypatch.setattr(fusion.anchor, "train_expert", trained)
     models = [ModelSource("anchor", anchor), ModelSource("expert", drifted), ModelSource("expert", drifted)]
     result = anchor_expert(
         *models,
@@ -236,6 +242,14 @@ def test_the_best_start_is_taken(tmp_path: Path, anchor: Path, drifted: Path) ->
     assert set(read_json(tmp_path / "out" / "anchoring.json")["starts_retained"]) == set(STARTS)
 
 
+def test_a_start_that_training_does_not_better_is_the_result(tmp_path: Path, anchor: Path, drifted: Path) -> None:
+    models = [ModelSource("anchor", anchor), ModelSource("expert", drifted), ModelSource("expert", drifted)]
+    wild = settings(steps=4, evaluate_every=2, learning_rate=3.0)
+    result = anchor_expert(*models, tmp_path / "out", rows(8, 0), rows(4, 50), wild)
+    assert result.best_step == 0
+    assert result.losses["anchored"] == pytest.approx(result.starts[result.start], rel=1e-3)
+
+
 def test_a_transported_start_is_written_in_the_layers_that_may_change(
     tmp_path: Path, anchor: Path, drifted: Path
 ) -> None:
@@ -255,10 +269,10 @@ def test_a_transported_start_is_written_in_the_layers_that_may_change(
 def test_shares_of_the_gain_count_from_the_anchor() -> None:
     losses = {"anchor": 3.0, "expert": 1.0, "anchored": 1.5}
     starts = {"expert": 3.0, "transported": 2.0}
-    result = AnchorResult(losses, {}, "", "transported", starts, 0, 0.0, {})
+    result = AnchorResult(losses, {}, "", "transported", starts, 0, 0, 0.0, {})
     assert result.retained_share == 0.75
     assert result.starts_retained == {"expert": 0.0, "transported": 0.5}
-    assert AnchorResult(losses | {"expert": 3.0}, {}, "", "expert", starts, 0, 0.0, {}).retained_share is None
+    assert AnchorResult(losses | {"expert": 3.0}, {}, "", "expert", starts, 0, 0, 0.0, {}).retained_share is None
 
 
 def test_an_expert_no_better_than_the_anchor_is_refused_and_nothing_is_left(
