@@ -1,0 +1,209 @@
+"""What of the answers of a real model on a real vLLM is valid: with the guard, and in three ways without it.
+
+- guard: constrained by the engine, checked, asked again at most twice
+- engine alone: constrained by the engine, taken as it comes
+- retry loop: nothing constrained; an answer that does not satisfy the schema is asked for again with the errors, three
+  attempts in all, as the house's design has it
+- nothing: one attempt, nothing constrained
+
+Every way gets the same prompts, which state the schema, at temperature 0. A request ends in a valid answer, in an
+explicit refusal (422: truncated, or the attempts are used up), or in one that is wrong and does not say so.
+"""
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from rich.table import Table
+
+from fusion.evaluation.intervals import mean_interval
+from fusion.progress import console, progress_bar
+from fusion.recipe import Guarding, Recipe, Sampling
+from serving.bench.calls import Call, calls
+from serving.engine import EngineSettings
+from serving.guard.bodies import decoded
+from serving.guard.schema import CheckerCache
+from serving.guard.settings import GuardSettings
+from serving.guard.wanted import document_violations
+from serving.serve import running_server
+
+AT_ONCE = 12
+MAX_TOKENS = 256
+WINDOW = 4096
+REPAIR = "Fix the following JSON errors:\n{errors}"
+RIGHT_REFUSALS = ("output_truncated", "deadline")
+
+
+@dataclass
+class Outcome:
+    """How one request ended: valid or not, its values right or not (None: any will do), attempts, tokens, refusal."""
+
+    valid: bool
+    right: bool | None = None
+    attempts: int = 1
+    tokens: int = 0
+    first_valid: bool = False
+    refused: str | None = None
+
+
+@dataclass
+class Way:
+    """All outcomes of one way."""
+
+    name: str
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def share(self, key: str) -> float:
+        """The share of requests of which `key` holds."""
+        return sum(bool(getattr(outcome, key)) for outcome in self.outcomes) / len(self.outcomes)
+
+
+def run(recipe: Recipe, folder: Path | None, count: int) -> dict[str, Any]:
+    """Asks everything in every way, prints the table, returns the figures of the benchmark's last line."""
+    asked = calls(folder, count)
+    model = _model(recipe)
+    whose = "BFCL's calls" if folder else "generated extractions (--bfcl names a folder of BFCL's calls)"
+    console.print(f"{len(asked)} requests to {model}: {whose} and hard schemas", highlight=False, soft_wrap=True)
+    engine = EngineSettings(
+        model,
+        "m",
+        dtype=recipe.serving.dtype,
+        tensor_parallel_size=recipe.serving.tensor_parallel_size,
+        gpu_memory_utilization=recipe.serving.gpu_memory_utilization,
+        max_model_len=WINDOW,
+        cpu_kv_cache_bytes=max(recipe.serving.cpu_kv_cache_bytes, 2**30),
+    )
+    settings = GuardSettings("", Guarding(), Sampling(temperature=0.0, max_tokens=MAX_TOKENS), WINDOW)
+    with running_server(engine, settings) as server:
+        assert server.engine is not None
+        ways = asyncio.run(_ask_all(server.url, server.engine.url, asked))
+    _print(ways)
+    guard, alone, retried, _ = ways
+    explicit = [one.valid or one.refused in RIGHT_REFUSALS for one in guard.outcomes]
+    return {
+        "valid_or_explicit": round(sum(explicit) / len(explicit), 4),
+        "valid_after_ladder": round(guard.share("valid"), 4),
+        "first_attempt_valid": round(guard.share("first_valid"), 4),
+        "engine_alone_valid": round(alone.share("valid"), 4),
+        "retry_loop_valid": round(retried.share("valid"), 4),
+    }
+
+
+def _model(recipe: Recipe) -> str:
+    """The fused model, or the anchor as it is."""
+    if (recipe.fused / "config.json").is_file():
+        return str(recipe.fused)
+    from fusion.sources import anchor_source
+
+    return str(anchor_source(recipe).folder)
+
+
+async def _ask_all(guard: str, engine: str, asked: list[Call]) -> list[Way]:
+    checkers = CheckerCache(len(asked))
+    gate = asyncio.Semaphore(AT_ONCE)
+    ways = [Way("guard"), Way("engine alone"), Way("retry loop"), Way("nothing")]
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        with progress_bar() as bar:
+            for way, one in zip(ways, (_guarded, _constrained, _retried, _once), strict=True):
+                task = bar.add_task(way.name, total=len(asked), unit="requests")
+                url = guard if one is _guarded else engine
+
+                async def ask(call: Call, one: Any = one, url: str = url, task: Any = task) -> Outcome:
+                    async with gate:
+                        outcome: Outcome = await one(session, url, call, checkers)
+                    bar.advance(task)
+                    return outcome
+
+                way.outcomes = list(await asyncio.gather(*map(ask, asked)))
+    return ways
+
+
+async def _post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    async with session.post(f"{url}/v1/chat/completions", json={"model": "m", **body}) as answer:
+        return answer.status, decoded(await answer.read())
+
+
+def _messages(call: Call) -> list[dict[str, str]]:
+    return [{"role": "user", "content": call.prompt}]
+
+
+def _format(call: Call) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": call.schema}}
+
+
+async def _guarded(session: aiohttp.ClientSession, url: str, call: Call, checkers: CheckerCache) -> Outcome:
+    status, answer = await _post(session, url, {"messages": _messages(call), "response_format": _format(call)})
+    if status != 200:
+        error = answer["error"]
+        attempts = error.get("attempts") or []
+        return Outcome(False, attempts=len(attempts), tokens=_tokens(error), refused=str(error["code"]))
+    attempts = answer["guard"]["attempts"]
+    outcome = _judged(answer, call, checkers)
+    outcome.attempts, outcome.first_valid = len(attempts), len(attempts) == 1
+    return outcome
+
+
+async def _constrained(session: aiohttp.ClientSession, url: str, call: Call, checkers: CheckerCache) -> Outcome:
+    body = {"messages": _messages(call), "response_format": _format(call), "temperature": 0, "max_tokens": MAX_TOKENS}
+    status, answer = await _post(session, url, body)
+    return _judged(answer, call, checkers) if status == 200 else Outcome(False, refused=f"status {status}")
+
+
+async def _once(session: aiohttp.ClientSession, url: str, call: Call, checkers: CheckerCache) -> Outcome:
+    body = {"messages": _messages(call), "temperature": 0, "max_tokens": MAX_TOKENS}
+    return _judged((await _post(session, url, body))[1], call, checkers)
+
+
+async def _retried(session: aiohttp.ClientSession, url: str, call: Call, checkers: CheckerCache) -> Outcome:
+    messages, outcome, tokens = _messages(call), Outcome(False), 0
+    for attempt in range(1, 4):
+        _, answer = await _post(session, url, {"messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS})
+        outcome = _judged(answer, call, checkers)
+        tokens += outcome.tokens
+        outcome.attempts, outcome.tokens, outcome.first_valid = attempt, tokens, attempt == 1 and outcome.valid
+        if outcome.valid:
+            return outcome
+        text = answer["choices"][0]["message"]["content"] or ""
+        errors = "\n".join(
+            f"{v.path or '/'}: {v.message}" for v in document_violations(text, checkers.get(call.schema))
+        )
+        messages = [*messages, {"role": "assistant", "content": text}]
+        messages.append({"role": "user", "content": REPAIR.format(errors=errors)})
+    return outcome
+
+
+def _judged(answer: dict[str, Any], call: Call, checkers: CheckerCache) -> Outcome:
+    """The outcome of an answer, judged here whoever has judged it before."""
+    text = answer["choices"][0]["message"]["content"] or ""
+    if document_violations(text, checkers.get(call.schema)):
+        return Outcome(False, tokens=_tokens(answer))
+    return Outcome(True, call.right(decoded(text.encode())), tokens=_tokens(answer), first_valid=True)
+
+
+def _tokens(answer: dict[str, Any]) -> int:
+    return int((answer.get("usage") or {}).get("completion_tokens") or 0)
+
+
+def _print(ways: list[Way]) -> None:
+    table = Table(title="structured answers of a real model")
+    for name in ("", "valid (95%)", "at the first attempt", "values right", "attempts", "tokens", "refused"):
+        table.add_column(name, justify="left" if name in ("", "refused") else "right")
+    for way in ways:
+        found = way.outcomes
+        valid = mean_interval([float(outcome.valid) for outcome in found])
+        known = [outcome.right is True for outcome in found if outcome.right is not None or not outcome.valid]
+        refusals = Counter(outcome.refused for outcome in found if outcome.refused)
+        table.add_row(
+            way.name,
+            f"{way.share('valid'):.3f} ({valid.low:.3f} to {valid.high:.3f})",
+            f"{way.share('first_valid'):.3f}",
+            f"{sum(known) / max(1, len(known)):.3f}",
+            f"{sum(outcome.attempts for outcome in found) / len(found):.2f}",
+            f"{sum(outcome.tokens for outcome in found) / len(found):.0f}",
+            ", ".join(f"{count} {name}" for name, count in refusals.most_common()),
+        )
+    console.print(table)
