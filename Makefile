@@ -18,7 +18,7 @@ INSTALL := $(UV) pip install -q --python $(BIN)/python -c constraints.txt --over
            -e ".[cpu,registry-weights,dev]"
 endif
 
-.PHONY: help setup demo demo-real test check format bench bench-gates bench-guard bench-runs constraints clean
+.PHONY: help setup demo demo-real test check format bench bench-gates bench-guard soak bench-runs constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ bench-gates: setup  ## gate training against a plain forward pass and the peers'
 
 bench-guard: setup  ## what the guard costs (before a stub, beside LiteLLM) and gives (a real vLLM): BENCH="--bfcl FOLDER"
 	$(BIN)/python -m serving.bench configs/qwen2.5-0.5b-two-experts.yaml $(BENCH)
+
+soak: setup  ## ten minutes of requests through the guard while vLLM is killed behind it (after make demo)
+	$(BIN)/python -m serving.bench.soak configs/demo.yaml $(BENCH)
 
 bench-runs: setup  ## the runs whose quality bench-gates quotes, what is there already skipped (about 3 hours on 2 cores)
 	$(BIN)/python -m gate_training.bench configs/demo.yaml runs

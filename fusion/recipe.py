@@ -448,7 +448,7 @@ class PolicyRule(Section):
 
     find: tuple[Detector, ...] = ()
     words: tuple[str, ...] = ()  # a block list, in any case of letters
-    on: Literal["input", "output", "both"] = "both"
+    side: Literal["input", "output", "both"] = "both"
     action: Literal["redact", "refuse"] = "redact"
 
     @model_validator(mode="after")
@@ -463,7 +463,7 @@ class Moderation(Section):
 
     url: str = Field(pattern=r"^https?://")  # up to and without /v1
     model: str
-    on: Literal["input", "output", "both"] = "both"
+    side: Literal["input", "output", "both"] = "both"
     fail: Literal["open", "closed"] = "closed"  # where it does not answer: pass, or refuse
     timeout_s: float = Field(10.0, gt=0)
     api_key_variable: str | None = None  # the environment variable that holds its key

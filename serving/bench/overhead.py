@@ -10,19 +10,15 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from fusion.errors import UserError
 from fusion.progress import console
+from serving.bench.processes import becomes_healthy, guard, on_core, pinned, resident_mb
 from serving.bench.stub import SCHEMA
-from serving.engine import is_healthy
-from serving.serve import listening_socket
+from serving.engine import free_port
 
 RATE = 500  # requests a second
 CONNECTIONS = (1, 32, 256)
@@ -30,30 +26,29 @@ STRUCTURED = {"response_format": {"type": "json_schema", "json_schema": {"name":
 KINDS: dict[str, dict[str, Any]] = {"plain": {}, "checked": STRUCTURED}
 WARM_REQUESTS = 20_000  # before memory is looked at for the first time
 LITELLM = "litellm[proxy]==1.108.*"
-START_SECONDS = 180
 
 
 def run(seconds: float, soak_requests: int) -> dict[str, Any]:
     """Measures all of it, prints the table, returns the figures of the benchmark's last line."""
     first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
-    with _pinned([sys.executable, "-m", "serving.bench.stub"], first, subprocess.PIPE) as stub:
+    with pinned([sys.executable, "-m", "serving.bench.stub"], first, subprocess.PIPE) as stub:
         assert stub.stdout is not None
         direct = f"http://127.0.0.1:{int(stub.stdout.readline())}"
         rows = {"stub alone": _loads(direct, first, seconds)}
-        with _guard(direct, last) as (url, pid):
+        with guard(direct, last) as (url, pid):
             rows["guard"] = _loads(url, first, seconds)
             memory = _memory(url, pid, first, soak_requests)
         rows |= _litellm(direct, first, last, seconds)
     _print(rows, memory, first == last)
-    guard, stub_alone = rows["guard"], rows["stub alone"]
-    added = {kind: guard[kind, 32, RATE]["p50_ms"] - stub_alone[kind, 32, RATE]["p50_ms"] for kind in KINDS}
+    ours, stub_alone = rows["guard"], rows["stub alone"]
+    added = {kind: ours[kind, 32, RATE]["p50_ms"] - stub_alone[kind, 32, RATE]["p50_ms"] for kind in KINDS}
     peer = rows.get("LiteLLM")
     return {
         "added_p50_ms": round(added["checked"], 3),
         "added_p50_ms_plain": round(added["plain"], 3),
-        "requests_per_s_per_core": round(guard["checked", 32, None]["requests_per_s"]),
-        "requests_per_s_per_core_plain": round(guard["plain", 32, None]["requests_per_s"]),
-        "vs_litellm": _ratio(guard, peer),
+        "requests_per_s_per_core": round(ours["checked", 32, None]["requests_per_s"]),
+        "requests_per_s_per_core_plain": round(ours["plain", 32, None]["requests_per_s"]),
+        "vs_litellm": _ratio(ours, peer),
         "memory_mb": memory,
     }
 
@@ -61,15 +56,15 @@ def run(seconds: float, soak_requests: int) -> dict[str, Any]:
 Rows = dict[tuple[str, int, int | None], dict[str, float]]
 
 
-def _ratio(guard: Rows, peer: Rows | None) -> float | None:
+def _ratio(ours: Rows, peer: Rows | None) -> float | None:
     if peer is None:
         return None
-    return round(guard["plain", 32, None]["requests_per_s"] / peer["plain", 32, None]["requests_per_s"], 2)
+    return round(ours["plain", 32, None]["requests_per_s"] / peer["plain", 32, None]["requests_per_s"], 2)
 
 
-def _loads(url: str, core: int, seconds: float, kinds: tuple[str, ...] = tuple(KINDS)) -> Rows:
+def _loads(url: str, core: int, seconds: float) -> Rows:
     found: Rows = {}
-    for kind in kinds:
+    for kind in KINDS:
         for connections in CONNECTIONS:
             found[kind, connections, None] = _load(url, core, KINDS[kind], connections, seconds)
         found[kind, 32, RATE] = _load(url, core, KINDS[kind], 32, seconds, RATE)
@@ -88,7 +83,7 @@ def _load(
     command = [sys.executable, "-m", "serving.bench.load", url, f"--connections={connections}"]
     command += [f"--seconds={seconds}", f"--fields={json.dumps(fields)}", f"--requests={most}"]
     command += [f"--rate={rate}"] if rate else []
-    done = subprocess.run(command, preexec_fn=_on(core), stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, preexec_fn=on_core(core), stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     if found["errors"] or not found["requests"]:
         console.print(f"[yellow]{url}: {found['errors']} of {found['requests']} answers were errors[/yellow]")
@@ -101,21 +96,8 @@ def _memory(url: str, pid: int, core: int, requests: int) -> list[float]:
     for count in (WARM_REQUESTS, requests - WARM_REQUESTS):
         if count > 0:
             _load(url, core, STRUCTURED, 32, 3600, most=count)
-            status = Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2]
-            sizes.append(round(int(status.split()[0]) / 1024, 1))
+            sizes.append(resident_mb(pid))
     return sizes
-
-
-@contextmanager
-def _guard(upstream: str, core: int) -> Iterator[tuple[str, int]]:
-    with listening_socket("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "fusion.cli", "guard", "--upstream", upstream, "--port", str(port)]
-    with _pinned(command, core) as process:
-        url = f"http://127.0.0.1:{port}"
-        if not _becomes_healthy(process, url, "/health"):
-            raise UserError(f"the guard did not start: try `qwen-fusion guard --upstream {upstream}`")
-        yield url, process.pid
 
 
 def _litellm(upstream: str, first: int, last: int, seconds: float) -> dict[str, Rows]:
@@ -134,52 +116,17 @@ def _litellm(upstream: str, first: int, last: int, seconds: float) -> dict[str, 
         if not made:
             console.print("LiteLLM's environment could not be made: its row is left out", highlight=False)
             return {}
-    with listening_socket("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     config = folder / "bench.yaml"
     model = {"model": "openai/m", "api_base": f"{upstream}/v1", "api_key": "sk-1"}
     config.write_text(json.dumps({"model_list": [{"model_name": "m", "litellm_params": model}]}))
     local = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
-    with _pinned([str(program), "--config", str(config), "--port", str(port)], last, env=local) as process:
+    with pinned([str(program), "--config", str(config), "--port", str(port)], last, env=local) as process:
         url = f"http://127.0.0.1:{port}"
-        if not _becomes_healthy(process, url, "/health/liveliness"):
+        if not becomes_healthy(process, url, "/health/liveliness"):
             console.print("LiteLLM's proxy did not start: its row is left out", highlight=False)
             return {}
-        return {"LiteLLM": _loads(url, first, seconds, ("plain",))}
-
-
-def _becomes_healthy(process: subprocess.Popen[str], url: str, path: str) -> bool:
-    end = time.monotonic() + START_SECONDS
-    while not is_healthy(url, path=path):
-        if process.poll() is not None or time.monotonic() > end:
-            return False
-        time.sleep(0.2)
-    return True
-
-
-def _on(core: int) -> Any:
-    return lambda: os.sched_setaffinity(0, {core})
-
-
-@contextmanager
-def _pinned(
-    command: list[str], core: int, stdout: int = subprocess.DEVNULL, env: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[str]]:
-    """A process on one core, ended with the block."""
-    process = subprocess.Popen(
-        command,
-        preexec_fn=_on(core),
-        stdout=stdout,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, **(env or {})},
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(60)
+        return {"LiteLLM": {("plain", 32, None): _load(url, first, {}, 32, seconds)}}
 
 
 def _print(rows: dict[str, Rows], memory: list[float], one_core: bool) -> None:

@@ -64,7 +64,7 @@ class Way:
 def run(recipe: Recipe, folder: Path | None, count: int) -> dict[str, Any]:
     """Asks everything in every way, prints the table, returns the figures of the benchmark's last line."""
     asked = calls(folder, count)
-    model = _model(recipe)
+    model = served_model(recipe)
     whose = "BFCL's calls" if folder else "generated extractions (--bfcl names a folder of BFCL's calls)"
     console.print(f"{len(asked)} requests to {model}: {whose} and hard schemas", highlight=False, soft_wrap=True)
     engine = EngineSettings(
@@ -92,7 +92,7 @@ def run(recipe: Recipe, folder: Path | None, count: int) -> dict[str, Any]:
     }
 
 
-def _model(recipe: Recipe) -> str:
+def served_model(recipe: Recipe) -> str:
     """The fused model, or the anchor as it is."""
     if (recipe.fused / "config.json").is_file():
         return str(recipe.fused)

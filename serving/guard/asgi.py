@@ -94,7 +94,7 @@ class _Guard:
         self._metrics, self._log = Metrics(), RequestsLog(guard.log)
         self._input, self._output = Censor(guard.policy, INPUT), Censor(guard.policy, OUTPUT)
         moderation = guard.policy.moderation
-        self._reads_output = bool(self._output) or (moderation is not None and moderation.on != INPUT)
+        self._reads_output = bool(self._output) or (moderation is not None and moderation.side != INPUT)
         self._in_flight = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: SendEvent) -> None:
@@ -228,7 +228,7 @@ class _Guard:
         try:
             if self._input:
                 request = await asyncio.to_thread(redacted_request, request, self._input, redacted)
-            if moderation is not None and moderation.on != OUTPUT:
+            if moderation is not None and moderation.side != OUTPUT:
                 await moderate(self._upstream.session, moderation, request_texts(request), INPUT)
         except Forbidden as error:
             raise Refusal(400, str(error), "invalid_request_error", "content_policy", headers=(NO_RETRY,)) from None
@@ -333,7 +333,7 @@ class _Guard:
             if self._output:
                 is_json = wanted.schema is not None and wanted.form == "json"
                 answer = await asyncio.to_thread(redacted_answer, answer, self._output, is_json, redacted)
-            if moderation is not None and moderation.on != INPUT:
+            if moderation is not None and moderation.side != INPUT:
                 await moderate(self._upstream.session, moderation, answer_texts(answer), OUTPUT)
         except Forbidden as error:
             raise Refusal(422, str(error), "invalid_structured_output", "content_policy", headers=(NO_RETRY,)) from None

@@ -19,7 +19,7 @@ class Unmoderated(Exception):
 
 async def moderate(session: aiohttp.ClientSession, settings: Moderation, texts: Sequence[str], side: str) -> None:
     """Raises Forbidden where the model flags one of `texts`, Unmoderated where it has no word and fails closed."""
-    if settings.on not in (side, "both") or not any(texts):
+    if settings.side not in (side, "both") or not any(texts):
         return
     key = os.environ.get(settings.api_key_variable, "") if settings.api_key_variable else ""
     headers = {"authorization": f"Bearer {key}"} if key else {}

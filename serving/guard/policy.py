@@ -1,6 +1,6 @@
 """What may not go in or out: a recipe's rules, applied to the texts of a request and of an answer.
 
-    serving.guard.policy: {rules: [{find: [secrets, email], on: output}, {words: [project x], action: refuse}]}
+    serving.guard.policy: {rules: [{find: [secrets, email], side: output}, {words: [project x], action: refuse}]}
 
 `redact` replaces what is found by a mark, in JSON inside its texts, so that a document stays one; `refuse` is the end
 of the request. A moderation model may have the last word (serving/guard/moderation.py).
@@ -35,7 +35,7 @@ class Censor:
     """The rules of one side. `found` counts what was redacted, by its name."""
 
     def __init__(self, policy: Policy, side: str) -> None:
-        self._rules = [rule for rule in policy.rules if rule.on in (side, "both")]
+        self._rules = [rule for rule in policy.rules if rule.side in (side, "both")]
         self._regions, self._side = policy.phone_regions, side
 
     def __bool__(self) -> bool:

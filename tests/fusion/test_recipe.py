@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from fusion.errors import UserError
-from fusion.recipe_file import load_recipe
+from fusion.recipe import Guarding
+from fusion.recipe_file import load_recipe, load_section
 
 FOLDER = Path(__file__).parents[2] / "configs"
-CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - {FOLDER / "guard.yaml"})
+GUARD = FOLDER / "guard.yaml"
+CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - {GUARD})
 
 RECIPE = """\
 name: small
@@ -349,3 +351,21 @@ def test_a_threshold_goes_with_what_fits_layer_by_layer() -> None:
     for given in ("0.7", "auto"):
         said = refused(demo, f"gate_training.threshold={given}", "gate_training.method=lm")
         assert "leave one of the two out" in said
+
+
+def test_the_guards_own_file_is_loaded_and_mistakes_in_it_are_a_sentence(tmp_path: Path) -> None:
+    found = load_section(Guarding, GUARD, ["attempts=2"], "configs/guard.yaml")
+    assert found.attempts == 2 and [rule.action for rule in found.policy.rules] == ["refuse", "redact"]
+    assert load_section(Guarding, None, None, "") == Guarding()
+    wrong = tmp_path / "guard.yaml"
+    for text, said in (
+        ("attempts: 0", "line 1: attempts"),
+        ("log: requests\npolicy: {rules: [{side: input}]}", "looks for nothing"),
+        ("unknown: 1", "unknown key"),
+        ("- 1", "is a mapping of keys"),
+    ):
+        wrong.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=said):
+            load_section(Guarding, wrong, None, "configs/guard.yaml")
+    with pytest.raises(UserError, match=r"--set attempts=x: attempts"):
+        load_section(Guarding, None, ["attempts=x"], "")

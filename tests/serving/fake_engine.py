@@ -1,4 +1,4 @@
-"""Plays vLLM's API server for the process tests: a worker of its own, /health and one fixed chat answer.
+"""Plays vLLM's API server for the process tests: a worker of its own, /health and fixed chat answers.
 
 What it does is chosen by the environment: FAKE_ENGINE=crash fails on start like vLLM, FAKE_ENGINE=stubborn ignores
 SIGTERM.
@@ -31,13 +31,22 @@ class Handler(BaseHTTPRequestHandler):
         self._answer({"status": "ok"})
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
-        choice = {"index": 0, "message": {"role": "assistant", "content": "42"}, "finish_reason": "stop"}
-        self._answer({"choices": [choice], "usage": {"total_tokens": 1}})
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        text = '{"name": "Mia", "ok": true}' if "response_format" in asked else "42"
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        if not asked.get("stream"):
+            self._answer({"choices": [choice], "usage": {"total_tokens": 1}})
+            return
+        ends = ({"delta": {"content": text}, "finish_reason": None}, {"delta": {}, "finish_reason": "stop"})
+        events = [json.dumps({"choices": [{"index": 0, **end}]}) for end in ends]
+        self._send("".join(f"data: {event}\n\n" for event in (*events, "[DONE]")).encode(), "text/event-stream")
 
     def _answer(self, value: object) -> None:
-        body = json.dumps(value).encode()
+        self._send(json.dumps(value).encode(), "application/json")
+
+    def _send(self, body: bytes, kind: str) -> None:
         self.send_response(200)
+        self.send_header("content-type", kind)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

@@ -65,7 +65,7 @@ def test_redaction_inside_a_document_leaves_the_rest_as_it_is_written() -> None:
         '{ "to" : "[redacted: email]",  "n": 12345678901234567890, "quote": "say \\"[redacted: email]\\" é" , "x":1.50}'
     )
     assert found == {"email": 2}
-    assert censor({"find": ["email"], "on": "input"}).document(text, {}) == text
+    assert censor({"find": ["email"], "side": "input"}).document(text, {}) == text
 
 
 def test_a_refused_thing_is_found_outside_of_texts_too() -> None:
@@ -93,7 +93,7 @@ def test_a_redacted_document_is_a_document_without_what_was_looked_for(value: An
 
 
 def test_answers_are_redacted_whether_they_are_json_or_not(guarded: Start) -> None:
-    rules = policy({"find": ALL, "on": "output"})
+    rules = policy({"find": ALL, "side": "output"})
     logprobs = {"content": [{"token": "a@b.example"}]}
     answer = completion('{"a": 1, "b": "a@b.example"}')
     answer["choices"][0]["logprobs"] = logprobs
@@ -118,7 +118,7 @@ def test_what_cannot_be_redacted_and_stay_as_asked_is_422(guarded: Start) -> Non
 
 
 def test_requests_are_redacted_or_refused_before_any_generation(guarded: Start) -> None:
-    rules = policy({"find": ["email"], "on": "input"}, {"words": ["apollo"], "on": "input", "action": "refuse"})
+    rules = policy({"find": ["email"], "side": "input"}, {"words": ["apollo"], "side": "input", "action": "refuse"})
     guard = guarded(completion("ok"), policy=rules)
     parts = [{"type": "text", "text": "to a@b.example"}]
     assert ask(guard, messages=[{"role": "user", "content": parts}]).choices[0].message.content == "ok"

@@ -1,7 +1,9 @@
+import time
+
 import pytest
 
 from serving.guard import schema
-from serving.guard.schema import Checker, CheckerCache, SchemaError
+from serving.guard.schema import Checker, CheckerCache, NotCompiled, SchemaError
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,38 @@ def test_large_and_deep_schemas_are_refused() -> None:
         CheckerCache().get(deep)
     with pytest.raises(SchemaError):
         CheckerCache().get({"enum": ["x" * schema.MAX_SCHEMA_BYTES]})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"anyOf": [{"const": number} for number in range(10_000)]}, "10,000 alternatives"),
+        ({"allOf": [{"$ref": "#"} for _ in range(3000)]}, "3,000 references"),
+        (
+            {
+                "$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(1500)} | {"d1500": {}},
+                "$ref": "#/$defs/d0",
+            },
+            "follow",
+        ),
+        ({"properties": {f"p{i}": {"pattern": f"\\p{{L}}{{1,{100 + i}}}"} for i in range(90)}}, "to compile"),
+        ({"patternProperties": {"(": {}}}, "no pattern"),
+    ],
+)
+def test_schemas_that_would_take_long_are_refused_in_time(wrong: dict[str, object], said: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(SchemaError, match=said):
+        CheckerCache().get(wrong)
+    assert time.monotonic() - began < 5
+
+
+def test_what_may_take_long_is_not_compiled_at_once() -> None:
+    cache = CheckerCache()
+    assert cache.at_once({"type": "integer"}).violations("a")
+    for slow in ({"pattern": "a"}, {"enum": list(range(1000))}):
+        with pytest.raises(NotCompiled):
+            cache.at_once(slow)
+        assert cache.get(slow) is cache.at_once(slow)
 
 
 def test_violations_have_pointer_and_keyword_and_no_content() -> None:
