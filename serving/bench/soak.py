@@ -5,7 +5,7 @@
 A guard in front of a real vLLM gets plain, checked, streamed and live requests all the time. Twice vLLM is killed
 without a word and started again on its port; the guard is left alone. Every request has to end in one well-formed
 answer: what was asked for, or an error that says what happened. The last line is one JSON object; exit code 1 where a
-request did not end well, or service did not come back.
+request did not end well, service did not come back, or the guard's memory or open files have grown.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from serving.guard.schema import Checker
 KILLS = (0.25, 0.6)  # of the time
 START_SECONDS = 900
 DEADLINE_S = 60
+GROWTH = 1.25  # of memory, from the first kill to the end
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 12}, "ok": {"type": "boolean"}},
@@ -62,7 +63,9 @@ def main(*arguments: str) -> None:
     with Engine(settings, log) as engine, guard(engine.url, None, f"deadline_s={DEADLINE_S}") as (url, pid):
         found = asyncio.run(_soak(url, pid, engine, 60 * given.minutes, given.connections))
     sys.stdout.write(json.dumps(found) + "\n")
-    if found["malformed"] or found["back_after_s"].count(None):
+    (memory, later), (files, files_later) = found["memory_mb"], found["open_files"]
+    grown = later > GROWTH * memory or files_later > files + 4 * given.connections
+    if found["malformed"] or found["back_after_s"].count(None) or grown:
         sys.exit(1)
 
 

@@ -7,16 +7,20 @@ asks again otherwise. Completions that ask for none and the list of models pass 
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+import aiohttp
 
 from serving.guard.bodies import decoded, encoded
 from serving.guard.exchange import (
     EVENT_STREAM,
     FAILURES,
     JSON_TYPE,
+    NO_RETRY,
     ClientGone,
     Exchange,
     Header,
@@ -31,18 +35,8 @@ from serving.guard.keys import Keys
 from serving.guard.ladder import Done, Exhausted, Ladder, Limits, Send, ladder_for
 from serving.guard.live import LiveCheck
 from serving.guard.metrics import Metrics
-from serving.guard.moderation import Unmoderated, moderate
 from serving.guard.openapi import DESCRIPTION
-from serving.guard.policy import (
-    INPUT,
-    OUTPUT,
-    Censor,
-    Forbidden,
-    answer_texts,
-    redacted_answer,
-    redacted_request,
-    request_texts,
-)
+from serving.guard.policy_step import PolicyStep
 from serving.guard.rates import Rates
 from serving.guard.requests_log import RequestsLog
 from serving.guard.schema import CheckerCache, NotCompiled, SchemaError
@@ -52,6 +46,7 @@ from serving.guard.tracing import Tracing
 from serving.guard.upstream import BODY_HEADERS, OF_BODY, Upstream, forwarded, returned
 from serving.guard.wanted import CONSTRAINTS, FIELD, extension_of, is_completion
 
+LOGGER = logging.getLogger(__name__)
 App = Callable[[MutableMapping[str, Any], Receive, SendEvent], Awaitable[None]]
 
 OPEN = ("/health", "/ready")  # without a key, however many requests are under way
@@ -59,8 +54,8 @@ CHAT, COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/mode
 COUNTED = (*OPEN, "/metrics", "/openapi.json", CHAT, COMPLETIONS, MODELS)
 NUMBERS = ("n", "max_tokens", "max_completion_tokens", "temperature", "seed")
 ATTEMPTS_HEADER = b"x-qwen-fusion-attempts"
-NO_RETRY = (b"x-should-retry", b"false")
 LARGE_ANSWER_BYTES = 256 * 1024  # one that is judged aside, so that others do not wait for it
+SLOW_FORM_BYTES = 4 * 1024  # the same of YAML
 
 
 @dataclass(frozen=True)
@@ -92,9 +87,7 @@ class _Guard:
         own = frozenset((b"authorization",)) if self._keys else frozenset()  # no business of the engine's then
         self._dropped, self._dropped_of_body = own, own | OF_BODY
         self._metrics, self._log = Metrics(), RequestsLog(guard.log)
-        self._input, self._output = Censor(guard.policy, INPUT), Censor(guard.policy, OUTPUT)
-        moderation = guard.policy.moderation
-        self._reads_output = bool(self._output) or (moderation is not None and moderation.side != INPUT)
+        self._policy = PolicyStep(guard.policy)
         self._in_flight = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: SendEvent) -> None:
@@ -113,9 +106,12 @@ class _Guard:
     async def _http(self, exchange: Exchange, receive: Receive) -> None:
         error = None
         self._in_flight += 1
+        self._metrics.in_flight(1)
+        exchange.deadline = asyncio.get_running_loop().time() + self._settings.guard.deadline_s
         try:
             self._admit(exchange)
-            body = await read_body(receive, self._settings.guard.max_body_bytes)
+            async with asyncio.timeout_at(exchange.deadline):
+                body = await read_body(receive, self._settings.guard.max_body_bytes)
             if self._tracing:
                 with self._tracing.span(f"guard {exchange.path}", exchange.headers) as span:
                     await unless_gone(self._route(exchange, body), receive, exchange)
@@ -126,8 +122,13 @@ class _Guard:
             exchange.status = 499
         except FAILURES as failure:
             error = refusal_of(failure)
+        except Exception:
+            LOGGER.exception("request %s", exchange.id)
+            said = "The guard has a fault; its log has more."
+            error = Refusal(500, said, "server_error", "internal_error", headers=(NO_RETRY,))
         finally:
             self._in_flight -= 1
+            self._metrics.in_flight(-1)
         if error is not None and not exchange.started:
             await exchange.json(error.status, error.body(), error.headers)
         path = exchange.path if exchange.path in COUNTED else "other"
@@ -149,6 +150,8 @@ class _Guard:
                 said = "The request has no API key that is known here (Authorization: Bearer ...)."
                 raise Refusal(401, said, "invalid_request_error", "invalid_api_key", headers=headers)
             exchange.asker = f"key {number}"
+        if exchange.path not in (CHAT, COMPLETIONS):
+            return
         limit = self._settings.guard.max_in_flight
         if limit is not None and self._in_flight > limit:
             said = f"{limit} requests are under way, as many as are taken at a time."
@@ -166,43 +169,41 @@ class _Guard:
             ready = await self._upstream.healthy()
             await exchange.json(200 if ready else 503, {"status": "ok" if ready else "engine unavailable"})
         elif path == "/metrics" and method == "GET":
-            text = self._metrics.text(self._in_flight - 1)
-            await exchange.whole(200, [(b"content-type", b"text/plain; version=0.0.4")], text)
+            await exchange.whole(200, [(b"content-type", b"text/plain; version=0.0.4")], self._metrics.text())
         elif path == "/openapi.json" and method == "GET":
             await exchange.json(200, DESCRIPTION)
         elif path in (CHAT, COMPLETIONS) and method == "POST":
             await self._completion(exchange, body)
-        elif (path == MODELS or path.startswith(f"{MODELS}/")) and method == "GET":
+        elif (path == MODELS or path.startswith(f"{MODELS}/")) and method == "GET" and ".." not in path:
             await self._relay(exchange, body)
         else:
             raise Refusal(404, f"There is no {path} here.", "invalid_request_error", "not_found")
 
     async def _relay(self, exchange: Exchange, body: bytes) -> None:
-        headers = self._tracing.inject(forwarded(exchange.scope["headers"], self._dropped))
-        async with asyncio.timeout(self._settings.guard.deadline_s):
-            await self._upstream.relay(exchange, body, headers)
+        headers = [*forwarded(exchange.scope["headers"], self._dropped), ("x-request-id", exchange.id)]
+        await self._upstream.relay(exchange, body, self._tracing.inject(headers))
 
     async def _completion(self, exchange: Exchange, body: bytes) -> None:
         try:
             request = decoded(body)
         except (ValueError, RecursionError):
             request = None
-        if not isinstance(request, dict):  # the engine's own 400 says what is wrong with it
-            await self._relay(exchange, body)
-            return
+        if not isinstance(request, dict):
+            raise Refusal(400, "The body is no JSON object.", "invalid_request_error", "invalid_json")
         exchange.asked = request
-        filled = self._fill(request) if exchange.path == CHAT else request
         redacted: dict[str, int] = {}
-        filled = await self._permitted(filled, redacted)
-        ladder, live = await self._ladder(filled, "max_tokens" in request or "max_completion_tokens" in request)
+        async with asyncio.timeout_at(exchange.deadline):
+            filled = await self._policy.admit(self._upstream.session, self._fill(request, exchange.path), redacted)
+            own_budget = any(request.get(key) is not None for key in ("max_tokens", "max_completion_tokens"))
+            ladder, live = await self._ladder(filled, own_budget)
         if ladder is None:
-            filled.pop(FIELD, None)
-            await self._relay(exchange, body if filled == request else encoded(filled))
+            bare = {key: value for key, value in filled.items() if key != FIELD}
+            await self._relay(exchange, body if bare == request else encoded(bare))
             return
         for key in NUMBERS:  # a repair computes with them
             if isinstance(filled.get(key), bool) or not isinstance(filled.get(key), int | float | None):
                 raise Refusal(400, f"'{key}' is not a number.", "invalid_request_error", "invalid_value", key)
-        if live and request.get("stream") and not self._reads_output:
+        if live and request.get("stream") and not self._policy.reads_output:
             if filled.get("n") not in (None, 1):
                 said = "A live stream has one choice: leave n out."
                 raise Refusal(400, said, "invalid_request_error", "invalid_value", "n")
@@ -210,34 +211,15 @@ class _Guard:
         else:
             await self._guarded(exchange, ladder, request, redacted)
 
-    def _fill(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _fill(self, request: dict[str, Any], path: str) -> dict[str, Any]:
         sampling = self._settings.sampling
-        if sampling is None:
+        if sampling is None or path != CHAT:  # a completion's defaults are the engine's
             return request
         defaults: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
         if request.get("max_tokens") is None and request.get("max_completion_tokens") is None:
             defaults["max_tokens"] = self._settings.budget
         missing = {key: value for key, value in defaults.items() if value is not None and request.get(key) is None}
         return {**request, **missing}
-
-    async def _permitted(self, request: dict[str, Any], redacted: dict[str, int]) -> dict[str, Any]:
-        """The request as the policy lets it in. Raises Refusal."""
-        moderation = self._settings.guard.policy.moderation
-        if not self._input and moderation is None:
-            return request
-        try:
-            if self._input:
-                request = await asyncio.to_thread(redacted_request, request, self._input, redacted)
-            if moderation is not None and moderation.side != OUTPUT:
-                await moderate(self._upstream.session, moderation, request_texts(request), INPUT)
-        except Forbidden as error:
-            raise Refusal(400, str(error), "invalid_request_error", "content_policy", headers=(NO_RETRY,)) from None
-        except Unmoderated:
-            raise _unmoderated() from None
-        except ValueError as error:
-            said = f"The policy cannot be applied: {error}."
-            raise Refusal(400, said, "invalid_request_error", "content_policy", "prompt") from None
-        return request
 
     async def _ladder(self, request: dict[str, Any], own_budget: bool) -> tuple[Ladder | None, bool]:
         """The ladder of a request, and whether its stream is to pass live. Raises Refusal on a bad schema."""
@@ -246,9 +228,11 @@ class _Guard:
         try:
             live = extension_of(request).live
             try:
-                return ladder_for(request, self._cache.at_once, limits, self._reads_output), live
+                return ladder_for(request, self._cache.at_once, limits, self._policy.reads_output), live
             except NotCompiled:
-                return await asyncio.to_thread(ladder_for, request, self._cache.get, limits, self._reads_output), live
+                return await asyncio.to_thread(
+                    ladder_for, request, self._cache.get, limits, self._policy.reads_output
+                ), live
         except SchemaError as error:
             what = next((key for key in (FIELD, *CONSTRAINTS, "tools") if request.get(key)), None)
             said = f"The schema cannot be used: {error}"
@@ -288,11 +272,23 @@ class _Guard:
             await exchange.whole(answer.status, answer.headers, answer.body)
 
     async def _climb(self, exchange: Exchange, ladder: Ladder, redacted: dict[str, int]) -> _Answer:
+        """As `_steps`; a failure once attempts have been made tells of them, and is not to be tried again."""
+        try:
+            return await self._steps(exchange, ladder, redacted)
+        except FAILURES as failure:
+            error = refusal_of(failure)
+            if not ladder.attempts:
+                raise error from None
+            error.headers = (*(pair for pair in error.headers if pair[0] != NO_RETRY[0]), NO_RETRY)
+            error.more = self._policy.report({"attempts": ladder.attempts, "usage": ladder.usage})
+            raise error from None
+
+    async def _steps(self, exchange: Exchange, ladder: Ladder, redacted: dict[str, int]) -> _Answer:
         """The ladder's outcome, or the upstream's own word where that is an error, within the deadline."""
         headers = self._body_headers(exchange)
-        began, away = time.perf_counter(), 0.0
+        began, away, slow = time.perf_counter(), 0.0, ladder.wanted.form == "yaml"
         step: Send | Done | Exhausted = ladder.start()
-        async with asyncio.timeout(self._settings.guard.deadline_s):
+        async with asyncio.timeout_at(exchange.deadline):
             while isinstance(step, Send):
                 sent = time.perf_counter()
                 if self._tracing:
@@ -304,7 +300,7 @@ class _Guard:
                 away += spent
                 self._metrics.upstream.observe(spent)
                 if reply.status == 200:
-                    large = len(reply.content) > LARGE_ANSWER_BYTES
+                    large = len(reply.content) > (SLOW_FORM_BYTES if slow else LARGE_ANSWER_BYTES)
                     step = (
                         await asyncio.to_thread(_judged, ladder, reply.content)
                         if large
@@ -315,58 +311,38 @@ class _Guard:
                 self._metrics.attempt(f"status {reply.status}")
                 bare = ladder.refuse() if reply.status == 400 and step.constrained else None
                 if bare is None:
-                    return _Answer(reply.status, reply.content, tuple(reply.headers))
+                    again = (NO_RETRY,) if ladder.attempts else ()  # attempts have been made, and are not to be again
+                    return _Answer(reply.status, reply.content, (*reply.headers, *again))
                 step = bare
-            if isinstance(step, Done) and self._reads_output:
-                step = Done(await self._released(step.answer, ladder, redacted), step.attempts)
+            if isinstance(step, Done) and self._policy.reads_output:
+                answer = await self._policy.release(self._upstream.session, step.answer, ladder.wanted, redacted)
+                step = Done(answer, step.attempts)
         self._metrics.added.observe(time.perf_counter() - began - away)
         kept = (JSON_TYPE, (ATTEMPTS_HEADER, str(step.attempts).encode()))
         if isinstance(step, Exhausted):
-            return _Answer(422, step.error, (*kept, NO_RETRY))
+            error = {"error": self._policy.report(step.error["error"])}
+            return _Answer(422, error, (*kept, NO_RETRY))
         exchange.answered = step.answer["choices"]
         return _Answer(200, step.answer, kept)
 
-    async def _released(self, answer: dict[str, Any], ladder: Ladder, redacted: dict[str, int]) -> dict[str, Any]:
-        """The answer as the policy lets it out. Raises Refusal where it may not, or would not be as asked any more."""
-        wanted, moderation = ladder.wanted, self._settings.guard.policy.moderation
-        try:
-            if self._output:
-                is_json = wanted.schema is not None and wanted.form == "json"
-                answer = await asyncio.to_thread(redacted_answer, answer, self._output, is_json, redacted)
-            if moderation is not None and moderation.side != INPUT:
-                await moderate(self._upstream.session, moderation, answer_texts(answer), OUTPUT)
-        except Forbidden as error:
-            raise Refusal(422, str(error), "invalid_structured_output", "content_policy", headers=(NO_RETRY,)) from None
-        except Unmoderated:
-            raise _unmoderated() from None
-        if redacted and any(wanted.violations(choice) for choice in answer["choices"]):
-            said = "The answer holds what may not pass here, and without it is not as asked."
-            raise Refusal(422, said, "invalid_structured_output", "content_policy", headers=(NO_RETRY,))
-        if redacted:
-            answer = {**answer, FIELD: {**answer[FIELD], "redacted": redacted}}
-        return answer
-
     async def _live(self, exchange: Exchange, ladder: Ladder, request: dict[str, Any]) -> None:
         """Passes a stream on as it comes; what is wrong ends it with an error event."""
-        body = {**ladder.start().body, "stream": True}
-        if "stream_options" in request:
-            body["stream_options"] = request["stream_options"]
         headers = self._tracing.inject(self._body_headers(exchange))
         check = LiveCheck(ladder.wanted)
+        step: Send | None = ladder.start()
         try:
-            async with (
-                asyncio.timeout(self._settings.guard.deadline_s),
-                self._upstream.stream(exchange.path, body, headers) as answer,
-            ):
-                if answer.status != 200:
-                    await exchange.whole(answer.status, returned(answer), await answer.read())
-                    return
-                await exchange.start(200, [EVENT_STREAM])
-                async for chunk in answer.content.iter_any():
-                    if passed := check.feed(chunk):
-                        await exchange.send(passed, more=True)
-                    if check.over:
-                        break
+            async with asyncio.timeout_at(exchange.deadline):
+                while step is not None and not exchange.started:
+                    body = {**step.body, "stream": True}
+                    if "stream_options" in request:
+                        body["stream_options"] = request["stream_options"]
+                    async with self._upstream.stream(exchange.path, body, headers) as answer:
+                        step = ladder.refuse() if answer.status == 400 else None
+                        if answer.status == 200:
+                            await self._pass_live(exchange, check, answer.content)
+                        elif step is None:
+                            await exchange.whole(answer.status, returned(answer), await answer.read())
+                            return
             last = check.end()
         except FAILURES as failure:
             if not exchange.started:
@@ -375,9 +351,17 @@ class _Guard:
         self._note(exchange, [{"keyword": violation.keyword} for violation in check.violations])
         await exchange.send(last)
 
+    async def _pass_live(self, exchange: Exchange, check: LiveCheck, stream: aiohttp.StreamReader) -> None:
+        await exchange.start(200, [EVENT_STREAM])
+        async for chunk in stream.iter_any():
+            if passed := check.feed(chunk):
+                await exchange.send(passed, more=True)
+            if check.over:
+                break
+
     def _body_headers(self, exchange: Exchange) -> list[tuple[str, str]]:
         given = forwarded(exchange.scope["headers"], self._dropped_of_body)
-        return [*(pair for pair in given if pair[0] != "x-request-id"), *BODY_HEADERS, ("x-request-id", exchange.id)]
+        return [*given, *BODY_HEADERS, ("x-request-id", exchange.id)]
 
     def _note(self, exchange: Exchange, errors: list[dict[str, Any]]) -> None:
         exchange.attempts += 1
@@ -392,8 +376,3 @@ def _judged(ladder: Ladder, content: bytes) -> Send | Done | Exhausted:
     if not is_completion(answer):
         raise ValueError("the engine's answer is no completion")
     return ladder.receive(answer)
-
-
-def _unmoderated() -> Refusal:
-    said = "The moderation model does not answer, and nothing passes without it."
-    return Refusal(503, said, "upstream_error", "moderation_unavailable", headers=((b"retry-after", b"10"),))

@@ -69,7 +69,7 @@ class _Count:
             name = part.replace("~1", "/").replace("~0", "~")
             if isinstance(found, dict):
                 found = found.get(name)
-            elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+            elif isinstance(found, list) and name.isdecimal() and len(name) < 10 and int(name) < len(found):
                 found = found[int(name)]
             else:
                 return None

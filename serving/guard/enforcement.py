@@ -55,7 +55,7 @@ def _here(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "$ref", "what stands beside it is ignored"
     if "required" in schema and "properties" not in schema:
         yield "required", "without properties only {} is permitted"
-    if "format" in schema and schema["format"] not in FORMATS:
+    if isinstance(schema.get("format"), str) and schema["format"] not in FORMATS:
         yield "format", f"{schema['format']} is not known to the grammar"
     lengths = schema.keys() & {"minLength", "maxLength"}
     if lengths and schema.keys() & {"pattern", "format"}:

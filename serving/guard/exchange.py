@@ -22,6 +22,7 @@ Header = tuple[bytes, bytes]
 JSON_TYPE = (b"content-type", b"application/json")
 EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
 REQUEST_ID = b"x-request-id"
+NO_RETRY = (b"x-should-retry", b"false")  # the OpenAI client asks again after every 5xx otherwise
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
@@ -36,21 +37,24 @@ class Refusal(Exception):
         code: str,
         param: str | None = None,
         headers: tuple[Header, ...] = (),
+        more: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
+        self.more = more or {}  # fields of the error beside OpenAI's own
         self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
         self.headers = headers
 
     def body(self) -> dict[str, Any]:
         """The JSON object to answer with."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": {**error, **self.more}}
 
 
 class ClientGone(Exception):
     """The client went away before its answer was complete."""
 
 
-FAILURES = (Refusal, TimeoutError, aiohttp.ClientError, OSError, ValueError)
+FAILURES = (Refusal, TimeoutError, aiohttp.ClientError, OSError, ValueError, RecursionError)
 
 
 def refusal_of(failure: Exception) -> Refusal:
@@ -58,7 +62,8 @@ def refusal_of(failure: Exception) -> Refusal:
     if isinstance(failure, Refusal):
         return failure
     if isinstance(failure, TimeoutError):
-        return Refusal(504, "The deadline passed before an answer was ready.", "timeout_error", "deadline")
+        said = "The deadline passed before an answer was ready."
+        return Refusal(504, said, "timeout_error", "deadline", headers=(NO_RETRY,))
     what = f"The engine did not answer: {type(failure).__name__}."
     return Refusal(502, what, "upstream_error", "upstream_unavailable")
 
@@ -72,6 +77,8 @@ class Exchange:
     began: float = field(default_factory=time.perf_counter)
     status: int = 0
     finished: bool = False
+    streams: bool = False  # whether what has begun is a stream of the engine's, passed on
+    deadline: float = 0.0  # of all that is done for it, on the event loop's clock
     asker: str = ""
     attempts: int = 0
     violations: list[str] = field(default_factory=list)

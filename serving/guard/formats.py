@@ -8,8 +8,6 @@ root's name is free, an element is an object of its children, a list is an eleme
 an empty element is null where the schema permits it. What has no type in XML takes the one that the schema gives it.
 """
 
-import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +17,7 @@ import yaml
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from serving.guard.strict_json import MAX_DEPTH, MAX_INTEGER_DIGITS, WHITESPACE, Malformed
+from serving.guard.strict_json import MAX_DEPTH, WHITESPACE, Malformed, to_float, to_integer
 from serving.guard.strict_json import parse as parse_json
 
 _FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)\n?```", re.DOTALL)
@@ -85,7 +83,7 @@ class _CoreLoader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise Malformed("alias", "anchors and aliases are not permitted")
         if getattr(event, "tag", None) not in (None, "!"):
-            raise Malformed("tag", f"the tag {event.tag} is not permitted")
+            raise Malformed("tag", "tags are not permitted", f"the tag {event.tag} is not permitted")
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Malformed("too_deep", f"more than {MAX_DEPTH} levels of nesting")
@@ -101,22 +99,9 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
         if not isinstance(key, str):
             raise Malformed("key_not_text", "a key is no text")
         if key in found:
-            raise Malformed("duplicate_key", f"the key {json.dumps(key)} occurs twice in one mapping")
+            raise Malformed("duplicate_key", "a key occurs twice in one mapping", f"the key {key!r} occurs twice")
         found[key] = loader.construct_object(value_node, deep=True)
     return found
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > MAX_INTEGER_DIGITS:
-        raise Malformed("number_too_long", f"an integer of more than {MAX_INTEGER_DIGITS} digits")
-    return int(digits)
-
-
-def _float(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise Malformed("number_overflow", f"the number {digits[:40]} is too large for a double")
-    return value
 
 
 _CoreLoader.yaml_implicit_resolvers = {}
@@ -128,18 +113,18 @@ for _tag, _pattern, _first in (
 ):
     _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 _CoreLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
-_CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _integer(node.value))
-_CoreLoader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _float(node.value))
+_CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: to_integer(node.value))
+_CoreLoader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: to_float(node.value))
 
 
 def _value(element: ElementTree.Element, schema: Any, root: Any, level: int) -> Any:
     if level > MAX_DEPTH:
         raise Malformed("too_deep", f"more than {MAX_DEPTH} levels of nesting")
     if element.attrib:
-        raise Malformed("attribute", f"the element {element.tag} has attributes")
+        raise Malformed("attribute", "an element has attributes", f"{element.tag} has attributes")
     children = list(element)
     if children and any((text or "").strip() for text in (element.text, *(child.tail for child in children))):
-        raise Malformed("mixed_content", f"the element {element.tag} has text beside its children")
+        raise Malformed("mixed_content", "an element has text beside its children", f"{element.tag} has text")
     parts = list(_alternatives(schema, root))
     types = {name for part in parts for name in _types(part)}
     repeated = len(children) > 1 and len({child.tag for child in children}) == 1
@@ -150,7 +135,7 @@ def _value(element: ElementTree.Element, schema: Any, root: Any, level: int) -> 
         found: dict[str, Any] = {}
         for child in children:
             if child.tag in found:
-                raise Malformed("duplicate_key", f"the element {child.tag} occurs twice in {element.tag}")
+                raise Malformed("duplicate_key", "an element occurs twice in another", f"{child.tag} occurs twice")
             inner = _stated([_stated([part], "properties", {}) for part in parts], child.tag)
             found[child.tag] = _value(child, inner, root, level + 1)
         return found
@@ -162,7 +147,7 @@ def _scalar(text: str, types: set[str]) -> Any:
         return None
     for name, pattern in _NUMBERS.items():
         if name in types and pattern.fullmatch(text):
-            return int(text) if _NUMBERS["integer"].fullmatch(text) else _float(text)
+            return int(text) if _NUMBERS["integer"].fullmatch(text) else to_float(text)
     if "boolean" in types and text in ("true", "false"):
         return text == "true"
     return text

@@ -18,12 +18,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from serving.guard import formats, strict_json
-from serving.guard.schema import Violation
+from serving.guard.schema import SchemaError, Violation
 from serving.guard.wanted import CONSTRAINTS, FIELD, Compile, Wanted, text_of, wanted_of
 
 MAX_ATTEMPTS = 3
 MAX_QUOTED_CHARACTERS = 4000
 REPAIR_TOKENS = 400  # of a repair message without the quoted answer and the schema, generously
+FEW_TOKENS = 128
 MAX_REPORTED = 50  # keywords that a grammar leaves out
 
 _CHINESE = re.compile(r"[㐀-鿿豈-﫿]")
@@ -106,12 +107,20 @@ def ladder_for(request: dict[str, Any], compiled: Compile, limits: Limits, every
 
     `compiled` gives the checker of a schema. Raises SchemaError on a bad schema.
     """
-    if not isinstance(request.get("messages"), list) and "prompt" not in request:
+    if not isinstance(request.get("messages"), list) and not request.keys() & {"prompt", "prompt_embeds"}:
         return None  # the engine says what is wrong with it
     wanted = wanted_of(request, compiled)
+    if wanted is not None and _prompts(request) > 1:
+        raise SchemaError("structured answers are given to one prompt at a time")
     if wanted is None and every:
         wanted = Wanted(None)
     return None if wanted is None else Ladder(request, wanted, limits)
+
+
+def _prompts(request: dict[str, Any]) -> int:
+    """How many prompts a completion request has: a list of texts, or of lists of token ids."""
+    prompt = request.get("prompt")
+    return len(prompt) if isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt) else 1
 
 
 def language(messages: Iterable[Any]) -> str:
@@ -131,14 +140,14 @@ class Ladder:
             self._request.pop(key, None)
         self.wanted = wanted
         self._limits = limits or Limits()
-        self._count: int = request.get("n") or 1
+        self._count: int = (request.get("n") or 1) * _prompts(request)
         self._language = language(request.get("messages") or [])
         self._left_out = wanted.left_out[:MAX_REPORTED]
         self._grammar = wanted.schema is not None and any(self._request.get(key) for key in CONSTRAINTS)
         self._valid: list[dict[str, Any]] = []
         self.attempts: list[dict[str, Any]] = []
         self._failed_texts: set[str] = set()
-        self._usage: dict[str, Any] = {}
+        self.usage: dict[str, Any] = {}
         self._refused = False
         self._unwrapped = 0
 
@@ -159,7 +168,7 @@ class Ladder:
         Every choice is checked. Valid ones are kept; while one is missing and attempts are left, the missing ones are
         asked for again.
         """
-        _add_usage(self._usage, answer.get("usage"))
+        _add_usage(self.usage, answer.get("usage"))
         failures: list[tuple[dict[str, Any], list[Violation]]] = []
         for given in answer.get("choices") or []:
             choice, violations = self._checked(given)
@@ -170,7 +179,7 @@ class Ladder:
         self.attempts.append(self._attempt(failures, answer.get("usage")))
         if len(self._valid) >= self._count:
             choices = [{**choice, "index": index} for index, choice in enumerate(self._valid)]
-            whole = {**answer, "choices": choices, "usage": self._usage, FIELD: self._report()}
+            whole = {**answer, "choices": choices, "usage": self.usage, FIELD: self._report()}
             return Done(whole, len(self.attempts))
         if len(self.attempts) >= self._limits.attempts:
             return Exhausted(self._error(), len(self.attempts))
@@ -204,12 +213,15 @@ class Ladder:
         text = _said(choice)
         if any(violation.keyword == "output_truncated" for violation in violations):
             limit = self._limits.budget
-            if limit is not None and 0 < _budget(body) < limit:
-                self._request["max_tokens"] = min(2 * _budget(body), limit)
+            spent = _budget(body)
+            if not spent and "messages" not in body:  # an engine gives a completion without max_tokens a few
+                spent = max(_tokens(self.attempts[-1]["usage"], "completion_tokens"), FEW_TOKENS)
+            if limit is not None and 0 < spent < limit:
+                self._request["max_tokens"] = min(2 * spent, limit)
                 return {**body, "max_tokens": self._request["max_tokens"]}
             errors = _TRUNCATED[self._language]
         else:
-            errors = "\n".join(f"- {violation.path or '/'}: {violation.message}" for violation in violations)
+            errors = "\n".join(f"- {found.path or '/'}: {found.detail or found.message}" for found in violations)
         if text in self._failed_texts or "messages" not in body:  # the same request would fail the same way again
             body["temperature"] = max(body.get("temperature") or 0.0, 0.7)
             body["seed"] = (body.get("seed") or 0) + len(self.attempts)
@@ -270,7 +282,7 @@ class Ladder:
                 "type": "invalid_structured_output",
                 "param": next((key for key in (*CONSTRAINTS, "tools") if self._request.get(key)), FIELD),
                 "code": "output_truncated" if truncated else "json_guard_exhausted",
-                "usage": self._usage,
+                "usage": self.usage,
                 **self._report(),
             }
         }

@@ -8,7 +8,6 @@ Whole events go out as they came, however their bytes were cut. JSON is read alo
 key that occurs twice or too deep nesting ends the stream where it happens; the schema is judged at the end.
 """
 
-import json
 import math
 from collections.abc import Generator
 from typing import Any
@@ -160,9 +159,9 @@ class JsonAlong:
                 self._keys.pop()
             elif name == "map_key":
                 if value in self._keys[-1]:
-                    self._break("duplicate_key", f"the key {json.dumps(value)} occurs twice in one object")
+                    self._break("duplicate_key", "a key occurs twice in one object")
                 self._keys[-1].add(value)
-            elif name in ("number", "double") and math.isinf(float(value)):
+            elif name in ("number", "double") and not isinstance(value, int) and math.isinf(float(value)):
                 self._break("number_overflow", "a number is too large for a double")
 
     def _break(self, keyword: str, message: str) -> None:

@@ -5,9 +5,10 @@ PROMETHEUS_MULTIPROC_DIR names (`serve` sets it).
 """
 
 import os
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 SHARED = "PROMETHEUS_MULTIPROC_DIR"
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300)
@@ -37,11 +38,18 @@ class Metrics:
         """Counts something wrong with an attempt."""
         self._violations.labels(keyword).inc()
 
-    def text(self, in_flight: int) -> bytes:
+    def in_flight(self, change: int) -> None:
+        """Counts a request that begins (1) or ends (-1)."""
+        self._in_flight.inc(change)
+
+    def text(self) -> bytes:
         """All counts in Prometheus's text format."""
-        self._in_flight.set(in_flight)
         if SHARED not in os.environ:
             return generate_latest(self._registry)
+        for file in Path(os.environ[SHARED]).glob("gauge_live*_*.db"):  # of processes that are no more
+            pid = file.stem.rpartition("_")[2]
+            if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+                mark_process_dead(int(pid))
         of_all = CollectorRegistry()
         MultiProcessCollector(of_all)
         return generate_latest(of_all)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import aiohttp
 
 from fusion.recipe import Moderation
-from serving.guard.bodies import decoded
+from serving.guard.bodies import decoded, encoded
 from serving.guard.policy import Forbidden
 
 
@@ -22,20 +22,21 @@ async def moderate(session: aiohttp.ClientSession, settings: Moderation, texts: 
     if settings.side not in (side, "both") or not any(texts):
         return
     key = os.environ.get(settings.api_key_variable, "") if settings.api_key_variable else ""
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+    headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
     body = {"model": settings.model, "input": [text for text in texts if text]}
     try:
         timeout = aiohttp.ClientTimeout(total=settings.timeout_s)
         url = f"{settings.url.rstrip('/')}/v1/moderations"
-        async with session.post(url, json=body, headers=headers, timeout=timeout) as answer:
-            results = decoded(await answer.read())["results"] if answer.status == 200 else None
-        flagged = [result["categories"] for result in results if result["flagged"]] if results is not None else None
-    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError):
-        flagged = None
-    if flagged is None:
+        async with session.post(url, data=encoded(body), headers=headers, timeout=timeout) as answer:
+            results = decoded(await answer.read())["results"] if answer.status == 200 else []
+        flagged = [result.get("categories") for result in results if result["flagged"]]
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError, AttributeError):
+        results = []
+    if not results:
         if settings.fail == "closed":
             raise Unmoderated
         return
     if flagged:
-        named = sorted({name for categories in flagged for name, hit in categories.items() if hit})
+        said = [categories for categories in flagged if isinstance(categories, dict)]
+        named = sorted({str(name) for categories in said for name, hit in categories.items() if hit})
         raise Forbidden(", ".join(named) or "what the moderation model flags", side)

@@ -57,9 +57,7 @@ class Censor:
         """
         if not _is_json(text):
             return self.text(text, found)
-        for rule in self._rules:
-            if rule.action == "refuse" and (marks := sorted(self._spans(text, rule))):
-                raise Forbidden(marks[0][1], self._side)
+        self.refuse(text)
 
         def inside(match: re.Match[str]) -> str:
             said = json.loads(match[0], strict=False)
@@ -68,11 +66,22 @@ class Censor:
 
         return _JSON_TEXT.sub(inside, text)
 
+    def refuse(self, text: str) -> None:
+        """Raises Forbidden where a text holds what a rule refuses."""
+        for rule in self._rules:
+            if rule.action == "refuse" and (marks := sorted(self._spans(text, rule))):
+                raise Forbidden(marks[0][1], self._side)
+
     def _spans(self, text: str, rule: PolicyRule) -> Iterator[tuple[Span, str]]:
         for name in rule.find:
             yield from ((span, name) for span in spans(text, name, self._regions))
         if rule.words:
             yield from ((span, "a blocked word") for span in word_spans(text, rule.words))
+
+
+def refused_anywhere(request: Mapping[str, Any], censor: Censor) -> None:
+    """Raises Forbidden where any text of a request, its tools and schemas among them, holds what a rule refuses."""
+    censor.refuse(json.dumps(request, ensure_ascii=False))
 
 
 def request_texts(request: Mapping[str, Any]) -> list[str]:
@@ -121,7 +130,11 @@ def _rewritten_request(request: Mapping[str, Any], text: Rewrite, document: Rewr
             _rewritten_message(message, text, document) if isinstance(message, dict) else message
             for message in request["messages"]
         ]
+    if isinstance(request.get("suffix"), str):
+        changed["suffix"] = text(request["suffix"])
     prompt = request.get("prompt")
+    if request.get("prompt_embeds") is not None:
+        raise ValueError("a prompt of embeddings cannot be looked into")
     if isinstance(prompt, str):
         changed["prompt"] = text(prompt)
     elif isinstance(prompt, list):

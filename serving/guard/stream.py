@@ -47,7 +47,7 @@ def _texts(choice: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _deltas(choice: dict[str, Any]) -> list[dict[str, Any]]:
     message = choice.get("message") or {}
-    said = {key: message[key] for key in ("content", "reasoning_content", "refusal") if message.get(key)}
+    said = {key: message[key] for key in ("content", "reasoning_content", "reasoning", "refusal") if message.get(key)}
     if message.get("tool_calls"):
         said["tool_calls"] = [{"index": place, **call} for place, call in enumerate(message["tool_calls"])]
     deltas: tuple[dict[str, Any], ...] = ({"role": message.get("role", "assistant"), "content": ""}, said, {})

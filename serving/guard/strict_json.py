@@ -9,6 +9,7 @@ integers keep their digits.
 import json
 import math
 import re
+from itertools import islice
 from typing import Any
 
 WHITESPACE = " \t\n\r"
@@ -16,7 +17,7 @@ MAX_DEPTH = 128
 MAX_INTEGER_DIGITS = 4000
 MAX_STARTS = 64  # brackets that are tried as the start of a value within a text
 
-_FENCE = re.compile(r"^```(?:json)?[ \t]*\n(.*?)\n```[ \t]*$", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^```[a-zA-Z]*[ \t]*$", re.MULTILINE)
 _OPENING = re.compile(r"[\[{]")
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
 
@@ -24,13 +25,13 @@ _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
 class Malformed(ValueError):
     """A text that is no document of its format.
 
-    `violation` names why. Of strict JSON: empty, byte_order_mark, too_deep, duplicate_key, not_a_number,
-    number_overflow, number_too_long, lone_surrogate, trailing_text, syntax.
+    `violation` names why, `detail` are words that quote the text. Of strict JSON: empty, byte_order_mark, too_deep,
+    duplicate_key, not_a_number, number_overflow, number_too_long, lone_surrogate, trailing_text, syntax.
     """
 
-    def __init__(self, violation: str, message: str) -> None:
+    def __init__(self, violation: str, message: str, detail: str = "") -> None:
         super().__init__(message)
-        self.violation = violation
+        self.violation, self.detail = violation, detail
 
 
 def parse(text: str, max_depth: int = MAX_DEPTH) -> Any:
@@ -65,9 +66,9 @@ def unwrapped(text: str) -> str | None:
 
     Nothing is mended: what comes back is a piece of the text as it stands, and the only such piece.
     """
-    fences = _FENCE.findall(text)
-    if len(fences) == 1:
-        return fences[0].strip(WHITESPACE)
+    fences = list(islice(_FENCE.finditer(text), 3))
+    if len(fences) == 2 and fences[0][0].rstrip() in ("```", "```json") and fences[1][0].rstrip() == "```":
+        return text[fences[0].end() : fences[1].start()].strip(WHITESPACE)
     found: str | None = None
     position = 0
     for _ in range(MAX_STARTS):
@@ -114,18 +115,22 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise Malformed("duplicate_key", f"the key {json.dumps(twice)} occurs twice in one object")
+        raise Malformed(
+            "duplicate_key", "a key occurs twice in one object", f"the key {json.dumps(twice)} occurs twice"
+        )
     return result
 
 
-def _float(digits: str) -> float:
+def to_float(digits: str) -> float:
+    """A number as a double. Raises Malformed (number_overflow) where it is too large for one."""
     value = float(digits)
     if math.isinf(value):
         raise Malformed("number_overflow", f"the number {digits[:40]} is too large for a double")
     return value
 
 
-def _integer(digits: str) -> int:
+def to_integer(digits: str) -> int:
+    """An integer, all of its digits kept. Raises Malformed (number_too_long) where it has too many."""
     if len(digits) > MAX_INTEGER_DIGITS:
         raise Malformed("number_too_long", f"an integer of more than {MAX_INTEGER_DIGITS} digits")
     return int(digits)
@@ -136,7 +141,7 @@ def _constant(name: str) -> Any:
 
 
 # a text that is shorter than the longest integer holds none that is too long
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_constant, strict=True)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=to_float, parse_constant=_constant, strict=True)
 _CAREFUL = json.JSONDecoder(
-    object_pairs_hook=_object, parse_float=_float, parse_int=_integer, parse_constant=_constant, strict=True
+    object_pairs_hook=_object, parse_float=to_float, parse_int=to_integer, parse_constant=_constant, strict=True
 )

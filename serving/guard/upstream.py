@@ -4,6 +4,7 @@ async with Upstream("http://127.0.0.1:8001") as engine:
     reply = await engine.ask("/v1/chat/completions", {"model": "m", "messages": []}, [])
 """
 
+import asyncio
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,7 +14,7 @@ import aiohttp
 from yarl import URL
 
 from serving.guard.bodies import encoded
-from serving.guard.exchange import Exchange, Header, refusal_of
+from serving.guard.exchange import FAILURES, Exchange, Header, refusal_of
 from serving.guard.stream import DONE, error_events
 
 # RFC 9110 7.6.1, and what this side of the proxy sets itself
@@ -21,8 +22,9 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     b"upgrade".split()
 )
-OURS = frozenset((b"host", b"content-length", b"expect"))
-OF_BODY = frozenset((b"accept-encoding", b"content-type"))
+# streams are looked at, so they come as they are
+OURS = frozenset((b"host", b"content-length", b"expect", b"accept-encoding", b"x-request-id"))
+OF_BODY = frozenset((b"content-type",))
 BODY_HEADERS = [("accept-encoding", "identity"), ("content-type", "application/json")]
 CONNECT_S, HEALTH_S = 10, 5
 TAIL_BYTES = 32  # of a stream, in which its end has to be
@@ -85,18 +87,30 @@ class Upstream:
         self, path: str, body: dict[str, Any], headers: list[tuple[str, str]]
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """The answer to a request with a JSON body, to be read as it comes."""
-        return self.session.post(URL(self._address + path, encoded=True), data=encoded(body), headers=headers)
+        return self.session.post(
+            URL(self._address + path, encoded=True), data=encoded(body), headers=headers, allow_redirects=False
+        )
 
     async def relay(self, exchange: Exchange, body: bytes, headers: list[tuple[str, str]]) -> None:
-        """Passes a request on as it is, and the answer back.
+        """Passes a request on as it is, and the answer back, until the exchange's deadline.
 
         A stream that breaks off, or ends without its [DONE], ends with an error event.
         """
+        try:
+            async with asyncio.timeout_at(exchange.deadline):
+                await self._relay(exchange, body, headers)
+        except FAILURES as failure:
+            if not exchange.streams or exchange.finished:
+                raise
+            await exchange.send(b"\n\n" + error_events(encoded(refusal_of(failure).body())))
+
+    async def _relay(self, exchange: Exchange, body: bytes, headers: list[tuple[str, str]]) -> None:
         scope = exchange.scope
         path, query = scope.get("raw_path") or scope["path"].encode(), scope.get("query_string")
         target = (path + b"?" + query if query else path).decode("latin-1")
         url = URL(self._address + target, encoded=True)  # not normalised: /v1/../x must not become /x
-        async with self.session.request(scope["method"], url, data=body or None, headers=headers) as answer:
+        sent = self.session.request(scope["method"], url, data=body or None, headers=headers, allow_redirects=False)
+        async with sent as answer:
             streams = answer.content_type == "text/event-stream" and answer.status == 200
             if not streams and answer.content_length is not None and answer.content_length <= SHORT_BYTES:
                 await exchange.whole(answer.status, returned(answer), await answer.read())
@@ -104,21 +118,15 @@ class Upstream:
             kept = returned(answer)
             if streams:  # an error at its end would make it longer than was said
                 kept = [pair for pair in kept if pair[0] != b"content-length"]
+            exchange.streams = streams
             await exchange.start(answer.status, kept)
             tail = b""
-            try:
-                async for chunk in answer.content.iter_any():
-                    tail = (tail + chunk)[-TAIL_BYTES:] if streams else b""
-                    await exchange.send(chunk, more=True)
-            except (aiohttp.ClientError, OSError, TimeoutError) as failure:
-                if not streams:
-                    raise
-                await exchange.send(b"\n\n" + error_events(encoded(refusal_of(failure).body())))
-                return
+            async for chunk in answer.content.iter_any():
+                tail = (tail + chunk)[-TAIL_BYTES:] if streams else b""
+                await exchange.send(chunk, more=True)
             if streams and not tail.strip().endswith(DONE.strip()):
-                await exchange.send(b"\n\n" + error_events(encoded(refusal_of(ValueError("it ended early")).body())))
-            else:
-                await exchange.send(b"")
+                raise ValueError("the stream ended early")
+            await exchange.send(b"")
 
 
 def forwarded(headers: list[Header], dropped: frozenset[bytes] = frozenset()) -> list[tuple[str, str]]:

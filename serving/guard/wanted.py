@@ -10,12 +10,12 @@ YAML and XML, and a stream that is passed on while it is checked, are asked for 
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from serving.guard import formats, strict_json
 from serving.guard.enforcement import Unenforced
-from serving.guard.schema import Checker, SchemaError, Violation
+from serving.guard.schema import Checker, SchemaError, TooCostly, Violation
 
 JSON_OBJECT = {"type": "object"}
 CONSTRAINTS = ("response_format", "structured_outputs")  # the fields by which an engine constrains
@@ -67,11 +67,11 @@ class Wanted:
         where = f"/tool_calls/{index}"
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict):
-            return []
+            return [Violation(where, "unknown_tool", "a call without a function")]
         if function.get("name") not in self.tools:
             return [Violation(f"{where}/function/name", "unknown_tool", "the request has no tool of this name")]
         found = document_violations(function.get("arguments") or "", self.tools[function["name"]])
-        return [Violation(f"{where}/function/arguments{v.path}", v.keyword, v.message) for v in found]
+        return [replace(v, path=f"{where}/function/arguments{v.path}") for v in found]
 
     def _whole(self, choice: Mapping[str, Any]) -> bool:
         """Whether what a choice says is complete, though not as asked: a limit has cut nothing off then."""
@@ -102,15 +102,22 @@ def _is_choice(choice: dict[str, Any]) -> bool:
         return False
     calls = message.get("tool_calls") or []
     return isinstance(calls, list) and all(
-        isinstance(call, dict) and isinstance(call.get("function"), dict | None) for call in calls
+        isinstance(call, dict) and isinstance(call.get("function"), dict | None) and _is_function(call)
+        for call in calls
     )
+
+
+def _is_function(call: dict[str, Any]) -> bool:
+    function = call.get("function") or {}
+    return all(isinstance(function.get(key), str | None) for key in ("name", "arguments"))
 
 
 def text_of(choice: Mapping[str, Any]) -> str:
     """The text of a choice, whichever route it comes from."""
     content = choice["text"] if "text" in choice else (choice.get("message") or {}).get("content")
     if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+        texts = (part.get("text") for part in content if isinstance(part, dict))
+        return "".join(text for text in texts if isinstance(text, str))
     return content if isinstance(content, str) else "" if content is None else json.dumps(content)
 
 
@@ -119,7 +126,7 @@ def document_violations(text: str, checker: Checker, form: str = "json") -> list
     try:
         value = formats.parse(text, form, checker.schema)
     except strict_json.Malformed as error:
-        return [Violation("", error.violation, str(error))]
+        return [Violation("", error.violation, str(error), error.detail)]
     return checker.violations(value)
 
 
@@ -131,12 +138,13 @@ def extension_of(request: Mapping[str, Any]) -> Extension:
     if not isinstance(given, dict) or given.keys() - {"format", "schema", "live"}:
         raise SchemaError("'guard' has no keys but format, schema and live")
     form, live = given.get("format", "json"), given.get("live", False)
-    if form not in formats.PARSERS:
+    if not isinstance(form, str) or form not in formats.PARSERS:
         raise SchemaError(f"guard.format is one of {', '.join(formats.PARSERS)}")
     if not isinstance(live, bool):
         raise SchemaError("guard.live is true or false")
-    if form != "json" and (constraint := next((key for key in CONSTRAINTS if request.get(key)), None)):
-        raise SchemaError(f"guard.format {form} and {constraint} ask for two things")
+    asks = form != "json" or given.get("schema") is not None
+    if asks and (constraint := next((key for key in CONSTRAINTS if request.get(key)), None)):
+        raise SchemaError(f"guard and {constraint} ask for two things")
     return Extension(form, given.get("schema"), live)
 
 
@@ -172,10 +180,10 @@ def _schema(request: Mapping[str, Any], extension: Extension) -> Any | None:
     if extension.schema is not None or extension.form != "json":
         return True if extension.schema is None else extension.schema
     if isinstance(wanted, dict) and wanted.get("type") == "json_object":
-        return JSON_OBJECT
+        return wanted.get("schema") or JSON_OBJECT
     if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
         named = wanted.get("json_schema")
-        if not isinstance(named, dict) or "schema" not in named:
+        if not isinstance(named, dict) or named.get("schema") is None:
             raise SchemaError("response_format of type json_schema needs json_schema.schema")
         return named["schema"]
     if not isinstance(ours, dict):
@@ -201,6 +209,8 @@ def _other_check(request: Mapping[str, Any], compiled: Compile) -> Check | None:
     if isinstance(ours.get("regex"), str):
         try:
             pattern = compiled({"type": "string", "pattern": f"^(?:{ours['regex']})$"})
+        except TooCostly:
+            raise
         except SchemaError:
             return None  # a pattern of the engine's own kind is its alone
         return pattern.violations
@@ -218,6 +228,10 @@ def _tools(request: Mapping[str, Any], compiled: Compile) -> dict[str, Checker]:
     if not isinstance(tools, list) or request.get("tool_choice") == "none":
         return {}
     functions = [tool.get("function") for tool in tools if isinstance(tool, dict)]
+    choice = request.get("tool_choice")
+    if isinstance(choice, dict) and isinstance(choice.get("function"), dict):  # no other may be called
+        named = choice["function"].get("name")
+        functions = [function for function in functions if isinstance(function, dict) and function.get("name") == named]
     return {
         function["name"]: compiled(_parameters(function))
         for function in functions

@@ -271,7 +271,7 @@ async def _walk_routes(guard: Guarded) -> None:
         async with session.post("/v1/chat/completions", data=b"x" * 2000) as answer:
             assert answer.status == 413
         async with session.post("/v1/chat/completions", data=b"{not json") as answer:
-            assert answer.status == 500  # the upstream's own word
+            assert answer.status == 400 and (await answer.json())["error"]["code"] == "invalid_json"
         for method, path in (("GET", "/pause"), ("POST", "/v1/responses"), ("POST", "/v1/models"), ("POST", "/v1/x")):
             async with session.request(method, path) as answer:
                 assert answer.status == 404
@@ -333,19 +333,19 @@ def test_what_happens_is_counted_and_nothing_said_is_in_it(guarded: Start) -> No
     guard = guarded(completion('{"a": "secret"}'), GOOD)
     ask(guard, response_format=FORMAT)
     asyncio.run(_status(guard, "/v1/nowhere"))
-    counted = asyncio.run(_metrics(guard))
+    counted = asyncio.run(metrics_of(guard.url))
     assert 'guard_attempts_total{outcome="invalid"} 1.0' in counted
     assert 'guard_attempts_total{outcome="valid"} 1.0' in counted
     assert 'guard_violations_total{keyword="type"} 1.0' in counted
     assert 'guard_answers_total{route="/v1/chat/completions",status="200"} 1.0' in counted
     assert 'guard_answers_total{route="other",status="404"} 1.0' in counted
     assert "guard_added_seconds_count 1.0" in counted and "guard_upstream_seconds_count 2.0" in counted
-    assert "guard_in_flight 0.0" in counted
+    assert "guard_in_flight 1.0" in counted  # the one that asks
     assert "secret" not in counted and "Give me" not in counted
 
 
-async def _metrics(guard: Guarded) -> str:
-    async with aiohttp.ClientSession(guard.url) as session, session.get("/metrics") as answer:
+async def metrics_of(url: str) -> str:
+    async with aiohttp.ClientSession(url) as session, session.get("/metrics") as answer:
         return await answer.text()
 
 

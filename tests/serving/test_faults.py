@@ -121,7 +121,7 @@ def test_a_live_stream_ends_in_one_answer(rig: tuple[Guarded, FaultyUpstream], f
     began = time.monotonic()
     fields = {"response_format": FORMAT, "stream": True, "guard": {"live": True}}
     check(asyncio.run(asked(guard.url, fields)), True)
-    assert time.monotonic() - began < DEADLINE_S + 1 and upstream.asked == 1
+    assert time.monotonic() - began < DEADLINE_S + 1 and upstream.asked <= 2  # a 400 may be of the grammar
     assert settled(guard) <= 3
 
 

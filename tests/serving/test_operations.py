@@ -23,7 +23,7 @@ from serving.client import chat
 from serving.guard.tracing import Tracing
 from tests.serving.conftest import Guarded
 from tests.serving.processes import descendants
-from tests.serving.test_asgi import BAD, FORMAT, GOOD, USER, Start, ask, client
+from tests.serving.test_asgi import BAD, FORMAT, GOOD, USER, Start, ask, client, metrics_of
 from tests.serving.test_guard_command import COMMAND
 from tests.serving.upstream import Slow, Upstream, completion
 
@@ -173,7 +173,7 @@ def test_several_processes_share_the_port_and_their_counts() -> None:
             workers = [pid for pid in descendants(process.pid) if b"spawn_main" in _cmdline(pid)]
             assert len(workers) == 2
             for _ in range(4):  # whichever is asked, it knows of all
-                assert 'guard_attempts_total{outcome="valid"} 8.0' in asyncio.run(_text(f"{url}/metrics"))
+                assert 'guard_attempts_total{outcome="valid"} 8.0' in asyncio.run(metrics_of(url))
             os.kill(workers[0], signal.SIGKILL)  # one that dies is replaced, and the other answers meanwhile
             end = time.monotonic() + 30
             while time.monotonic() < end and workers[0] in descendants(process.pid):
@@ -189,11 +189,6 @@ def _cmdline(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-async def _text(url: str) -> str:
-    async with aiohttp.ClientSession() as session, session.get(url) as answer:
-        return await answer.text()
 
 
 def test_the_clients_retries_wait_as_they_are_told(guarded: Start) -> None:

@@ -140,6 +140,7 @@ def moderator(word: str) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            assert self.headers["content-type"] == "application/json"
             asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
             results = [
                 {"flagged": word in text, "categories": {"violence": word in text, "hate": False}}
