@@ -110,7 +110,7 @@ def test_nothing_of_an_answer_is_in_reports_metrics_or_errors(guarded: Start) ->
     schema = {"type": "object", "properties": {"ok": False}, "additionalProperties": {"type": "integer"}}
     (found,) = Checker(schema).violations({"ok": 1})
     assert found.keyword == "false"
-    closed = {"type": "object", "additionalProperties": False}
+    closed = {"type": "object", "properties": {"a": {}}, "additionalProperties": False}
     (found,) = Checker(closed).violations({SECRET: 1})
     assert SECRET not in found.message and SECRET in found.detail
     wanted = {"type": "json_schema", "json_schema": {"name": "s", "schema": closed}}
