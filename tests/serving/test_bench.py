@@ -119,25 +119,40 @@ def test_an_error_is_counted_as_one(guarded: Start) -> None:
     assert found.errors >= found.requests - 1 > 0
 
 
-def test_every_request_of_a_soak_ends_though_the_engine_is_killed(
-    tmp_path: Path,
-) -> None:
-    recipe, fused = tmp_path / "recipe.yaml", tmp_path / "out" / "fused"
+def run_before_a_fake_engine(folder: Path, module: str, *options: str) -> dict[str, Any]:
+    """The last line of a benchmark of which the engine is a fake one."""
+    recipe, fused = folder / "recipe.yaml", folder / "out" / "fused"
     text = Path("configs/demo.yaml").read_text(encoding="utf-8")
     recipe.write_text(re.sub("(?m)^output: .*", f"output: {fused.parent}", text), encoding="utf-8")
     fused.mkdir(parents=True)
     (fused / "config.json").write_text("{}")
-    path = fake_engine.install(tmp_path / "fake")
+    path = fake_engine.install(folder / "fake")
     environment = {
         **os.environ,
         "PYTHONPATH": f"{path}{os.pathsep}{Path.cwd()}",
-        "FAKE_ENGINE_PIDS": str(tmp_path / "pids"),
+        "FAKE_ENGINE_PIDS": str(folder / "pids"),
         "QWEN_FUSION_QUIET": "1",
     }
-    command = [sys.executable, "-m", "serving.bench.soak", str(recipe), "--minutes", "0.2", "--connections", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", module, str(recipe), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path.cwd())
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_validity_is_asked_in_every_way_and_counted(tmp_path: Path) -> None:
+    found = run_before_a_fake_engine(tmp_path, "serving.bench", "--part", "validity", "--requests", "5")
+    # the fake always says {"name": "Mia", "ok": true} where it is constrained, and 42 where it is not
+    for key in ("valid_after_ladder", "first_attempt_valid", "engine_alone_valid"):
+        assert 0 < found[key] < 0.3
+    assert found["valid_after_ladder"] >= found["engine_alone_valid"] == found["first_attempt_valid"]
+    assert found["valid_or_explicit"] == found["valid_after_ladder"]  # used-up attempts are no right refusal
+    assert 0 < found["retry_loop_valid"] < 0.3 and found["added_p50_ms"] is None
+
+
+def test_every_request_of_a_soak_ends_though_the_engine_is_killed(tmp_path: Path) -> None:
+    options = ("--minutes", "0.2", "--connections", "3")
+    found = run_before_a_fake_engine(tmp_path, "serving.bench.soak", *options)
     assert found["malformed"] == 0 and found["kills"] == 2 and None not in found["back_after_s"]
     assert found["outcomes"]["valid"] > 20 and set(found["outcomes"]) <= {"valid", "upstream_unavailable"}
     assert found["outcomes"]["upstream_unavailable"] >= 2 and sum(found["outcomes"].values()) == found["requests"]
