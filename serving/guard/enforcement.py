@@ -57,6 +57,13 @@ def _here(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "required", "without properties only {} is permitted"
     if isinstance(schema.get("format"), str) and schema["format"] not in FORMATS:
         yield "format", f"{schema['format']} is not known to the grammar"
+    if "propertyNames" in schema and schema.keys() & {"properties", "patternProperties", "unevaluatedProperties"}:
+        yield "propertyNames", "beside other keywords for properties makes vLLM refuse the schema"
+    patterns = schema.get("patternProperties")
+    if isinstance(patterns, dict) and (len(patterns) > 1 or "properties" in schema):
+        yield "patternProperties", "of more than one, or beside properties, makes vLLM refuse the schema"
+    if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1:
+        yield "allOf", "of more than one makes vLLM refuse the schema"
     lengths = schema.keys() & {"minLength", "maxLength"}
     if lengths and schema.keys() & {"pattern", "format"}:
         yield sorted(lengths)[0], "beside a pattern or a format"

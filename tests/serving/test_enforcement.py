@@ -32,6 +32,9 @@ def test_what_the_grammar_enforces_is_not_reported(schema: Any) -> None:
         ({"type": "string", "pattern": "a", "maxLength": 3}, "", "maxLength"),
         ({"$ref": "#", "minimum": 3}, "", "$ref"),
         ({"anyOf": [{}], "properties": {}}, "", "anyOf"),
+        ({"propertyNames": {}, "properties": {}}, "", "propertyNames"),
+        ({"patternProperties": {"a": {}, "b": {}}}, "", "patternProperties"),
+        ({"allOf": [{}, {}]}, "", "allOf"),
     ],
 )
 def test_what_it_does_not_is_found_wherever_it_stands(schema: Any, path: str, keyword: str) -> None:
