@@ -109,7 +109,7 @@ def test_a_checked_request_ends_in_one_answer(
     began = time.monotonic()
     check(asyncio.run(asked(guard.url, {"response_format": FORMAT, "stream": stream})), stream)
     assert time.monotonic() - began < DEADLINE_S + 1
-    assert upstream.asked <= 3
+    assert upstream.asked <= 4  # three attempts, and a 400 that was taken for the grammar's
     assert settled(guard) <= 3
 
 
