@@ -77,7 +77,7 @@ def run(recipe: Recipe, folder: Path | None, count: int) -> dict[str, Any]:
         cpu_kv_cache_bytes=max(recipe.serving.cpu_kv_cache_bytes, 2**30),
     )
     settings = GuardSettings("", Guarding(), Sampling(temperature=0.0, max_tokens=MAX_TOKENS), WINDOW)
-    with running_server(engine, settings) as server:
+    with running_server(engine, settings, log=recipe.folder / "logs" / "bench.log") as server:
         assert server.engine is not None
         ways = asyncio.run(_ask_all(server.url, server.engine.url, asked))
     _print(ways)
