@@ -93,7 +93,7 @@ def guard(settings: GuardSettings, host: str = "127.0.0.1", port: int = 8000) ->
         console.print(
             f"guarding {settings.upstream}{window} on {_address(host, listener)}/v1 (Ctrl-C ends it)", highlight=False
         )
-        _run_guard(settings, listener, lambda: True)
+        _run_guard(settings, listener)
 
 
 def _window(upstream: str) -> int | None:
@@ -202,8 +202,8 @@ def _config(settings: GuardSettings) -> uvicorn.Config:
     )
 
 
-def _run_guard(settings: GuardSettings, listener: socket.socket, alive: Callable[[], bool]) -> None:
-    """Runs the guard's processes until a signal, or until what they guard is not `alive` any more."""
+def _run_guard(settings: GuardSettings, listener: socket.socket, alive: Callable[[], bool] | None = None) -> None:
+    """Runs the guard's processes until a signal, or until what they guard is not `alive` any more (None: it may be)."""
     config = _config(settings)
     if config.workers == 1:
         server = uvicorn.Server(config)
@@ -218,8 +218,11 @@ def _run_guard(settings: GuardSettings, listener: socket.socket, alive: Callable
 
 
 @contextmanager
-def _watched(alive: Callable[[], bool], end: Callable[[], None]) -> Iterator[None]:
-    """Inside, `end` is called as soon as something is not `alive` any more."""
+def _watched(alive: Callable[[], bool] | None, end: Callable[[], None]) -> Iterator[None]:
+    """Inside, `end` is called as soon as something is not `alive` any more; without `alive` nothing is watched."""
+    if alive is None:
+        yield
+        return
     over = threading.Event()
 
     def watch() -> None:

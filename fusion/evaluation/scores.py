@@ -22,12 +22,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 from fusion.data import ChatExample
-from serving.guard import strict_json
-from serving.guard.formats import parse_yaml
+from serving.guard import formats, strict_json
 
 TEST_SECONDS = 10
 TEST_MEMORY_BYTES = 1 << 30
-FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)\n?```", re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -59,8 +57,8 @@ def exact_values(answer: str, example: ChatExample) -> float:
 
 def unfenced(answer: str) -> str:
     """The answer without the one code fence around all of it, if there is one."""
-    fenced = FENCE.fullmatch(answer.strip())
-    return (fenced[1] if fenced else answer).strip()
+    inner = formats.unfenced(answer.strip())
+    return (answer if inner is None else inner).strip()
 
 
 def same(found: Any, wanted: Any) -> bool:
@@ -83,7 +81,7 @@ def _json_equals(text: str, value: Any) -> bool:
 
 
 def _yaml_equals(text: str, value: Any) -> bool:
-    return same(parse_yaml(text), value)
+    return same(formats.parse_yaml(text), value)
 
 
 def _xml_equals(text: str, value: Any) -> bool:
@@ -132,7 +130,7 @@ def tests_passed(answer: str, example: ChatExample) -> float:
     is no sandbox against code that means harm.
     """
     tests = expected(example)
-    code = FENCE.search(answer)
+    code = formats.FENCE.search(answer)
     source = f"{code[1] if code else answer}\n\n{tests if isinstance(tests, str) else chr(10).join(tests)}\n"
     with tempfile.TemporaryDirectory() as folder:
         child = subprocess.Popen(

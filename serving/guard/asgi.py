@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -112,12 +113,10 @@ class _Guard:
             self._admit(exchange)
             async with asyncio.timeout_at(exchange.deadline):
                 body = await read_body(receive, self._settings.guard.max_body_bytes)
-            if self._tracing:
-                with self._tracing.span(f"guard {exchange.path}", exchange.headers) as span:
-                    await unless_gone(self._route(exchange, body), receive, exchange)
-                    span.set_attributes({"http.response.status_code": exchange.status, "attempts": exchange.attempts})
-            else:
+            with self._tracing.span(f"guard {exchange.path}", exchange.headers) as span:
                 await unless_gone(self._route(exchange, body), receive, exchange)
+                if span is not None:
+                    span.set_attributes({"http.response.status_code": exchange.status, "attempts": exchange.attempts})
         except ClientGone:
             exchange.status = 499
         except FAILURES as failure:
@@ -291,21 +290,15 @@ class _Guard:
         async with asyncio.timeout_at(exchange.deadline):
             while isinstance(step, Send):
                 sent = time.perf_counter()
-                if self._tracing:
-                    with self._tracing.span(f"attempt {len(ladder.attempts) + 1}"):
-                        reply = await self._upstream.ask(exchange.path, step.body, self._tracing.inject(headers))
-                else:
-                    reply = await self._upstream.ask(exchange.path, step.body, headers)
+                with self._tracing.span(f"attempt {len(ladder.attempts) + 1}"):
+                    reply = await self._upstream.ask(exchange.path, step.body, self._tracing.inject(headers))
                 spent = time.perf_counter() - sent
                 away += spent
                 self._metrics.upstream.observe(spent)
                 if reply.status == 200:
                     large = len(reply.content) > (SLOW_FORM_BYTES if slow else LARGE_ANSWER_BYTES)
-                    step = (
-                        await asyncio.to_thread(_judged, ladder, reply.content)
-                        if large
-                        else _judged(ladder, reply.content)
-                    )
+                    judged = partial(_judged, ladder, reply.content)
+                    step = await asyncio.to_thread(judged) if large else judged()
                     self._note(exchange, ladder.attempts[-1]["errors"])
                     continue
                 self._metrics.attempt(f"status {reply.status}")
@@ -348,7 +341,7 @@ class _Guard:
             if not exchange.started:
                 raise
             last = error_events(encoded(refusal_of(failure).body()))
-        self._note(exchange, [{"keyword": violation.keyword} for violation in check.violations])
+        self._note(exchange, [violation.told(0) for violation in check.violations])
         await exchange.send(last)
 
     async def _pass_live(self, exchange: Exchange, check: LiveCheck, stream: aiohttp.StreamReader) -> None:

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from serving.guard.pointer import pointed
+
 LEVELS = 32  # of a value that are looked at; what doubles with every level is far over any limit by then
 EVERY = "*"  # a child's name that stands for all
 LISTS, SINGLE, NAMED = ("allOf", "anyOf", "oneOf"), ("not", "if", "then", "else"), ("dependentSchemas", "dependencies")
@@ -60,20 +62,9 @@ class _Count:
                 pending += value
 
     def _resolve(self, reference: Any) -> Any:
-        if not isinstance(reference, str) or not reference.startswith("#"):
-            return None  # embedded by $id, or refused when it is compiled
-        if reference[1:] in self._anchors:
+        if isinstance(reference, str) and reference.startswith("#") and reference[1:] in self._anchors:
             return self._anchors[reference[1:]]
-        found = self._root
-        for part in reference[1:].split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, dict):
-                found = found.get(name)
-            elif isinstance(found, list) and name.isdecimal() and len(name) < 10 and int(name) < len(found):
-                found = found[int(name)]
-            else:
-                return None
-        return found
+        return pointed(reference, self._root)  # None: embedded by $id, or refused when it is compiled
 
     def _in_place(self, node: dict[str, Any]) -> Iterator[Any]:
         """The subschemas that apply to the same place as `node`."""

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from serving.guard.pointer import escaped
+
 IGNORED = ("not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems")
 NUMBERS, ARRAYS = ("multipleOf",), ("uniqueItems", "contains", "minContains", "maxContains")
 FORMATS = {
@@ -73,9 +75,7 @@ def _within(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for keyword in SCHEMAS_BY_NAME:
         parts = schema.get(keyword)
         if isinstance(parts, dict):
-            yield from (
-                (f"{keyword}/{name.replace('~', '~0').replace('/', '~1')}", part) for name, part in parts.items()
-            )
+            yield from ((f"{keyword}/{escaped(name)}", part) for name, part in parts.items())
     for keyword in SCHEMAS:
         yield keyword, schema.get(keyword)
     for keyword in LISTS:

@@ -17,10 +17,11 @@ import yaml
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from serving.guard.strict_json import MAX_DEPTH, WHITESPACE, Malformed, to_float, to_integer
+from serving.guard.pointer import pointed
+from serving.guard.strict_json import MAX_DEPTH, WHITESPACE, Malformed, begun, to_float, to_integer
 from serving.guard.strict_json import parse as parse_json
 
-_FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)\n?```", re.DOTALL)
+FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)\n?```", re.DOTALL)
 _NUMBERS = {
     "integer": re.compile(r"[-+]?[0-9]{1,4000}"),
     "number": re.compile(r"[-+]?[0-9]{1,4000}(\.[0-9]{1,4000})?([eE][-+]?[0-9]{1,4})?"),
@@ -34,14 +35,14 @@ def parse(text: str, form: str, schema: Any = True) -> Any:
 
 def unfenced(text: str) -> str | None:
     """The one code fence that is the whole of a text, without its marks; None where it is not one."""
-    match = _FENCE.fullmatch(text.strip(WHITESPACE))
+    match = FENCE.fullmatch(text.strip(WHITESPACE))
     return match[1] if match else None
 
 
 def parse_yaml(text: str) -> Any:
     """The value of one YAML document. Raises Malformed: empty, byte_order_mark, too_deep, duplicate_key, key_not_text,
     alias, tag, number_overflow, number_too_long, syntax."""
-    _check_start(text)
+    begun(text)
     try:
         value = yaml.load(text, Loader=_CoreLoader)
     except yaml.MarkedYAMLError as error:
@@ -56,21 +57,14 @@ def parse_yaml(text: str) -> Any:
 def parse_xml(text: str, schema: Any = True) -> Any:
     """The value of one XML element under a schema. Raises Malformed: empty, byte_order_mark, too_deep, document_type,
     attribute, mixed_content, duplicate_key, number_overflow, syntax."""
-    _check_start(text)
+    document = begun(text)
     try:
-        root = fromstring(text.strip(WHITESPACE), forbid_dtd=True)
+        root = fromstring(document, forbid_dtd=True)
     except DefusedXmlException:
         raise Malformed("document_type", "a document type or an entity of its own is not permitted") from None
     except (ElementTree.ParseError, ValueError) as error:
         raise Malformed("syntax", str(error)) from None
     return _value(root, schema, schema, 1)
-
-
-def _check_start(text: str) -> None:
-    if text.startswith("\ufeff"):
-        raise Malformed("byte_order_mark", "the text starts with a byte order mark")
-    if not text.strip(WHITESPACE):
-        raise Malformed("empty", "the text is empty")
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -160,17 +154,10 @@ def _alternatives(schema: Any, root: Any, seen: tuple[int, ...] = ()) -> Iterato
     yield schema
     within = (*seen, id(schema))
     if isinstance(schema.get("$ref"), str):
-        yield from _alternatives(_resolved(schema["$ref"], root), root, within)
+        yield from _alternatives(pointed(schema["$ref"], root), root, within)
     for keyword in ("anyOf", "oneOf", "allOf"):
         for part in schema.get(keyword) or ():
             yield from _alternatives(part, root, within)
-
-
-def _resolved(reference: str, root: Any) -> Any:
-    found = root
-    for part in reference.partition("#")[2].split("/")[1:]:
-        found = found.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None
-    return found if reference.startswith("#") else None
 
 
 def _types(schema: dict[str, Any]) -> set[str]:

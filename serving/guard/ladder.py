@@ -253,11 +253,7 @@ class Ladder:
         return bare
 
     def _attempt(self, failures: list[tuple[dict[str, Any], list[Violation]]], usage: Any) -> dict[str, Any]:
-        errors = [
-            {"choice": choice.get("index", 0), "path": found.path, "keyword": found.keyword, "message": found.message}
-            for choice, violations in failures
-            for found in violations
-        ]
+        errors = [found.told(choice.get("index", 0)) for choice, violations in failures for found in violations]
         number = len(self.attempts) + 1
         return {"attempt": number, "constrained": self._grammar, "errors": errors, "usage": usage}
 

@@ -107,7 +107,6 @@ class LiveCheck:
         self.violations = self._wanted.violations({"message": message, "finish_reason": self._finish})
 
     def _error(self) -> dict[str, Any]:
-        errors = [{"choice": 0, "path": v.path, "keyword": v.keyword, "message": v.message} for v in self.violations]
         truncated = self.violations[0].keyword == "output_truncated"
         return {
             "error": {
@@ -115,7 +114,7 @@ class LiveCheck:
                 "type": "invalid_structured_output",
                 "param": None,
                 "code": "output_truncated" if truncated else "json_guard_live",
-                "attempts": [{"attempt": 1, "errors": errors}],
+                "attempts": [{"attempt": 1, "errors": [found.told(0) for found in self.violations]}],
             }
         }
 
@@ -134,7 +133,6 @@ class JsonAlong:
     def __init__(self, path: str = "") -> None:
         self._path = path
         self._keys: list[set[str]] = []
-        self._levels = 0
         events = self._events()
         next(events)
         self._parser = ijson.basic_parse_coro(events)

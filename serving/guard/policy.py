@@ -86,9 +86,7 @@ def refused_anywhere(request: Mapping[str, Any], censor: Censor) -> None:
 
 def request_texts(request: Mapping[str, Any]) -> list[str]:
     """What a request says: its messages' and prompts' texts."""
-    texts: list[str] = []
-    _rewritten_request(request, lambda text: texts.append(text) or text, lambda text: texts.append(text) or text)  # type: ignore[func-returns-value]
-    return texts
+    return _gathered(_rewritten_request, [request])
 
 
 def redacted_request(request: dict[str, Any], censor: Censor, found: dict[str, int]) -> dict[str, Any]:
@@ -114,13 +112,25 @@ def redacted_answer(answer: dict[str, Any], censor: Censor, is_json: bool, found
 
 def answer_texts(answer: Mapping[str, Any]) -> list[str]:
     """What an answer says: its choices' texts and tool calls."""
-    texts: list[str] = []
-    for choice in answer["choices"]:
-        _rewritten_choice(choice, lambda text: texts.append(text) or text, lambda text: texts.append(text) or text)  # type: ignore[func-returns-value]
-    return texts
+    return _gathered(_rewritten_choice, answer["choices"])
 
 
 Rewrite = Callable[[str], str]
+
+
+def _gathered(
+    rewritten: Callable[[Mapping[str, Any], Rewrite, Rewrite], Any], values: Iterable[Mapping[str, Any]]
+) -> list[str]:
+    """All texts that a rewriting of `values` comes by."""
+    texts: list[str] = []
+
+    def keep(text: str) -> str:
+        texts.append(text)
+        return text
+
+    for value in values:
+        rewritten(value, keep, keep)
+    return texts
 
 
 def _rewritten_request(request: Mapping[str, Any], text: Rewrite, document: Rewrite) -> dict[str, Any]:
@@ -166,9 +176,9 @@ def _rewritten_message(message: dict[str, Any], text: Rewrite, document: Rewrite
 
 
 def _rewritten_part(part: Any, text: Rewrite) -> Any:
-    return (
-        {**part, "text": text(part["text"])} if isinstance(part, dict) and isinstance(part.get("text"), str) else part
-    )
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        return part
+    return {**part, "text": text(part["text"])}
 
 
 def _rewritten_call(call: Any, document: Rewrite) -> Any:

@@ -17,6 +17,7 @@ import jsonschema_rs
 from serving.guard.bodies import encoded
 from serving.guard.cost import evaluations
 from serving.guard.enforcement import Unenforced, unenforced
+from serving.guard.pointer import escaped
 
 MAX_SCHEMA_BYTES = 256 * 1024
 MAX_SCHEMA_DEPTH = 64
@@ -60,6 +61,10 @@ class Violation:
     keyword: str
     message: str
     detail: str = ""
+
+    def told(self, choice: int) -> dict[str, Any]:
+        """As a report has it, of a choice by its index."""
+        return {"choice": choice, "path": self.path, "keyword": self.keyword, "message": self.message}
 
 
 def _refuse(uri: str) -> Any:
@@ -203,11 +208,6 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
 
 def _pointer(path: list[str | int]) -> str:
     return "".join("/" + escaped(str(part)) for part in path)
-
-
-def escaped(part: str) -> str:
-    """One part of a JSON pointer (RFC 6901)."""
-    return part.replace("~", "~0").replace("/", "~1")
 
 
 def _depth(value: Any) -> int:

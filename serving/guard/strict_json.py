@@ -39,11 +39,7 @@ def parse(text: str, max_depth: int = MAX_DEPTH) -> Any:
 
     Raises Malformed, whose `violation` names what is wrong.
     """
-    if text.startswith("\ufeff"):
-        raise Malformed("byte_order_mark", "the text starts with a byte order mark")
-    text = text.strip(WHITESPACE)
-    if not text:
-        raise Malformed("empty", "the text is empty")
+    text = begun(text)
     if text.count("[") + text.count("{") > max_depth:
         _check_depth(text, max_depth)
     try:
@@ -59,6 +55,16 @@ def parse(text: str, max_depth: int = MAX_DEPTH) -> Any:
     except UnicodeEncodeError:
         raise Malformed("lone_surrogate", "a string holds a lone surrogate") from None
     return value
+
+
+def begun(text: str) -> str:
+    """A text without white space around it. Raises Malformed: empty, byte_order_mark."""
+    if text.startswith("\ufeff"):
+        raise Malformed("byte_order_mark", "the text starts with a byte order mark")
+    text = text.strip(WHITESPACE)
+    if not text:
+        raise Malformed("empty", "the text is empty")
+    return text
 
 
 def unwrapped(text: str) -> str | None:

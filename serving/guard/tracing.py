@@ -6,8 +6,8 @@ A client's traceparent is the parent of its request; an attempt's goes to the en
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -21,21 +21,16 @@ class Tracing:
             provider = _provider()
         self._tracer = provider.get_tracer("qwen-fusion.guard") if provider is not None else None
 
-    def __bool__(self) -> bool:
-        return self._tracer is not None
-
-    @contextmanager
-    def span(self, name: str, headers: Mapping[bytes, bytes] | None = None) -> Iterator[Any]:
-        """A span for the length of a block, below the traceparent in `headers` where there is one; None without one."""
+    def span(self, name: str, headers: Mapping[bytes, bytes] | None = None) -> AbstractContextManager[Any]:
+        """A span for the length of a block, below the traceparent in `headers` where there is one; None where no spans
+        are made."""
         if self._tracer is None:
-            yield None
-            return
+            return nullcontext()
         from opentelemetry.propagate import extract
 
         carrier = {key.decode("latin-1"): value.decode("latin-1") for key, value in (headers or {}).items()}
         context = extract(carrier) if headers is not None else None
-        with self._tracer.start_as_current_span(name, context=context) as span:
-            yield span
+        return self._tracer.start_as_current_span(name, context=context)
 
     def inject(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """The headers with the current span as traceparent."""

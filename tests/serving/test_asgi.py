@@ -3,7 +3,8 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
@@ -315,17 +316,23 @@ async def _status(guard: Guarded, path: str, **headers: str) -> int:
         return answer.status
 
 
-def test_too_many_at_a_time_are_told_to_come_back(guarded: Start) -> None:
-    guard = guarded(Slow(1.0, GOOD), GOOD, max_in_flight=1)
+@contextmanager
+def one_under_way(guard: Guarded) -> Iterator[None]:
+    """Inside, a request waits for the engine's answer."""
     waiting = threading.Thread(target=ask, args=(guard,))
     waiting.start()
-    while not guard.upstream.requests:
-        time.sleep(0.01)
-    with pytest.raises(openai.InternalServerError) as caught:
-        client(guard).with_options(max_retries=0).chat.completions.create(model="m", messages=USER)  # type: ignore[call-overload]
-    assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "1")
-    assert asyncio.run(_status(guard, "/health")) == 200
+    guard.upstream.wait_until_asked()
+    yield
     waiting.join()
+
+
+def test_too_many_at_a_time_are_told_to_come_back(guarded: Start) -> None:
+    guard = guarded(Slow(1.0, GOOD), GOOD, max_in_flight=1)
+    with one_under_way(guard):
+        with pytest.raises(openai.InternalServerError) as caught:
+            client(guard).with_options(max_retries=0).chat.completions.create(model="m", messages=USER)  # type: ignore[call-overload]
+        assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "1")
+        assert asyncio.run(_status(guard, "/health")) == 200
     assert ask(guard).choices[0].message.content == '{"a": 1}'
 
 

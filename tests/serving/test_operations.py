@@ -23,7 +23,7 @@ from serving.client import chat
 from serving.guard.tracing import Tracing
 from tests.serving.conftest import Guarded
 from tests.serving.processes import descendants
-from tests.serving.test_asgi import BAD, FORMAT, GOOD, USER, Start, ask, client, metrics_of
+from tests.serving.test_asgi import BAD, FORMAT, GOOD, USER, Start, ask, client, metrics_of, one_under_way
 from tests.serving.test_guard_command import COMMAND
 from tests.serving.upstream import Slow, Upstream, completion
 
@@ -123,8 +123,7 @@ def test_requests_under_way_end_before_the_guard_does() -> None:
             target=lambda: answers.append(chat(url, "m", USER, response_format=FORMAT).text), daemon=True
         )
         waiting.start()
-        while not upstream.requests:
-            time.sleep(0.01)
+        upstream.wait_until_asked()
         process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         with pytest.raises(OSError):  # nothing new is taken
@@ -138,8 +137,7 @@ def test_what_does_not_end_in_time_is_cut_off() -> None:
         process, url = started(upstream, "drain_s=1")
         waiting = threading.Thread(target=lambda: _quietly(url), daemon=True)
         waiting.start()
-        while not upstream.requests:
-            time.sleep(0.01)
+        upstream.wait_until_asked()
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0 and time.monotonic() - began < 5
@@ -193,11 +191,7 @@ def _cmdline(pid: int) -> bytes:
 
 def test_the_clients_retries_wait_as_they_are_told(guarded: Start) -> None:
     guard = guarded(Slow(0.6, GOOD), GOOD, max_in_flight=1)
-    waiting = threading.Thread(target=ask, args=(guard,))
-    waiting.start()
-    while not guard.upstream.requests:
-        time.sleep(0.01)
-    began = time.monotonic()
-    assert client(guard).chat.completions.create(model="m", messages=USER).choices  # type: ignore[call-overload]
-    assert time.monotonic() - began >= 0.9
-    waiting.join()
+    with one_under_way(guard):
+        began = time.monotonic()
+        assert client(guard).chat.completions.create(model="m", messages=USER).choices  # type: ignore[call-overload]
+        assert time.monotonic() - began >= 0.9

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
@@ -68,6 +69,11 @@ class Upstream:
         self._call(self._runner.cleanup)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+    def wait_until_asked(self) -> None:
+        """Returns as soon as a request has come."""
+        while not self.requests:
+            time.sleep(0.01)
 
     def _call(self, make: Callable[[], Any]) -> None:
         asyncio.run_coroutine_threadsafe(make(), self._loop).result(10)

@@ -1,0 +1,27 @@
+"""JSON pointers (RFC 6901): a part written, a reference within a document followed.
+
+python -c "from serving.guard.pointer import pointed; print(pointed('#/a/0', {'a': [1]}))"
+"""
+
+from typing import Any
+
+
+def escaped(part: str) -> str:
+    """One part of a pointer."""
+    return part.replace("~", "~0").replace("/", "~1")
+
+
+def pointed(reference: Any, root: Any) -> Any:
+    """What a reference `#/...` points to within `root`; None where it points elsewhere, or to nothing."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return None
+    found = root
+    for part in reference[1:].split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict):
+            found = found.get(name)
+        elif isinstance(found, list) and name.isdecimal() and len(name) < 10 and int(name) < len(found):
+            found = found[int(name)]
+        else:
+            return None
+    return found
