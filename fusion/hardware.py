@@ -7,14 +7,7 @@ from pathlib import Path
 
 import torch
 
-
-def cpu_has_bfloat16() -> bool:
-    """True where the CPU multiplies bfloat16 matrices natively; elsewhere it is several times slower than float32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+from fusion.cpu import cpu_has_bfloat16
 
 
 def compute_dtype() -> torch.dtype:

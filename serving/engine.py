@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fusion.cpu import cpu_has_bfloat16
 from fusion.errors import UserError
 from fusion.progress import console, quiet
 
@@ -36,10 +37,11 @@ _NOT_THE_CAUSE = ("See root cause above", "See stack trace for root cause")
 class EngineSettings:
     """What vLLM serves and how.
 
-    `yarn_factor` stretches the model's positions by that factor. `cpu_kv_cache_bytes` is used on CPU, where a share
-    of all memory would be asked for per worker; `gpu_memory_utilization` on GPU. `compact_json` writes constrained JSON
-    without any white space, so that no model can fill its budget with spaces; experts trained on another style answer
-    better without it.
+    `dtype` `auto` is the checkpoint's, and float32 on a CPU that would have to emulate bfloat16, which takes several
+    times as long. `yarn_factor` stretches the model's positions by that factor. `cpu_kv_cache_bytes` is used on CPU,
+    where a share of all memory would be asked for per worker; `gpu_memory_utilization` on GPU. `compact_json` writes
+    constrained JSON without any white space, so that no model can fill its budget with spaces; experts trained on
+    another style answer better without it.
     """
 
     model: str
@@ -57,10 +59,12 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The GPUs vLLM can use (0: it runs on the CPU) and the ids of the CPU cores of this process."""
+    """The GPUs vLLM can use (0: it runs on the CPU), the ids of the CPU cores of this process, and whether what it runs
+    on multiplies bfloat16."""
 
     gpus: int
     cores: tuple[int, ...]
+    bfloat16: bool = True
 
 
 def detect_hardware() -> Hardware:
@@ -69,7 +73,7 @@ def detect_hardware() -> Hardware:
     try:
         version("vllm")
     except PackageNotFoundError:
-        return Hardware(0, cores)
+        return Hardware(0, cores, cpu_has_bfloat16())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return Hardware(len([device for device in visible.split(",") if device.strip() not in ("", "-1")]), cores)
@@ -87,7 +91,7 @@ def engine_arguments(settings: EngineSettings, hardware: Hardware, port: int) ->
         f"--served-model-name={settings.served_name}",
         "--host=127.0.0.1",
         f"--port={port}",
-        f"--dtype={settings.dtype}",
+        f"--dtype={'float32' if settings.dtype == 'auto' and not hardware.bfloat16 else settings.dtype}",
         f"--tensor-parallel-size={settings.tensor_parallel_size}",
         "--enable-auto-tool-choice",
         "--tool-call-parser=hermes",

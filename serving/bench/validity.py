@@ -7,12 +7,16 @@
 - nothing: one attempt, nothing constrained
 
 Every way gets the same prompts, which state the schema, at temperature 0. A request ends in a valid answer, in an
-explicit refusal (422: truncated, or the attempts are used up), or in one that is wrong and does not say so.
+explicit refusal (422: truncated, or the attempts are used up), or in one that is wrong and does not say so. The ways
+of one request are asked one after another, so that the engine reads its prompt once. Every outcome is written down as
+it comes (`logs/validity.jsonl` beside the recipe's run); a run that was interrupted goes on from there.
 """
 
 import asyncio
+import hashlib
+import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ from serving.guard.settings import GuardSettings
 from serving.guard.wanted import document_violations
 from serving.serve import running_server
 
-AT_ONCE = 12
+AT_ONCE = 48
 MAX_TOKENS = 256
 WINDOW = 4096
 REPAIR = "Fix the following JSON errors:\n{errors}"
@@ -77,9 +81,11 @@ def run(recipe: Recipe, folder: Path | None, count: int) -> dict[str, Any]:
         cpu_kv_cache_bytes=max(recipe.serving.cpu_kv_cache_bytes, 2**30),
     )
     settings = GuardSettings("", Guarding(), Sampling(temperature=0.0, max_tokens=MAX_TOKENS), WINDOW)
+    kept = Kept(recipe.folder / "logs" / "validity.jsonl", model, recipe.serving.dtype)
     with running_server(engine, settings, log=recipe.folder / "logs" / "bench.log") as server:
         assert server.engine is not None
-        ways = asyncio.run(_ask_all(server.url, server.engine.url, asked))
+        ways = asyncio.run(_ask_all(server.url, server.engine.url, asked, kept))
+    kept.path.unlink()
     _print(ways)
     guard, alone, retried, _ = ways
     explicit = [one.valid or one.refused in RIGHT_REFUSALS for one in guard.outcomes]
@@ -101,25 +107,56 @@ def served_model(recipe: Recipe) -> str:
     return str(anchor_source(recipe).folder)
 
 
-async def _ask_all(guard: str, engine: str, asked: list[Call]) -> list[Way]:
+class Kept:
+    """The outcomes of a run that may be interrupted, a line each; those of another model or request are not found."""
+
+    def __init__(self, path: Path, model: str, dtype: str) -> None:
+        self.path = path
+        stat = (Path(model) / "config.json").stat()
+        self._model = [str(Path(model).resolve()), stat.st_mtime_ns, dtype, MAX_TOKENS, WINDOW]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]  # the last line may have been cut off
+        path.write_text(whole, encoding="utf-8")
+        self._outcomes = {key: Outcome(**outcome) for key, outcome in map(json.loads, whole.splitlines())}
+
+    def key(self, way: str, call: Call) -> str:
+        """What an outcome is found by."""
+        return hashlib.sha256(json.dumps([self._model, way, astuple(call)]).encode()).hexdigest()
+
+    def get(self, key: str) -> Outcome | None:
+        """The outcome of an earlier run."""
+        return self._outcomes.get(key)
+
+    def add(self, key: str, outcome: Outcome) -> None:
+        """Writes it down at once."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([key, asdict(outcome)]) + "\n")
+
+
+async def _ask_all(guard: str, engine: str, asked: list[Call], kept: Kept) -> list[Way]:
     checkers = CheckerCache(len(asked))
     gate = asyncio.Semaphore(AT_ONCE)
-    ways = [Way("guard"), Way("engine alone"), Way("retry loop"), Way("nothing")]
+    asks = {"guard": _guarded, "engine alone": _constrained, "retry loop": _retried, "nothing": _once}
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         with progress_bar() as bar:
-            for way, one in zip(ways, (_guarded, _constrained, _retried, _once), strict=True):
-                task = bar.add_task(way.name, total=len(asked), unit="requests")
-                url = guard if one is _guarded else engine
+            task = bar.add_task("structured answers", total=len(asked) * len(asks), unit="requests")
 
-                async def ask(call: Call, one: Any = one, url: str = url, task: Any = task) -> Outcome:
-                    async with gate:
-                        outcome: Outcome = await one(session, url, call, checkers)
-                    bar.advance(task)
-                    return outcome
+            async def ask(call: Call) -> list[Outcome]:
+                outcomes = []
+                async with gate:
+                    for way, one in asks.items():
+                        key = kept.key(way, call)
+                        if (outcome := kept.get(key)) is None:
+                            outcome = await one(session, guard if way == "guard" else engine, call, checkers)
+                            kept.add(key, outcome)
+                        outcomes.append(outcome)
+                        bar.advance(task)
+                return outcomes
 
-                way.outcomes = list(await asyncio.gather(*map(ask, asked)))
-    return ways
+            rows = await asyncio.gather(*map(ask, asked))
+    return [Way(name, list(outcomes)) for name, outcomes in zip(asks, zip(*rows, strict=True), strict=True)]
 
 
 async def _post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:

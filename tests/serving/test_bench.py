@@ -15,6 +15,7 @@ from fusion.errors import UserError
 from serving.bench.calls import Call, calls, hard_calls, normalised
 from serving.bench.load import measure
 from serving.bench.stub import DOCUMENT, SCHEMA
+from serving.bench.validity import Kept, Outcome
 from serving.guard.schema import Checker
 from tests.serving import fake_engine
 from tests.serving.test_asgi import Start
@@ -148,6 +149,21 @@ def test_validity_is_asked_in_every_way_and_counted(tmp_path: Path) -> None:
     assert found["valid_after_ladder"] >= found["engine_alone_valid"] == found["first_attempt_valid"]
     assert found["valid_or_explicit"] == found["valid_after_ladder"]  # used-up attempts are no right refusal
     assert 0 < found["retry_loop_valid"] < 0.3 and found["added_p50_ms"] is None
+
+
+def test_outcomes_of_an_interrupted_run_are_found_again(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    path, call = tmp_path / "logs" / "validity.jsonl", Call("How many?", {"type": "integer"})
+    kept = Kept(path, str(tmp_path), "auto")
+    kept.add(kept.key("guard", call), Outcome(False, attempts=3, refused="output_truncated"))
+    kept.add(kept.key("nothing", call), Outcome(True))
+    path.write_text(path.read_text()[:-9])  # killed while it wrote
+    again = Kept(path, str(tmp_path), "auto")
+    assert again.get(again.key("guard", call)) == Outcome(False, attempts=3, refused="output_truncated")
+    assert again.get(again.key("nothing", call)) is None
+    assert again.get(again.key("guard", Call("How much?", call.schema))) is None
+    other = Kept(path, str(tmp_path), "float32")
+    assert other.get(other.key("guard", call)) is None
 
 
 def test_every_request_of_a_soak_ends_though_the_engine_is_killed(tmp_path: Path) -> None:

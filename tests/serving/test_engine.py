@@ -57,6 +57,14 @@ def test_arguments_on_a_cpu(model: Path) -> None:
     assert engine_environment(settings, CPU)["VLLM_CPU_OMP_THREADS_BIND"] == "0|1"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "native", "given"), [("auto", False, "float32"), ("auto", True, "auto"), ("bfloat16", False, "bfloat16")]
+)
+def test_a_cpu_does_not_emulate_bfloat16_unless_told_to(model: Path, dtype: str, native: bool, given: str) -> None:
+    arguments = engine_arguments(EngineSettings(str(model), "m", dtype=dtype), Hardware(0, (0, 1), native), 9000)
+    assert f"--dtype={given}" in arguments
+
+
 def test_arguments_on_gpus(model: Path) -> None:
     arguments = engine_arguments(EngineSettings(str(model), "m", tensor_parallel_size=2), Hardware(2, (0, 1)), 9000)
     assert "--gpu-memory-utilization=0.9" in arguments
