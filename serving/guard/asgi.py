@@ -33,7 +33,7 @@ from serving.guard.exchange import (
     unless_gone,
 )
 from serving.guard.keys import Keys
-from serving.guard.ladder import Done, Exhausted, Ladder, Limits, Send, ladder_for
+from serving.guard.ladder import Done, Exhausted, Ladder, Limits, Send, ladder_for, token_count
 from serving.guard.live import LiveCheck
 from serving.guard.metrics import Metrics
 from serving.guard.openapi import DESCRIPTION
@@ -54,7 +54,7 @@ OPEN = ("/health", "/ready")  # without a key, however many requests are under w
 CHAT, COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
 COUNTED = (*OPEN, "/metrics", "/openapi.json", CHAT, COMPLETIONS, MODELS)
 NUMBERS = ("n", "max_tokens", "max_completion_tokens", "temperature", "seed")
-ATTEMPTS_HEADER = b"x-qwen-fusion-attempts"
+ATTEMPTS_HEADER, BREAKDOWN_HEADER = b"x-qwen-fusion-attempts", b"x-qwen-fusion-attempt-breakdown"
 LARGE_ANSWER_BYTES = 256 * 1024  # one that is judged aside, so that others do not wait for it
 SLOW_FORM_BYTES = 4 * 1024  # the same of YAML
 
@@ -278,7 +278,8 @@ class _Guard:
             error = refusal_of(failure)
             if not ladder.attempts:
                 raise error from None
-            error.headers = (*(pair for pair in error.headers if pair[0] != NO_RETRY[0]), NO_RETRY)
+            kept = (pair for pair in error.headers if pair[0] != NO_RETRY[0])
+            error.headers = (*kept, NO_RETRY, *_attempt_headers(ladder.attempts))
             error.more = self._policy.report({"attempts": ladder.attempts, "usage": ladder.usage})
             raise error from None
 
@@ -304,14 +305,16 @@ class _Guard:
                 self._metrics.attempt(f"status {reply.status}")
                 bare = ladder.refuse() if reply.status == 400 and step.constrained else None
                 if bare is None:
-                    again = (NO_RETRY,) if ladder.attempts else ()  # attempts have been made, and are not to be again
-                    return _Answer(reply.status, reply.content, (*reply.headers, *again))
+                    if not ladder.attempts:
+                        return _Answer(reply.status, reply.content, tuple(reply.headers))
+                    made = (NO_RETRY, *_attempt_headers(ladder.attempts))  # and not to be made again
+                    return _Answer(reply.status, reply.content, (*reply.headers, *made))
                 step = bare
             if isinstance(step, Done) and self._policy.reads_output:
                 answer = await self._policy.release(self._upstream.session, step.answer, ladder.wanted, redacted)
                 step = Done(answer, step.attempts)
         self._metrics.added.observe(time.perf_counter() - began - away)
-        kept = (JSON_TYPE, (ATTEMPTS_HEADER, str(step.attempts).encode()))
+        kept = (JSON_TYPE, *_attempt_headers(ladder.attempts))
         if isinstance(step, Exhausted):
             error = {"error": self._policy.report(step.error["error"])}
             return _Answer(422, error, (*kept, NO_RETRY))
@@ -362,6 +365,18 @@ class _Guard:
         for error in errors:
             self._metrics.violation(error["keyword"])
             exchange.violations.append(error["keyword"])
+
+
+def _attempt_headers(attempts: list[dict[str, Any]]) -> tuple[Header, Header]:
+    """How many attempts there were, and of each its errors and tokens: a list with parameters (RFC 9651)."""
+    told = []
+    for made in attempts:
+        part = f"{made['attempt']};errors={len(made['errors'])}"
+        for key in ("prompt_tokens", "completion_tokens"):
+            if count := token_count(made["usage"], key):
+                part += f";{key}={count}"
+        told.append(part)
+    return (ATTEMPTS_HEADER, str(len(attempts)).encode()), (BREAKDOWN_HEADER, ", ".join(told).encode())
 
 
 def _judged(ladder: Ladder, content: bytes) -> Send | Done | Exhausted:

@@ -215,7 +215,7 @@ class Ladder:
             limit = self._limits.budget
             spent = _budget(body)
             if not spent and "messages" not in body:  # an engine gives a completion without max_tokens a few
-                spent = max(_tokens(self.attempts[-1]["usage"], "completion_tokens"), FEW_TOKENS)
+                spent = max(token_count(self.attempts[-1]["usage"], "completion_tokens"), FEW_TOKENS)
             if limit is not None and 0 < spent < limit:
                 self._request["max_tokens"] = min(2 * spent, limit)
                 return {**body, "max_tokens": self._request["max_tokens"]}
@@ -227,7 +227,7 @@ class Ladder:
             body["seed"] = (body.get("seed") or 0) + len(self.attempts)
         self._failed_texts.add(text)
         if "messages" in body and self._room(0):
-            answered = _tokens(self.attempts[-1]["usage"], "completion_tokens")
+            answered = token_count(self.attempts[-1]["usage"], "completion_tokens")
             form = self.wanted.form if self.wanted.schema is not None or self.wanted.tools else ""
             quoted = _fenced(text if self._room(answered) else "...", form)
             kind = f" {form.upper()} " if form else " "
@@ -238,7 +238,7 @@ class Ladder:
     def _room(self, quoted: int) -> bool:
         """Whether the window holds the prompt, a repair message with `quoted` tokens in it, and an answer as long."""
         usage = self.attempts[-1]["usage"]
-        prompt, answer = (_tokens(usage, key) for key in ("prompt_tokens", "completion_tokens"))
+        prompt, answer = (token_count(usage, key) for key in ("prompt_tokens", "completion_tokens"))
         window = self._limits.window
         return window is None or prompt + REPAIR_TOKENS + quoted + answer <= window
 
@@ -300,7 +300,8 @@ def _budget(body: dict[str, Any]) -> int:
     return body.get("max_completion_tokens") or body.get("max_tokens") or 0
 
 
-def _tokens(usage: Any, key: str) -> int:
+def token_count(usage: Any, key: str) -> int:
+    """The number of tokens an engine's usage object names; 0 where it names none."""
     count = usage.get(key) if isinstance(usage, dict) else None
     return count if isinstance(count, int) else 0
 

@@ -29,6 +29,7 @@ BODY_HEADERS = [("accept-encoding", "identity"), ("content-type", "application/j
 CONNECT_S, HEALTH_S = 10, 5
 TAIL_BYTES = 32  # of a stream, in which its end has to be
 SHORT_BYTES = 64 * 1024  # an answer that is passed on in one piece
+MAX_ANSWER_BYTES = 64 * 2**20  # of one that is judged; no budget of tokens comes near
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,10 @@ class Upstream:
             return False
 
     async def ask(self, path: str, body: dict[str, Any], headers: list[tuple[str, str]]) -> Reply:
-        """The whole answer to a request with a JSON body. Raises aiohttp.ClientError and OSError."""
+        """The whole answer to a request with a JSON body. Raises aiohttp.ClientError, OSError, and ValueError where it
+        has more than MAX_ANSWER_BYTES."""
         async with self.stream(path, body, headers) as answer:
-            return Reply(answer.status, await answer.read(), returned(answer))
+            return Reply(answer.status, await _read(answer), returned(answer))
 
     def stream(
         self, path: str, body: dict[str, Any], headers: list[tuple[str, str]]
@@ -127,6 +129,18 @@ class Upstream:
             if streams and not tail.strip().endswith(DONE.strip()):
                 raise ValueError("the stream ended early")
             await exchange.send(b"")
+
+
+async def _read(answer: aiohttp.ClientResponse) -> bytes:
+    if answer.content_length is not None and answer.content_length <= MAX_ANSWER_BYTES:
+        return await answer.read()
+    parts, size = [], 0
+    async for chunk in answer.content.iter_any():
+        parts.append(chunk)
+        size += len(chunk)
+        if size > MAX_ANSWER_BYTES:
+            raise ValueError("the engine's answer has no end in sight")
+    return b"".join(parts)
 
 
 def forwarded(headers: list[Header], dropped: frozenset[bytes] = frozenset()) -> list[tuple[str, str]]:

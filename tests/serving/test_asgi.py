@@ -56,6 +56,9 @@ def test_an_invalid_answer_is_asked_for_again(guarded: Start) -> None:
     guard = guarded(BAD, GOOD)
     answer = client(guard).chat.completions.with_raw_response.create(model="m", messages=USER, response_format=FORMAT)
     assert answer.headers["x-qwen-fusion-attempts"] == "2"
+    assert answer.headers["x-qwen-fusion-attempt-breakdown"] == (
+        "1;errors=1;prompt_tokens=10;completion_tokens=5, 2;errors=0;prompt_tokens=10;completion_tokens=5"
+    )
     parsed = answer.parse()
     assert parsed.choices[0].message.content == '{"a": 1}'
     assert parsed.usage.total_tokens == 2 * USAGE["total_tokens"]

@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 
+from serving.guard import upstream
 from serving.guard.ladder import Done, Limits, Send, ladder_for
 from serving.guard.live import JsonAlong
 from serving.guard.schema import Checker, CheckerCache, SchemaError
@@ -42,6 +43,7 @@ def test_errors_after_an_attempt_are_not_tried_again_and_tell_of_it(guarded: Sta
         with pytest.raises(openai.InternalServerError) as caught:
             ask(guard, response_format=FORMAT)
         assert caught.value.status_code == status and caught.value.response.headers["x-should-retry"] == "false"
+        assert caught.value.response.headers["x-qwen-fusion-attempts"] == "1"
         assert len(guard.upstream.requests) == 2
         if status != 503:
             (attempt,) = caught.value.response.json()["error"]["attempts"]
@@ -167,3 +169,13 @@ def test_a_refused_thing_in_a_tool_or_a_schema_is_found(guarded: Start) -> None:
         assert caught.value.code == "content_policy"
     with pytest.raises(openai.BadRequestError, match="embeddings"):
         client(guard).completions.create(model="m", prompt="", extra_body={"prompt_embeds": "AAAA"})
+
+
+def test_an_answer_without_end_is_no_answer(guarded: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "MAX_ANSWER_BYTES", 1000)
+    guard = guarded(completion("x" * 2000), GOOD)
+    once = client(guard).with_options(max_retries=0).chat.completions
+    with pytest.raises(openai.APIStatusError) as caught:
+        once.create(model="m", messages=[{"role": "user", "content": "hi"}], response_format=FORMAT)
+    assert caught.value.status_code == 502 and caught.value.code == "upstream_unavailable"
+    assert ask(guard, response_format=FORMAT).choices[0].message.content == '{"a": 1}'
