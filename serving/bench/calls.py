@@ -49,11 +49,11 @@ class Call:
 
 
 def calls(folder: Path | None, count: int) -> list[Call]:
-    """`count` requests, BFCL's where there is a folder of them, and every hard one."""
+    """Every hard request, and `count` of BFCL's where there is a folder of them, generated ones otherwise."""
     found = list(_bfcl(folder)) if folder is not None else _generated(count)
     if folder is not None and len(found) < count:
         raise UserError(f"{folder} has {len(found)} calls, and {count} are asked for: lower --requests")
-    return [*found[:count], *hard_calls()]
+    return [*hard_calls(), *found[:count]]
 
 
 def hard_calls() -> list[Call]:

@@ -7,9 +7,10 @@
 - nothing: one attempt, nothing constrained
 
 Every way gets the same prompts, which state the schema, at temperature 0. A request ends in a valid answer, in an
-explicit refusal (422: truncated, or the attempts are used up), or in one that is wrong and does not say so. The ways
+explicit refusal (truncated, past the deadline, a schema that nothing satisfies), or in one that is wrong. The ways
 of one request are asked one after another, so that the engine reads its prompt once. Every outcome is written down as
-it comes (`logs/validity.jsonl` beside the recipe's run); a run that was interrupted goes on from there.
+it comes (`logs/validity.jsonl` beside the recipe's run); a run that was interrupted goes on from there (remove the file
+where the guard has changed since).
 """
 
 import asyncio
@@ -38,7 +39,7 @@ AT_ONCE = 48
 MAX_TOKENS = 256
 WINDOW = 4096
 REPAIR = "Fix the following JSON errors:\n{errors}"
-RIGHT_REFUSALS = ("output_truncated", "deadline")
+RIGHT_REFUSALS = ("output_truncated", "deadline", "unsatisfiable_schema")
 
 
 @dataclass

@@ -235,7 +235,7 @@ class _Guard:
         except SchemaError as error:
             what = next((key for key in (FIELD, *CONSTRAINTS, "tools") if request.get(key)), None)
             said = f"The schema cannot be used: {error}"
-            raise Refusal(400, said, "invalid_request_error", "invalid_schema", what) from None
+            raise Refusal(400, said, "invalid_request_error", error.code, what) from None
 
     async def _guarded(
         self, exchange: Exchange, ladder: Ladder, request: dict[str, Any], redacted: dict[str, int]

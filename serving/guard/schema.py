@@ -18,6 +18,7 @@ from serving.guard.bodies import encoded
 from serving.guard.cost import evaluations
 from serving.guard.enforcement import Unenforced, unenforced
 from serving.guard.pointer import escaped
+from serving.guard.satisfiable import impossible
 
 MAX_SCHEMA_BYTES = 256 * 1024
 MAX_SCHEMA_DEPTH = 64
@@ -41,9 +42,17 @@ CACHED_SCHEMAS = 256
 class SchemaError(ValueError):
     """A schema that cannot be used: not a schema, too large, or with a reference that leaves it."""
 
+    code = "invalid_schema"
+
 
 class TooCostly(SchemaError):
     """A schema whose patterns take too long to compile."""
+
+
+class Unsatisfiable(SchemaError):
+    """A schema that no value satisfies."""
+
+    code = "unsatisfiable_schema"
 
 
 class NotCompiled(Exception):
@@ -99,6 +108,11 @@ class Checker:
     def left_out(self) -> list[Unenforced]:
         """The keywords that a grammar leaves to this validation."""
         return unenforced(self.schema)
+
+    @cached_property
+    def impossible(self) -> str | None:
+        """Why nothing satisfies the schema, where that is seen."""
+        return impossible(self.schema)
 
     def violations(self, value: Any) -> list[Violation]:
         """What is wrong with `value`, at most MAX_VIOLATIONS entries; empty when it is valid."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from serving.guard import formats, strict_json
 from serving.guard.enforcement import Unenforced
-from serving.guard.schema import Checker, SchemaError, TooCostly, Violation
+from serving.guard.schema import Checker, SchemaError, TooCostly, Unsatisfiable, Violation
 
 JSON_OBJECT = {"type": "object"}
 CONSTRAINTS = ("response_format", "structured_outputs")  # the fields by which an engine constrains
@@ -151,12 +151,15 @@ def extension_of(request: Mapping[str, Any]) -> Extension:
 def wanted_of(request: Mapping[str, Any], compiled: Compile) -> Wanted | None:
     """What a request asks for, None when it asks for nothing that can be checked. `compiled` gives a schema's checker.
 
-    Raises SchemaError on an unusable schema, and where `response_format` is json_schema without one.
+    Raises SchemaError on an unusable schema, on one that nothing satisfies where no tool can be called instead, and
+    where `response_format` is json_schema without one.
     """
     extension = extension_of(request)
     schema, tools = _schema(request, extension), _tools(request, compiled)
     if schema is not None:
         checker = compiled(schema)
+        if checker.impossible is not None and not tools:
+            raise Unsatisfiable(f"nothing satisfies it ({checker.impossible})")
 
         def check(text: str) -> list[Violation]:
             return document_violations(text, checker, extension.form)
