@@ -151,7 +151,8 @@ async def _ask_all(guard: str, engine: str, asked: list[Call], kept: Kept) -> li
                         key = kept.key(way, call)
                         if (outcome := kept.get(key)) is None:
                             outcome = await one(session, guard if way == "guard" else engine, call, checkers)
-                            kept.add(key, outcome)
+                            if outcome.refused != "upstream_unavailable":  # as it is while a run is interrupted
+                                kept.add(key, outcome)
                         outcomes.append(outcome)
                         bar.advance(task)
                 return outcomes

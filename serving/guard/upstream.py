@@ -27,6 +27,7 @@ OURS = frozenset((b"host", b"content-length", b"expect", b"accept-encoding", b"x
 OF_BODY = frozenset((b"content-type",))
 BODY_HEADERS = [("accept-encoding", "identity"), ("content-type", "application/json")]
 CONNECT_S, HEALTH_S = 10, 5
+IDLE_S = 2  # vLLM closes connections that were idle for 5 s, perhaps while a request is sent on one
 TAIL_BYTES = 32  # of a stream, in which its end has to be
 SHORT_BYTES = 64 * 1024  # an answer that is passed on in one piece
 MAX_ANSWER_BYTES = 64 * 2**20  # of one that is judged; no budget of tokens comes near
@@ -52,7 +53,7 @@ class Upstream:
         self._session = aiohttp.ClientSession(
             auto_decompress=False,
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
         )
