@@ -18,9 +18,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +32,7 @@ from fusion.encoding import load_tokenizer, prompt_text
 from fusion.errors import UserError
 from fusion.evaluation.scores import expected, score, unfenced
 from fusion.hardware import compute_dtype
+from fusion.json_lines import cut_off_rest, whole_lines
 from fusion.language import detect_language
 from fusion.progress import console, progress_bar
 from fusion.recipe import AnswerSampling, Serving
@@ -128,7 +128,8 @@ class Sampler:
         before, verified, answers = time.monotonic(), 0, 0
         try:
             running = {pool.submit(self._request, url, key, row): (key, row) for key, row in self._keyed(rows).items()}
-            with _appended(self.store) as file, progress_bar() as bar:
+            cut_off_rest(self.store)
+            with self.store.open("ab") as file, progress_bar() as bar:
                 task = bar.add_task(f"asking {self.teacher.name}", total=len(running), unit="questions")
                 for future in as_completed(running):
                     key, row = running.pop(future)
@@ -334,22 +335,11 @@ def _whole(teacher: ModelSource, aside: Path) -> Path:
 
 def _read(store: Path) -> dict[str, dict[str, Any]]:
     """The file's whole lines by key. Raises UserError where one is not what was written."""
-    if not store.is_file():
-        return {}
     lines = {}
-    for number, text in enumerate(store.read_bytes().split(b"\n")[:-1], 1):  # what follows the last end is no line yet
+    for number, text in enumerate(whole_lines(store), 1):
         try:
             line = json.loads(text)
             lines[line["key"]] = line
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{store}, line {number}: not a sampled question ({error}); remove the line") from error
     return lines
-
-
-@contextmanager
-def _appended(store: Path) -> Iterator[Any]:
-    """The file, open at the end of its last whole line; half of one that a killed call has left is cut off."""
-    with store.open("ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        yield file

@@ -25,6 +25,7 @@ import aiohttp
 from rich.table import Table
 
 from fusion.evaluation.intervals import mean_interval
+from fusion.json_lines import cut_off_rest, whole_lines
 from fusion.progress import console, progress_bar
 from fusion.recipe import Guarding, Recipe, Sampling
 from serving.bench.calls import Call, calls
@@ -116,10 +117,8 @@ class Kept:
         stat = (Path(model) / "config.json").stat()
         self._model = [str(Path(model).resolve()), stat.st_mtime_ns, dtype, MAX_TOKENS, WINDOW]
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        whole = text[: text.rfind("\n") + 1]  # the last line may have been cut off
-        path.write_text(whole, encoding="utf-8")
-        self._outcomes = {key: Outcome(**outcome) for key, outcome in map(json.loads, whole.splitlines())}
+        self._outcomes = {key: Outcome(**outcome) for key, outcome in map(json.loads, whole_lines(path))}
+        cut_off_rest(path)
 
     def key(self, way: str, call: Call) -> str:
         """What an outcome is found by."""

@@ -34,6 +34,7 @@ POSSIBLE: list[Any] = [
     {"type": "integer", "enum": [2.0]},
     {"type": "array", "minimum": 3, "maximum": 2},
     {"type": "array", "enum": [["a"]]},
+    {"type": "string", "const": 1, "$schema": "http://json-schema.org/draft-04/schema#"},
     {
         "$ref": "#/$defs/a",
         "$defs": {"a": {}},
