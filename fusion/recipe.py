@@ -487,7 +487,7 @@ class Guarding(Section):
     policy: Policy = Policy()
     api_keys_file: str | None = None  # one a line; those of the variable QWEN_FUSION_API_KEYS count as well
     requests_per_minute: int | None = Field(None, gt=0)  # a key, or a client's address where there are no keys
-    max_in_flight: int | None = Field(None, gt=0)  # requests at a time, the next gets a 503
+    max_in_flight: int | None = Field(1024, gt=0)  # requests at a time, the next gets a 503
     max_body_bytes: int = Field(16 * 2**20, gt=0)
     workers: int = Field(1, gt=0)  # guard processes; the two limits above are each one's own
     drain_s: float = Field(30.0, gt=0)  # what requests under way get to end in when the server is told to

@@ -65,9 +65,9 @@ def _ratio(ours: Rows, peer: Rows | None) -> float | None:
 def _loads(url: str, core: int, seconds: float) -> Rows:
     found: Rows = {}
     for kind in KINDS:
-        for connections in CONNECTIONS:
-            found[kind, connections, None] = _load(url, core, KINDS[kind], connections, seconds)
-        found[kind, 32, RATE] = _load(url, core, KINDS[kind], 32, seconds, RATE)
+        for rate in (None, RATE):
+            for connections in CONNECTIONS:
+                found[kind, connections, rate] = _load(url, core, KINDS[kind], connections, seconds, rate)
     return found
 
 

@@ -114,9 +114,12 @@ class _Guard:
             async with asyncio.timeout_at(exchange.deadline):
                 body = await read_body(receive, self._settings.guard.max_body_bytes)
             with self._tracing.span(f"guard {exchange.path}", exchange.headers) as span:
-                await unless_gone(self._route(exchange, body), receive, exchange)
-                if span is not None:
-                    span.set_attributes({"http.response.status_code": exchange.status, "attempts": exchange.attempts})
+                try:
+                    await unless_gone(self._route(exchange, body), receive, exchange)
+                except FAILURES as failure:
+                    exchange.trace(span, refusal_of(failure).status)
+                    raise
+                exchange.trace(span, exchange.status)
         except ClientGone:
             exchange.status = 499
         except FAILURES as failure:

@@ -96,6 +96,11 @@ class Exchange:
         """Whether the head of the answer has gone out."""
         return self.status != 0
 
+    def trace(self, span: Any, status: int) -> None:
+        """Notes on the span of this request, where there is one, how it ended."""
+        if span is not None:
+            span.set_attributes({"http.response.status_code": self.status or status, "attempts": self.attempts})
+
     async def start(self, status: int, headers: Iterable[Header]) -> None:
         """Sends the head of the answer."""
         self.status = status

@@ -2,8 +2,8 @@
 
 A ladder belongs to one request whose answer can be checked. It hands out request bodies and takes in the upstream's
 answers; choices that are as asked are kept, the others are asked for again with a repair message. Where the grammar
-cannot express the schema, the last attempt, or the first that the engine refuses, goes without it; YAML and XML have
-none, so the schema is told.
+cannot express the schema, the last attempt, or the first that the engine refuses, goes without it: the schema is told
+then, a tool that has to be called is offered (tool_choice auto). YAML and XML have no grammar.
 
     ladder = Ladder(request, wanted)
     step = ladder.start()
@@ -143,7 +143,8 @@ class Ladder:
         self._count: int = (request.get("n") or 1) * _prompts(request)
         self._language = language(request.get("messages") or [])
         self._left_out = wanted.left_out[:MAX_REPORTED]
-        self._grammar = wanted.schema is not None and any(self._request.get(key) for key in CONSTRAINTS)
+        asks = wanted.schema is not None and any(self._request.get(key) for key in CONSTRAINTS)
+        self._grammar = asks or wanted.must_call
         self._valid: list[dict[str, Any]] = []
         self.attempts: list[dict[str, Any]] = []
         self._failed_texts: set[str] = set()
@@ -188,8 +189,7 @@ class Ladder:
         return self._sent(self._repair(failures))
 
     def _sent(self, body: dict[str, Any]) -> Send:
-        without = self.wanted.schema is not None and not self._grammar
-        return Send(self._unconstrained(body) if without else body, self._grammar)
+        return Send(body if self._grammar else self._unconstrained(body), self._grammar)
 
     def _checked(self, choice: dict[str, Any]) -> tuple[dict[str, Any], list[Violation]]:
         violations = self.wanted.violations(choice)
@@ -243,7 +243,11 @@ class Ladder:
         return window is None or prompt + REPAIR_TOKENS + quoted + answer <= window
 
     def _unconstrained(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The same request without a grammar, the schema told in a message."""
+        """The same request without a grammar, the schema told in a message, tools left to the model."""
+        if self.wanted.must_call:
+            body = {**body, "tool_choice": "auto"}
+        if self.wanted.schema is None:
+            return body
         bare = {key: value for key, value in body.items() if key not in CONSTRAINTS}
         if "messages" in bare:
             schema = json.dumps(self.wanted.schema, ensure_ascii=False)

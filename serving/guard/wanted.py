@@ -15,6 +15,7 @@ from typing import Any
 
 from serving.guard import formats, strict_json
 from serving.guard.enforcement import Unenforced
+from serving.guard.pointer import escaped
 from serving.guard.schema import Checker, SchemaError, TooCostly, Unsatisfiable, Violation
 
 JSON_OBJECT = {"type": "object"}
@@ -37,8 +38,9 @@ class Extension:
 class Wanted:
     """The checks of one request: of a choice's text (None: it is free), of the arguments by the tool's name.
 
-    `schema` is that of the text where it is a document, in `form`; `left_out` are its keywords that no grammar
-    enforces. `must_call` is whether a choice without a tool call is wrong.
+    `schema` is that of the text where it is a document, in `form`; `left_out` are the keywords that no grammar
+    enforces, of it or of the parameters of tools that have to be called. `must_call` is whether a choice without a
+    tool call is wrong.
     """
 
     check: Check | None
@@ -169,7 +171,14 @@ def wanted_of(request: Mapping[str, Any], compiled: Compile) -> Wanted | None:
     other = _other_check(request, compiled)
     if other is None and not tools:
         return None
-    return Wanted(other, tools=tools, must_call=_must_call(request, tools))
+    if not _must_call(request, tools):  # what may call a tool or not has no grammar
+        return Wanted(other, tools=tools)
+    left_out = [
+        replace(found, path=f"/tools/{escaped(name)}{found.path}")
+        for name, checker in tools.items()
+        for found in checker.left_out
+    ]
+    return Wanted(other, left_out=left_out, tools=tools, must_call=True)
 
 
 def _must_call(request: Mapping[str, Any], tools: Mapping[str, Checker]) -> bool:

@@ -1,6 +1,7 @@
-"""`serve` in a process of its own, as the command line runs it."""
+"""`serve` and `guard` in processes of their own, as the command line runs them."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from serving.engine import EngineSettings
 from serving.serve import find_server
 
+COMMAND = [sys.executable, "-m", "fusion.cli", "guard"]
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -40,3 +42,14 @@ def serve_apart(
         time.sleep(0.05)
     process.terminate()
     raise AssertionError(f"not ready after {within_s} s: {process.communicate()[0]}")
+
+
+def guard_apart(upstream: str, *settings: str) -> tuple[subprocess.Popen[str], str]:
+    """`qwen-fusion guard` in front of a server, and its address."""
+    options = [part for setting in ("log=none", *settings) for part in ("--set", setting)]
+    command = [*COMMAND, "--upstream", upstream, "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    found = re.search(r"on (http://[^/]+)/v1", process.stderr.readline())
+    assert found is not None
+    return process, found.group(1)

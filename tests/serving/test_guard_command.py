@@ -3,17 +3,16 @@
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 
 from serving.client import chat
+from tests.serving.apart import COMMAND
 from tests.serving.upstream import Upstream, completion
 
 USER = [{"role": "user", "content": "Give me a"}]
 FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object", "required": ["a"]}}}
-COMMAND = [sys.executable, "-m", "fusion.cli", "guard"]
 
 
 @pytest.fixture

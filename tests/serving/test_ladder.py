@@ -95,6 +95,32 @@ def test_three_failures_are_the_end_and_no_content_leaks() -> None:
     assert "secret" not in json.dumps(step.error)
 
 
+def test_a_tool_that_has_to_be_called_is_only_offered_where_the_grammar_cannot_express_its_parameters() -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 3}}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
+    def called(value: int) -> dict[str, Any]:
+        answer = completion(None, finish_reason="tool_calls")
+        function = {"name": "f", "arguments": json.dumps({"a": value})}
+        answer["choices"][0]["message"]["tool_calls"] = [{"id": "1", "type": "function", "function": function}]
+        return answer
+
+    climb = ladder(response_format=None, tools=tools, tool_choice="required")
+    choices = []
+    step: Step = climb.start()
+    for value in (1, 2, 3):
+        assert isinstance(step, Send)
+        choices.append((step.body["tool_choice"], step.constrained))
+        step = climb.receive(called(value))
+    assert choices == [("required", True), ("required", True), ("auto", False)]
+    assert isinstance(step, Done)
+    assert step.answer["guard"]["unenforced"][0]["path"] == "/tools/f/properties/a"
+    refused = ladder(response_format=None, tools=tools, tool_choice="required")
+    refused.start()
+    bare = refused.refuse()
+    assert bare is not None and bare.body["tool_choice"] == "auto" and refused.refuse() is None
+
+
 def test_truncation_gets_a_larger_budget_unless_the_client_set_one() -> None:
     climb = ladder(limit=100, max_tokens=40)
     for budget in (80, 100):

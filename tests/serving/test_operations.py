@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -21,10 +20,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from serving.client import chat
 from serving.guard.tracing import Tracing
+from tests.serving.apart import guard_apart
 from tests.serving.conftest import Guarded
 from tests.serving.processes import descendants
 from tests.serving.test_asgi import BAD, FORMAT, GOOD, USER, Start, ask, client, metrics_of, one_under_way
-from tests.serving.test_guard_command import COMMAND
 from tests.serving.upstream import Slow, Upstream, completion
 
 
@@ -102,22 +101,16 @@ def test_a_span_for_the_request_and_one_for_every_attempt(guarded: Start) -> Non
     assert whole.attributes is not None and dict(whole.attributes) == {"http.response.status_code": 200, "attempts": 2}
     sent = [headers["traceparent"] for headers in guard.upstream.headers]
     assert sent == [f"{parent[:36]}{format(span.context.span_id, '016x')}-01" for span in (first, second)]
-
-
-def started(upstream: Upstream, *settings: str) -> tuple[subprocess.Popen[str], str]:
-    """`qwen-fusion guard` in front of an upstream, and its address."""
-    options = [part for setting in ("log=none", *settings) for part in ("--set", setting)]
-    command = [*COMMAND, "--upstream", upstream.url, "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    found = re.search(r"on (http://[^/]+)/v1", process.stderr.readline())
-    assert found is not None
-    return process, found.group(1)
+    with pytest.raises(openai.BadRequestError):
+        ask(guard, response_format={"type": "json_schema"})
+    time.sleep(0.1)
+    refused = exporter.get_finished_spans()[-1]
+    assert refused.attributes is not None and refused.attributes["http.response.status_code"] == 400
 
 
 def test_requests_under_way_end_before_the_guard_does() -> None:
     with Upstream(Slow(1.5, GOOD)) as upstream:
-        process, url = started(upstream)
+        process, url = guard_apart(upstream.url)
         answers: list[str] = []
         waiting = threading.Thread(
             target=lambda: answers.append(chat(url, "m", USER, response_format=FORMAT).text), daemon=True
@@ -134,7 +127,7 @@ def test_requests_under_way_end_before_the_guard_does() -> None:
 
 def test_what_does_not_end_in_time_is_cut_off() -> None:
     with Upstream(Slow(30, GOOD)) as upstream:
-        process, url = started(upstream, "drain_s=1")
+        process, url = guard_apart(upstream.url, "drain_s=1")
         waiting = threading.Thread(target=lambda: _quietly(url), daemon=True)
         waiting.start()
         upstream.wait_until_asked()
@@ -157,7 +150,7 @@ def _quietly(url: str) -> None:
 
 def test_several_processes_share_the_port_and_their_counts() -> None:
     with Upstream(BAD, GOOD) as upstream:
-        process, url = started(upstream, "workers=2")
+        process, url = guard_apart(upstream.url, "workers=2")
         try:
             end = time.monotonic() + 60
             while time.monotonic() < end:

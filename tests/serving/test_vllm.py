@@ -14,7 +14,7 @@ import pytest
 from serving.client import chat
 from serving.engine import EngineSettings
 from tests.families import write_model
-from tests.serving.apart import serve_apart
+from tests.serving.apart import guard_apart, serve_apart
 from tests.serving.processes import all_gone, descendants
 
 USER = [{"role": "user", "content": "hello"}]
@@ -104,28 +104,40 @@ def test_control_routes_are_not_reachable(url: str, path: str) -> None:
     assert connection.getresponse().status == 404
 
 
-def test_no_route_of_the_engine_is_reachable_but_those_that_are_guarded(
-    server: tuple[subprocess.Popen[str], str], url: str
+def test_no_route_of_the_engine_is_reachable_but_those_that_are_guarded_and_those_with_a_key(
+    server: tuple[subprocess.Popen[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = [Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0") for pid in descendants(server[0].pid)]
     (port,) = {part.removeprefix("--port=") for command in commands for part in command if part.startswith("--port=")}
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/openapi.json") as answer:
+    engine = f"http://127.0.0.1:{port}"
+    with urllib.request.urlopen(f"{engine}/openapi.json") as answer:
         routes = json.load(answer)["paths"]
     assert {"/v1/chat/completions", "/v1/responses", "/invocations", "/tokenize"} <= set(routes)
     open_ = {
-        ("/health", "get"),
-        ("/metrics", "get"),  # the guard's own
-        ("/v1/models", "get"),
-        ("/v1/chat/completions", "post"),
-        ("/v1/completions", "post"),
+        ("/health", "get"): 200,
+        ("/metrics", "get"): 200,  # the guard's own
+        ("/v1/models", "get"): 200,
+        ("/v1/chat/completions", "post"): 400,  # the body is {}
+        ("/v1/completions", "post"): 400,
     }
-    host, guard_port = url.removeprefix("http://").split(":")
-    for path, methods in routes.items():
-        for method in methods:
-            if (path, method) not in open_:
-                connection = http.client.HTTPConnection(host, int(guard_port), timeout=10)
-                connection.request(method.upper(), path, body=b"{}", headers={"content-type": "application/json"})
-                assert connection.getresponse().status == 404, (method, path)
+    monkeypatch.setenv("QWEN_FUSION_API_KEYS", "a key")
+    process, url = guard_apart(engine)
+
+    def status(method: str, path: str, **headers: str) -> int:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
+        connection.request(method.upper(), path, b"{}", {"content-type": "application/json", **headers})
+        return connection.getresponse().status
+
+    try:
+        for path, methods in routes.items():
+            for method in methods:
+                assert status(method, path) == (200 if path == "/health" else 401), (method, path)
+                given = status(method, path, authorization="Bearer a key")
+                assert given == open_.get((path, method), 404), (method, path)
+        assert chat(url, "tiny", USER, max_tokens=2, api_key="a key").attempts == 1
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
 
 
 def test_a_schema_that_the_engine_refuses_is_kept_all_the_same(url: str) -> None:
@@ -137,6 +149,23 @@ def test_a_schema_that_the_engine_refuses_is_kept_all_the_same(url: str) -> None
     error = caught.value.response.json()["error"]
     assert error["grammar"] == "refused" and len(error["attempts"]) == 3
     assert error["unenforced"][0]["keyword"] == "multipleOf"
+
+
+def test_a_tool_whose_parameters_the_engine_refuses_is_left_to_the_model_and_checked(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    parameters = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 3}}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    with pytest.raises(openai.UnprocessableEntityError) as caught:  # a random model calls no tool by itself
+        client.chat.completions.create(
+            model="tiny",
+            messages=USER,  # type: ignore[arg-type]
+            tools=tools,  # type: ignore[arg-type]
+            tool_choice="required",
+            max_tokens=8,
+        )
+    error = caught.value.response.json()["error"]
+    assert error["grammar"] == "refused" and [attempt["constrained"] for attempt in error["attempts"]] == [False] * 3
+    assert error["unenforced"][0]["path"] == "/tools/f/properties/a"
 
 
 def test_ctrl_c_leaves_nothing_behind(server: tuple[subprocess.Popen[str], str]) -> None:
