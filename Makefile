@@ -34,7 +34,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt constraints.cpu-overrides.txt
 demo: setup  ## small experts to one served MoE, end to end, on any machine (runs/demo/report.md)
 	$(BIN)/qwen-fusion run configs/demo.yaml $(SET)
 
-demo-real: setup  ## the same road on real Qwen2.5-Coder-0.5B weights (28 to 40 minutes on 2 cores)
+demo-real: setup  ## the same road on real Qwen2.5-Coder-0.5B weights (20 to 40 minutes on 2 cores)
 	$(BIN)/qwen-fusion run configs/qwen2.5-0.5b-two-experts.yaml $(SET)
 
 test: setup  ## all tests

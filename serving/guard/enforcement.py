@@ -3,7 +3,8 @@
     python -c "from serving.guard.enforcement import unenforced; print(unenforced({'not': {'type': 'null'}}))"
 
 For vLLM's xgrammar backend, which `serve` names: keywords that it ignores, and those for which vLLM refuses the whole
-schema with a 400 (vllm/v1/structured_output/backend_xgrammar.py); such a schema is asked for without a grammar.
+schema with a 400 (vllm/v1/structured_output/backend_xgrammar.py); such a schema is asked for without a grammar. What
+can be said in another way is mended in grammar.py.
 """
 
 from collections.abc import Iterator
@@ -55,8 +56,9 @@ def _here(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "anyOf", "beside properties, one of the two is ignored"
     if "$ref" in schema and len(schema.keys() - {"$ref", "description", "title", "$defs", "definitions"}):
         yield "$ref", "what stands beside it is ignored"
-    if "required" in schema and "properties" not in schema:
-        yield "required", "without properties only {} is permitted"
+    required, properties = schema.get("required"), schema.get("properties", {})
+    if isinstance(required, list) and isinstance(properties, dict) and any(name not in properties for name in required):
+        yield "required", "a name that is not among the properties is not permitted"
     if isinstance(schema.get("format"), str) and schema["format"] not in FORMATS:
         yield "format", f"{schema['format']} is not known to the grammar"
     if "propertyNames" in schema and schema.keys() & {"properties", "patternProperties", "unevaluatedProperties"}:

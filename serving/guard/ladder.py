@@ -19,7 +19,7 @@ from typing import Any
 
 from serving.guard import formats, strict_json
 from serving.guard.schema import SchemaError, Violation
-from serving.guard.wanted import CONSTRAINTS, FIELD, Compile, Wanted, text_of, wanted_of
+from serving.guard.wanted import CONSTRAINTS, FIELD, Compile, Wanted, text_of, wanted_of, with_schema
 
 MAX_ATTEMPTS = 3
 MAX_QUOTED_CHARACTERS = 4000
@@ -139,6 +139,8 @@ class Ladder:
         for key in ("stream_options", FIELD):
             self._request.pop(key, None)
         self.wanted = wanted
+        if wanted.grammar is not None and wanted.grammar != wanted.schema:
+            self._request = with_schema(self._request, wanted.grammar)
         self._limits = limits or Limits()
         self._count: int = (request.get("n") or 1) * _prompts(request)
         self._language = language(request.get("messages") or [])

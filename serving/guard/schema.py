@@ -17,6 +17,7 @@ import jsonschema_rs
 from serving.guard.bodies import encoded
 from serving.guard.cost import evaluations
 from serving.guard.enforcement import Unenforced, unenforced
+from serving.guard.grammar import ForGrammar, for_grammar
 from serving.guard.pointer import escaped
 from serving.guard.satisfiable import impossible
 
@@ -107,7 +108,12 @@ class Checker:
     @cached_property
     def left_out(self) -> list[Unenforced]:
         """The keywords that a grammar leaves to this validation."""
-        return unenforced(self.schema)
+        return [f for f in unenforced(self.schema) if (f.path, f.keyword) not in self.for_grammar.mended]
+
+    @cached_property
+    def for_grammar(self) -> ForGrammar:
+        """The schema as the grammar engine is given it."""
+        return for_grammar(self.schema)
 
     @cached_property
     def impossible(self) -> str | None:

@@ -39,8 +39,8 @@ class Wanted:
     """The checks of one request: of a choice's text (None: it is free), of the arguments by the tool's name.
 
     `schema` is that of the text where it is a document, in `form`; `left_out` are the keywords that no grammar
-    enforces, of it or of the parameters of tools that have to be called. `must_call` is whether a choice without a
-    tool call is wrong.
+    enforces, of it or of the parameters of tools that have to be called. `grammar` is the schema in words that the
+    grammar engine honours (None: it has none). `must_call` is whether a choice without a tool call is wrong.
     """
 
     check: Check | None
@@ -49,6 +49,7 @@ class Wanted:
     left_out: Sequence[Unenforced] = ()
     tools: Mapping[str, Checker] = field(default_factory=dict)
     must_call: bool = False
+    grammar: Any = None
 
     def violations(self, choice: Mapping[str, Any]) -> list[Violation]:
         """What is wrong with a choice of a chat completion or of a completion; empty when it is as asked."""
@@ -166,8 +167,10 @@ def wanted_of(request: Mapping[str, Any], compiled: Compile) -> Wanted | None:
         def check(text: str) -> list[Violation]:
             return document_violations(text, checker, extension.form)
 
-        left_out = checker.left_out if extension.form == "json" else ()
-        return Wanted(check, schema, extension.form, left_out, tools, _must_call(request, tools))
+        must_call = _must_call(request, tools)
+        if extension.form != "json":
+            return Wanted(check, schema, extension.form, (), tools, must_call)
+        return Wanted(check, schema, "json", checker.left_out, tools, must_call, checker.for_grammar.schema)
     other = _other_check(request, compiled)
     if other is None and not tools:
         return None
@@ -209,6 +212,18 @@ def _schema(request: Mapping[str, Any], extension: Extension) -> Any | None:
         except strict_json.Malformed as error:
             raise SchemaError(f"structured_outputs.json is no JSON: {error}") from None
     return schema
+
+
+def with_schema(request: dict[str, Any], schema: Any) -> dict[str, Any]:
+    """The same request, constrained by another schema than it names."""
+    wanted, ours = request.get("response_format"), request.get("structured_outputs")
+    if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
+        return {**request, "response_format": {**wanted, "json_schema": {**wanted["json_schema"], "schema": schema}}}
+    if isinstance(wanted, dict) and wanted.get("schema"):
+        return {**request, "response_format": {**wanted, "schema": schema}}
+    if isinstance(ours, dict) and ours.get("json") is not None and not ours.get("json_object"):
+        return {**request, "structured_outputs": {**ours, "json": schema}}
+    return request
 
 
 def _other_check(request: Mapping[str, Any], compiled: Compile) -> Check | None:

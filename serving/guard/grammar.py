@@ -1,0 +1,162 @@
+"""A schema in words that the grammar engine honours: the same values satisfy it.
+
+    python -c "from serving.guard.grammar import for_grammar; print(for_grammar({'type': 'object', 'required': ['a']}))"
+
+Two things that xgrammar takes wrongly can be said in another way. Of alternatives and the properties beside them it
+ignores one, so each alternative is given what stands beside it. A name that is required and not among the properties
+it does not permit, so it becomes one that may have any value.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from serving.guard.enforcement import LISTS, SCHEMAS, SCHEMAS_BY_NAME
+from serving.guard.pointer import escaped
+
+MAX_PARTS = 20_000  # of what is written: alternatives multiply what stands beside them
+ALTERNATIVES = ("anyOf", "oneOf")
+ABOUT = {"title", "description"}
+STAYS = {"$schema", "$defs", "definitions", *ABOUT}  # where it stands, rather than in every alternative
+MOVES = {"type", "properties", "required", "additionalProperties", "minProperties", "maxProperties"}
+IN_ALTERNATIVE = {"type", "properties", "required", *ABOUT}
+NARROWS = {"type", "const", "enum", *ABOUT}  # keywords that say the same whatever stands beside them
+OPEN_ENDED = {"$ref", "patternProperties", "unevaluatedProperties", "propertyNames"}
+
+
+@dataclass(frozen=True)
+class ForGrammar:
+    """A schema for the grammar engine, and which keywords of the original, by their place, it honours in this form."""
+
+    schema: Any
+    mended: frozenset[tuple[str, str]] = frozenset()
+
+
+def for_grammar(schema: Any) -> ForGrammar:
+    """What to constrain with in place of `schema`; itself where nothing can be mended.
+
+    A schema whose references point to other places than its definitions is left alone, as these places might move.
+    """
+    if not all(map(_to_definition, _references(schema))):
+        return ForGrammar(schema)
+    mended: set[tuple[str, str]] = set()
+    written, size = _written(schema, "", mended)
+    return ForGrammar(written, frozenset(mended)) if mended and size <= MAX_PARTS else ForGrammar(schema)
+
+
+def _written(schema: Any, path: str, mended: set[tuple[str, str]]) -> tuple[Any, int]:
+    """The schema with all schemas in it written anew, and of how many parts it is."""
+    if not isinstance(schema, dict):
+        return schema, 1
+    found: dict[str, Any] = {}
+    size = 1
+    for key, value in schema.items():
+        if key in SCHEMAS_BY_NAME and isinstance(value, dict):
+            parts = {name: _written(part, f"{path}/{key}/{escaped(name)}", mended) for name, part in value.items()}
+            found[key] = {name: part for name, (part, _) in parts.items()}
+            size += sum(count for _, count in parts.values())
+        elif key in LISTS and isinstance(value, list):
+            listed = [_written(part, f"{path}/{key}/{index}", mended) for index, part in enumerate(value)]
+            found[key] = [part for part, _ in listed]
+            size += sum(count for _, count in listed)
+        elif key in SCHEMAS:
+            found[key], count = _written(value, f"{path}/{key}", mended)
+            size += count
+        else:
+            found[key] = value
+            size += len(value) if isinstance(value, list) else 1
+    spread = _spread(found)
+    if spread is not None:
+        key, alternatives = spread
+        mended |= {(path, "anyOf"), (path, "required")}  # of oneOf more than one may match as before
+        mended |= {(f"{path}/{key}/{index}", "required") for index in range(len(alternatives))}
+        return {name: found[name] for name in found if name in STAYS} | {key: alternatives}, size * len(alternatives)
+    named = _named(found)
+    if named is not found:
+        mended.add((path, "required"))
+    return named, size
+
+
+def _spread(schema: dict[str, Any]) -> tuple[str, list[dict[str, Any]]] | None:
+    """The keyword and the alternatives of an object, each with what stands beside them; None where there is nothing
+    beside them or it cannot be joined."""
+    keys = [key for key in ALTERNATIVES if key in schema]
+    if len(keys) != 1 or schema.get("type") != "object" or schema.keys() - STAYS - MOVES - {keys[0]}:
+        return None
+    if not schema.keys() & {"properties", "required"} or not _is_object(schema) or not schema[keys[0]]:
+        return None
+    beside = {name: schema[name] for name in schema if name in MOVES}
+    joined = [_joined(beside, alternative) for alternative in schema[keys[0]]]
+    found = [alternative for alternative in joined if alternative is not None]
+    return (keys[0], found) if len(found) == len(joined) else None
+
+
+def _joined(beside: dict[str, Any], alternative: Any) -> dict[str, Any] | None:
+    """Both schemas in one; None where that would need more than to put them side by side."""
+    if not isinstance(alternative, dict) or alternative.keys() - IN_ALTERNATIVE or not _is_object(alternative):
+        return None
+    if alternative.get("type", "object") != "object":
+        return None
+    properties, own = dict(beside.get("properties", {})), alternative.get("properties", {})
+    if "additionalProperties" in beside and own.keys() - properties.keys():
+        return None  # to which they would be additional
+    for name, part in own.items():
+        known = properties.get(name, {})
+        if known is True:
+            known = {}
+        narrows = isinstance(part, dict) and isinstance(known, dict) and not part.keys() - NARROWS
+        if known == part or known == {}:
+            properties[name] = part
+        elif narrows and "$ref" not in known and all(known.get(key, part[key]) == part[key] for key in part):
+            properties[name] = {**known, **part}
+        else:
+            return None
+    required = list(dict.fromkeys([*beside.get("required", []), *alternative.get("required", [])]))
+    joined = {**beside, **{key: value for key, value in alternative.items() if key in ABOUT}}
+    if properties:
+        joined["properties"] = properties
+    if required:
+        joined["required"] = required
+    return _named(joined)
+
+
+def _named(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with every required name among its properties, itself where that is so or cannot be."""
+    if schema.get("type") != "object" or not _is_object(schema) or schema.keys() & OPEN_ENDED:
+        return schema
+    properties, others = schema.get("properties", {}), schema.get("additionalProperties", {})
+    missing = {name: others for name in schema.get("required", []) if name not in properties}
+    if not missing or others is False:
+        return schema
+    return {**schema, "properties": {**properties, **missing}}
+
+
+def _is_object(schema: dict[str, Any]) -> bool:
+    """Whether `properties` and `required` are of the form they should have."""
+    required = schema.get("required", [])
+    return (
+        isinstance(schema.get("properties", {}), dict)
+        and isinstance(required, list)
+        and all(isinstance(name, str) for name in required)
+    )
+
+
+def _references(schema: Any) -> Iterator[Any]:
+    pending = [schema]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            yield from (item[key] for key in ("$ref", "$dynamicRef", "$recursiveRef", "$id", "$anchor") if key in item)
+        pending += _children(item)
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _to_definition(reference: Any) -> bool:
+    """Whether it is `#`, or a definition of the root's."""
+    if not isinstance(reference, str):
+        return True  # a property of that name
+    head, _, name = reference.rpartition("/")
+    return reference == "#" or (head in ("#/$defs", "#/definitions") and bool(name))
