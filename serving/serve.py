@@ -33,6 +33,7 @@ from serving.guard.metrics import SHARED
 from serving.guard.settings import GuardSettings
 
 CHECK_EVERY_S = 0.5
+KEEP_ALIVE_S = 75  # longer than clients keep an idle connection: one closed meanwhile fails the request sent on it
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ def _config(settings: GuardSettings) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         workers=settings.guard.workers,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(settings.guard.drain_s)),
     )
 

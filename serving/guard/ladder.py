@@ -139,7 +139,7 @@ class Ladder:
         for key in ("stream_options", FIELD):
             self._request.pop(key, None)
         self.wanted = wanted
-        if wanted.grammar is not None and wanted.grammar != wanted.schema:
+        if wanted.grammar is not None:
             self._request = with_schema(self._request, wanted.grammar)
         self._limits = limits or Limits()
         self._count: int = (request.get("n") or 1) * _prompts(request)

@@ -40,7 +40,7 @@ class Wanted:
 
     `schema` is that of the text where it is a document, in `form`; `left_out` are the keywords that no grammar
     enforces, of it or of the parameters of tools that have to be called. `grammar` is the schema in words that the
-    grammar engine honours (None: it has none). `must_call` is whether a choice without a tool call is wrong.
+    grammar engine honours better (None: in its own). `must_call` is whether a choice without a tool call is wrong.
     """
 
     check: Check | None
@@ -170,7 +170,10 @@ def wanted_of(request: Mapping[str, Any], compiled: Compile) -> Wanted | None:
         must_call = _must_call(request, tools)
         if extension.form != "json":
             return Wanted(check, schema, extension.form, (), tools, must_call)
-        return Wanted(check, schema, "json", checker.left_out, tools, must_call, checker.for_grammar.schema)
+        written = checker.for_grammar
+        return Wanted(
+            check, schema, "json", checker.left_out, tools, must_call, written.schema if written.mended else None
+        )
     other = _other_check(request, compiled)
     if other is None and not tools:
         return None

@@ -1,6 +1,7 @@
 """Limits, identities, logs, spans, processes, and an end that lets requests end."""
 
 import asyncio
+import http.client
 import json
 import os
 import re
@@ -106,6 +107,22 @@ def test_a_span_for_the_request_and_one_for_every_attempt(guarded: Start) -> Non
     time.sleep(0.1)
     refused = exporter.get_finished_spans()[-1]
     assert refused.attributes is not None and refused.attributes["http.response.status_code"] == 400
+
+
+def test_a_connection_that_was_idle_for_a_while_is_still_good() -> None:
+    with Upstream(GOOD) as upstream:
+        process, url = guard_apart(upstream.url)
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
+        try:
+            for idle_s in (6, 0):  # uvicorn's own limit is 5 s, as long as httpx keeps one
+                connection.request("GET", "/health")
+                answer = connection.getresponse()
+                assert answer.status == 200 and answer.read()
+                time.sleep(idle_s)
+        finally:
+            connection.close()
+            process.terminate()
+            assert process.wait(10) == 0
 
 
 def test_requests_under_way_end_before_the_guard_does() -> None:
