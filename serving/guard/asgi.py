@@ -56,6 +56,7 @@ COUNTED = (*OPEN, "/metrics", "/openapi.json", CHAT, COMPLETIONS, MODELS)
 NUMBERS = ("n", "max_tokens", "max_completion_tokens", "temperature", "seed")
 ATTEMPTS_HEADER, BREAKDOWN_HEADER = b"x-qwen-fusion-attempts", b"x-qwen-fusion-attempt-breakdown"
 LARGE_ANSWER_BYTES = 256 * 1024  # one that is judged aside, so that others do not wait for it
+UPLOAD_S = 60  # for a request's body: one that trickles in takes a place among those under way
 SLOW_FORM_BYTES = 4 * 1024  # the same of YAML
 
 
@@ -111,8 +112,8 @@ class _Guard:
         exchange.deadline = asyncio.get_running_loop().time() + self._settings.guard.deadline_s
         try:
             self._admit(exchange)
-            async with asyncio.timeout_at(exchange.deadline):
-                body = await read_body(receive, self._settings.guard.max_body_bytes)
+            guard = self._settings.guard
+            body = await read_body(receive, guard.max_body_bytes, min(UPLOAD_S, guard.deadline_s))
             with self._tracing.span(f"guard {exchange.path}", exchange.headers) as span:
                 try:
                     await unless_gone(self._route(exchange, body), receive, exchange)

@@ -123,8 +123,20 @@ class Exchange:
         await self.whole(status, [JSON_TYPE, *headers], encoded(value))
 
 
-async def read_body(receive: Receive, limit: int) -> bytes:
-    """The request's body. Raises Refusal where it has more than `limit` bytes, ClientGone where it does not end."""
+async def read_body(receive: Receive, limit: int, within_s: float) -> bytes:
+    """The request's body. Raises Refusal where it has more than `limit` bytes or is not there in time, ClientGone where
+    it does not end."""
+    try:
+        async with asyncio.timeout(within_s):
+            return await _read_body(receive, limit)
+    except TimeoutError:
+        said = f"The body was not complete within {within_s:g} s."
+        raise Refusal(
+            408, said, "invalid_request_error", "request_timeout", headers=((b"connection", b"close"),)
+        ) from None
+
+
+async def _read_body(receive: Receive, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:

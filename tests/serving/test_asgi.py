@@ -1,4 +1,5 @@
 import asyncio
+import http.client
 import json
 import socket
 import threading
@@ -237,6 +238,17 @@ def test_an_engine_that_is_down_is_502_and_unhealthy(guarded: Start) -> None:
                 chat(guard.url, "m", USER, **fields)
         with pytest.raises(openai.InternalServerError):
             client(guard).with_options(max_retries=0).models.list()
+
+
+def test_a_body_that_does_not_come_is_a_408(guarded: Start) -> None:
+    guard = guarded(GOOD, deadline_s=0.3)
+    connection = http.client.HTTPConnection(guard.url.removeprefix("http://"), timeout=10)
+    connection.putrequest("POST", "/v1/chat/completions")
+    connection.putheader("content-length", "100")
+    connection.endheaders(b'{"model": ')
+    answer = connection.getresponse()
+    assert answer.status == 408 and json.loads(answer.read())["error"]["code"] == "request_timeout"
+    assert guard.upstream.requests == []
 
 
 def test_the_deadline_is_504_and_cancels_upstream(guarded: Start) -> None:
