@@ -7,7 +7,7 @@ extraction tasks, and schemas that grammars are bad at (hard_schemas.yaml).
 import json
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,20 @@ class Call:
 
 
 def calls(folder: Path | None, count: int) -> list[Call]:
-    """Every hard request, and `count` of BFCL's where there is a folder of them, generated ones otherwise."""
-    found = list(_bfcl(folder)) if folder is not None else _generated(count)
+    """Every hard request, and `count` of BFCL's where there is a folder of them, each with a schema of its own;
+    generated ones otherwise."""
+    found = _of_different_schemas(_bfcl(folder)) if folder is not None else _generated(count)
     if folder is not None and len(found) < count:
-        raise UserError(f"{folder} has {len(found)} calls, and {count} are asked for: lower --requests")
+        raise UserError(f"{folder} has calls of {len(found)} schemas, and {count} are asked for: lower --requests")
     return [*hard_calls(), *found[:count]]
+
+
+def _of_different_schemas(found: Iterable[Call]) -> list[Call]:
+    """The first call of every schema."""
+    first: dict[str, Call] = {}
+    for call in found:
+        first.setdefault(json.dumps(call.schema, sort_keys=True), call)
+    return list(first.values())
 
 
 def hard_calls() -> list[Call]:
@@ -129,4 +138,5 @@ def _plain(text: str) -> str:
 if __name__ == "__main__":
     given = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     total = list(_bfcl(given)) if given else []
-    sys.stdout.write(f"{len(total)} calls of BFCL, {len(hard_calls())} hard ones\n")
+    schemas = len(_of_different_schemas(total))
+    sys.stdout.write(f"{len(total)} calls of BFCL, {schemas} schemas, {len(hard_calls())} hard ones\n")
