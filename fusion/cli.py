@@ -198,7 +198,7 @@ def guard(
     ] = None,
 ) -> None:
     """Guard an OpenAI-compatible server that runs already, until Ctrl-C."""
-    from serving.guard.keys import read_keys
+    from serving.guard.keys import UPSTREAM_VARIABLE, read_keys
     from serving.guard.settings import GuardSettings
     from serving.serve import guard as guard_server
 
@@ -207,7 +207,8 @@ def guard(
     guarding = load_section(Guarding, config, set_, "configs/guard.yaml")
     address = upstream.removesuffix("/").removesuffix("/v1")
     keys = read_keys(guarding.api_keys_file)
-    guard_server(GuardSettings(address, guarding, sampling=None, api_keys=keys), host, port)
+    own = os.environ.get(UPSTREAM_VARIABLE)
+    guard_server(GuardSettings(address, guarding, sampling=None, api_keys=keys, upstream_key=own), host, port)
 
 
 @app.command()

@@ -88,7 +88,7 @@ def guard(settings: GuardSettings, host: str = "127.0.0.1", port: int = 8000) ->
     Where the settings do not say how long its context is, it is asked. Raises UserError when the port is taken.
     """
     if settings.max_model_len is None:
-        settings = replace(settings, max_model_len=_window(settings.upstream))
+        settings = replace(settings, max_model_len=_window(settings.upstream, settings.upstream_key))
     with listening_socket(host, port) as listener, _terminate_like_interrupt(), suppress(KeyboardInterrupt):
         window = f", {settings.max_model_len:,} tokens" if settings.max_model_len else ""
         console.print(
@@ -97,10 +97,12 @@ def guard(settings: GuardSettings, host: str = "127.0.0.1", port: int = 8000) ->
         _run_guard(settings, listener)
 
 
-def _window(upstream: str) -> int | None:
+def _window(upstream: str, key: str | None) -> int | None:
     """How many tokens the context of the upstream's model has, as vLLM lists it; None where another server does not."""
     try:
-        with urllib.request.urlopen(f"{upstream.rstrip('/')}/v1/models", timeout=5) as answer:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        request = urllib.request.Request(f"{upstream.rstrip('/')}/v1/models", headers=headers)
+        with urllib.request.urlopen(request, timeout=5) as answer:
             found = json.load(answer)["data"][0].get("max_model_len")
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, http.client.HTTPException):
         return None

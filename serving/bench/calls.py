@@ -120,10 +120,11 @@ def _generated(count: int) -> list[Call]:
 def _accepted(value: Any, accepted: Any) -> bool:
     """BFCL's own rule: an argument is one of its accepted values, "" among them means that it may be left out."""
     if isinstance(accepted, dict) and isinstance(value, dict):
-        optional = {name for name, choices in accepted.items() if "" in choices}
-        if value.keys() - accepted.keys() or accepted.keys() - optional - value.keys():
+        choices = {name: given if isinstance(given, list) else [given] for name, given in accepted.items()}
+        optional = {name for name, given in choices.items() if "" in given}
+        if value.keys() - choices.keys() or choices.keys() - optional - value.keys():
             return False
-        return all(any(_accepted(item, choice) for choice in accepted[name]) for name, item in value.items())
+        return all(any(_accepted(item, choice) for choice in choices[name]) for name, item in value.items())
     if isinstance(accepted, list) and isinstance(value, list):
         return len(accepted) == len(value) and all(map(_accepted, value, accepted))
     if isinstance(accepted, str) and isinstance(value, str):

@@ -8,6 +8,7 @@ asks again otherwise. Completions that ask for none and the list of models pass 
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, replace
@@ -57,6 +58,7 @@ NUMBERS = ("n", "max_tokens", "max_completion_tokens", "temperature", "seed")
 ATTEMPTS_HEADER, BREAKDOWN_HEADER = b"x-qwen-fusion-attempts", b"x-qwen-fusion-attempt-breakdown"
 LARGE_ANSWER_BYTES = 256 * 1024  # one that is judged aside, so that others do not wait for it
 UPLOAD_S = 60  # for a request's body: one that trickles in takes a place among those under way
+OTHER_BODY_BYTES = 64 * 1024  # of requests that have no use for a body
 SLOW_FORM_BYTES = 4 * 1024  # the same of YAML
 
 
@@ -82,15 +84,16 @@ class _Guard:
     def __init__(self, settings: GuardSettings, tracing: Tracing) -> None:
         self._settings, self._tracing = settings, tracing
         guard = settings.guard
-        self._upstream = Upstream(settings.upstream)
+        self._upstream = Upstream(settings.upstream, settings.upstream_key)
         self._cache = CheckerCache()
         self._keys = Keys(settings.api_keys)
         self._rates = Rates(guard.requests_per_minute) if guard.requests_per_minute else None
-        own = frozenset((b"authorization",)) if self._keys else frozenset()  # no business of the engine's then
+        replaced = self._keys or settings.upstream_key  # the client's key is no business of the engine's then
+        own = frozenset((b"authorization",)) if replaced else frozenset()
         self._dropped, self._dropped_of_body = own, own | OF_BODY
         self._metrics, self._log = Metrics(), RequestsLog(guard.log)
         self._policy = PolicyStep(guard.policy)
-        self._in_flight = 0
+        self._in_flight = 0  # completions alone
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: SendEvent) -> None:
         if scope["type"] == "lifespan":
@@ -107,13 +110,16 @@ class _Guard:
 
     async def _http(self, exchange: Exchange, receive: Receive) -> None:
         error = None
-        self._in_flight += 1
+        completes = exchange.path in (CHAT, COMPLETIONS)
+        self._in_flight += completes
         self._metrics.in_flight(1)
         exchange.deadline = asyncio.get_running_loop().time() + self._settings.guard.deadline_s
         try:
             self._admit(exchange)
             guard = self._settings.guard
-            body = await read_body(receive, guard.max_body_bytes, min(UPLOAD_S, guard.deadline_s))
+            most = guard.max_body_bytes if completes else min(OTHER_BODY_BYTES, guard.max_body_bytes)
+            body = await read_body(receive, most, min(UPLOAD_S, guard.deadline_s))
+            exchange.read_at = time.perf_counter()
             with self._tracing.span(f"guard {exchange.path}", exchange.headers) as span:
                 try:
                     await unless_gone(self._route(exchange, body), receive, exchange)
@@ -130,12 +136,12 @@ class _Guard:
             said = "The guard has a fault; its log has more."
             error = Refusal(500, said, "server_error", "internal_error", headers=(NO_RETRY,))
         finally:
-            self._in_flight -= 1
+            self._in_flight -= completes
             self._metrics.in_flight(-1)
         if error is not None and not exchange.started:
             await exchange.json(error.status, error.body(), error.headers)
         path = exchange.path if exchange.path in COUNTED else "other"
-        self._metrics.answer(path, exchange.status)
+        self._metrics.answer(path, exchange.ended_as)
         self._log.write(exchange)
         if error is not None and not exchange.finished:  # leaving without an end closes the connection
             raise ConnectionAbortedError(error.message)  # so that an answer cut short does not look complete
@@ -204,8 +210,9 @@ class _Guard:
             await self._relay(exchange, body if bare == request else encoded(bare))
             return
         for key in NUMBERS:  # a repair computes with them
-            if isinstance(filled.get(key), bool) or not isinstance(filled.get(key), int | float | None):
-                raise Refusal(400, f"'{key}' is not a number.", "invalid_request_error", "invalid_value", key)
+            if not _is_number(filled.get(key), whole=key != "temperature"):
+                said = f"'{key}' is not a number that it can be."
+                raise Refusal(400, said, "invalid_request_error", "invalid_value", key)
         if live and request.get("stream") and not self._policy.reads_output:
             if filled.get("n") not in (None, 1):
                 said = "A live stream has one choice: leave n out."
@@ -268,6 +275,7 @@ class _Guard:
             usage = isinstance(options, dict) and bool(options.get("include_usage"))
             answer = _Answer(200, as_events(answer.content, usage), (EVENT_STREAM, *answer.headers[1:]))
         elif exchange.started:  # what has gone out is a stream: an error is its last event
+            exchange.broke_off = answer.status
             answer = replace(answer, content=error_events(answer.body))
         if exchange.started:
             await exchange.send(answer.body)
@@ -286,20 +294,24 @@ class _Guard:
             error.headers = (*kept, NO_RETRY, *_attempt_headers(ladder.attempts))
             error.more = self._policy.report({"attempts": ladder.attempts, "usage": ladder.usage})
             raise error from None
+        finally:
+            self._metrics.added.observe(time.perf_counter() - exchange.read_at - exchange.away_s)
 
     async def _steps(self, exchange: Exchange, ladder: Ladder, redacted: dict[str, int]) -> _Answer:
         """The ladder's outcome, or the upstream's own word where that is an error, within the deadline."""
         headers = self._body_headers(exchange)
-        began, away, slow = time.perf_counter(), 0.0, ladder.wanted.form == "yaml"
+        slow = ladder.wanted.form == "yaml"
         step: Send | Done | Exhausted = ladder.start()
         async with asyncio.timeout_at(exchange.deadline):
             while isinstance(step, Send):
                 sent = time.perf_counter()
                 with self._tracing.span(f"attempt {len(ladder.attempts) + 1}"):
-                    reply = await self._upstream.ask(exchange.path, step.body, self._tracing.inject(headers))
-                spent = time.perf_counter() - sent
-                away += spent
-                self._metrics.upstream.observe(spent)
+                    try:
+                        reply = await self._upstream.ask(exchange.path, step.body, self._tracing.inject(headers))
+                    finally:
+                        spent = time.perf_counter() - sent
+                        exchange.away_s += spent
+                        self._metrics.upstream.observe(spent)
                 if reply.status == 200:
                     large = len(reply.content) > (SLOW_FORM_BYTES if slow else LARGE_ANSWER_BYTES)
                     judged = partial(_judged, ladder, reply.content)
@@ -308,16 +320,18 @@ class _Guard:
                     continue
                 self._metrics.attempt(f"status {reply.status}")
                 bare = ladder.refuse() if reply.status == 400 and step.constrained else None
-                if bare is None:
-                    if not ladder.attempts:
-                        return _Answer(reply.status, reply.content, tuple(reply.headers))
+                if bare is not None:
+                    step = bare
+                elif not ladder.attempts:
+                    return _Answer(reply.status, reply.content, tuple(reply.headers))
+                elif reply.status == 400:  # it was none for the first attempt: what has been added to it does not fit
+                    step = ladder.give_up()
+                else:
                     made = (NO_RETRY, *_attempt_headers(ladder.attempts))  # and not to be made again
                     return _Answer(reply.status, reply.content, (*reply.headers, *made))
-                step = bare
             if isinstance(step, Done) and self._policy.reads_output:
                 answer = await self._policy.release(self._upstream.session, step.answer, ladder.wanted, redacted)
                 step = Done(answer, step.attempts)
-        self._metrics.added.observe(time.perf_counter() - began - away)
         kept = (JSON_TYPE, *_attempt_headers(ladder.attempts))
         if isinstance(step, Exhausted):
             error = {"error": self._policy.report(step.error["error"])}
@@ -347,8 +361,15 @@ class _Guard:
         except FAILURES as failure:
             if not exchange.started:
                 raise
-            last = error_events(encoded(refusal_of(failure).body()))
-        self._note(exchange, [violation.told(0) for violation in check.violations])
+            error = refusal_of(failure)
+            exchange.broke_off = error.status
+            last = error_events(encoded(error.body()))
+        if exchange.broke_off or check.failed:
+            exchange.broke_off = exchange.broke_off or 502
+            self._count_attempt(exchange, f"status {exchange.broke_off}")
+        else:
+            exchange.broke_off = 422 if check.violations else 0
+            self._note(exchange, [violation.told(0) for violation in check.violations])
         await exchange.send(last)
 
     async def _pass_live(self, exchange: Exchange, check: LiveCheck, stream: aiohttp.StreamReader) -> None:
@@ -364,11 +385,14 @@ class _Guard:
         return [*given, *BODY_HEADERS, ("x-request-id", exchange.id)]
 
     def _note(self, exchange: Exchange, errors: list[dict[str, Any]]) -> None:
-        exchange.attempts += 1
-        self._metrics.attempt("invalid" if errors else "valid")
+        self._count_attempt(exchange, "invalid" if errors else "valid")
         for error in errors:
             self._metrics.violation(error["keyword"])
             exchange.violations.append(error["keyword"])
+
+    def _count_attempt(self, exchange: Exchange, outcome: str) -> None:
+        exchange.attempts += 1
+        self._metrics.attempt(outcome)
 
 
 def _attempt_headers(attempts: list[dict[str, Any]]) -> tuple[Header, Header]:
@@ -383,8 +407,20 @@ def _attempt_headers(attempts: list[dict[str, Any]]) -> tuple[Header, Header]:
     return (ATTEMPTS_HEADER, str(len(attempts)).encode()), (BREAKDOWN_HEADER, ", ".join(told).encode())
 
 
+def _is_number(value: Any, whole: bool) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return False
+    return isinstance(value, int) if whole else True
+
+
 def _judged(ladder: Ladder, content: bytes) -> Send | Done | Exhausted:
-    answer = decoded(content)
-    if not is_completion(answer):
-        raise ValueError("the engine's answer is no completion")
+    try:
+        answer = decoded(content)
+    except (ValueError, RecursionError):
+        answer = None
+    if not is_completion(answer):  # it has been generated, and would be again
+        said = "The engine's answer is no completion."
+        raise Refusal(502, said, "upstream_error", "upstream_unavailable", headers=(NO_RETRY,))
     return ladder.receive(answer)

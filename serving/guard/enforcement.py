@@ -19,6 +19,10 @@ FORMATS = {
     *("email", "date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid"),
     *("uri", "uri-reference", "uri-template", "json-pointer", "relative-json-pointer"),
 }
+BESIDE_REF = {
+    *("$ref", "$defs", "definitions", "$schema", "$id", "$anchor", "$comment", "title", "description", "default"),
+    *("examples", "deprecated", "readOnly", "writeOnly"),
+}
 SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 SCHEMAS = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames", "additionalItems")
 LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -54,7 +58,7 @@ def _here(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "oneOf", "is taken as anyOf: more than one may match"
     if "anyOf" in schema and "properties" in schema:
         yield "anyOf", "beside properties, one of the two is ignored"
-    if "$ref" in schema and len(schema.keys() - {"$ref", "description", "title", "$defs", "definitions"}):
+    if "$ref" in schema and schema.keys() - BESIDE_REF:
         yield "$ref", "what stands beside it is ignored"
     required, properties = schema.get("required"), schema.get("properties", {})
     if isinstance(required, list) and isinstance(properties, dict) and any(name not in properties for name in required):

@@ -75,7 +75,10 @@ class Exchange:
     scope: MutableMapping[str, Any]
     raw_send: SendEvent
     began: float = field(default_factory=time.perf_counter)
+    read_at: float = 0.0  # when its body was there
+    away_s: float = 0.0  # of it, for the engine
     status: int = 0
+    broke_off: int = 0  # what a stream that had begun as a 200 ended with where that was an error
     finished: bool = False
     streams: bool = False  # whether what has begun is a stream of the engine's, passed on
     deadline: float = 0.0  # of all that is done for it, on the event loop's clock
@@ -90,6 +93,11 @@ class Exchange:
         self.headers: dict[bytes, bytes] = dict(self.scope["headers"])
         given = self.headers.get(REQUEST_ID, b"")
         self.id = given.decode() if _ID.fullmatch(given) else os.urandom(16).hex()
+
+    @property
+    def ended_as(self) -> int:
+        """The status that tells how it ended."""
+        return self.broke_off or self.status
 
     @property
     def started(self) -> bool:

@@ -13,12 +13,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from xml.etree import ElementTree
 
+import jsonschema_rs
 import yaml
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from serving.guard.pointer import pointed
-from serving.guard.strict_json import MAX_DEPTH, WHITESPACE, Malformed, begun, to_float, to_integer
+from serving.guard.strict_json import (
+    MAX_DEPTH,
+    WHITESPACE,
+    Malformed,
+    begun,
+    check_surrogates,
+    to_float,
+    to_integer,
+)
 from serving.guard.strict_json import parse as parse_json
 
 FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)\n?```", re.DOTALL)
@@ -41,7 +50,7 @@ def unfenced(text: str) -> str | None:
 
 def parse_yaml(text: str) -> Any:
     """The value of one YAML document. Raises Malformed: empty, byte_order_mark, too_deep, duplicate_key, key_not_text,
-    alias, tag, number_overflow, number_too_long, syntax."""
+    alias, tag, number_overflow, number_too_long, lone_surrogate, syntax."""
     begun(text)
     try:
         value = yaml.load(text, Loader=_CoreLoader)
@@ -49,8 +58,11 @@ def parse_yaml(text: str) -> Any:
         place = error.problem_mark
         where = f" at line {place.line + 1} column {place.column + 1}" if place else ""
         raise Malformed("syntax", f"{error.problem or error.context}{where}") from None
-    except (yaml.YAMLError, RecursionError) as error:  # a character that YAML does not permit
+    except Malformed:
+        raise
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # a character that YAML does not permit
         raise Malformed("syntax", str(error).split("\n")[0]) from None
+    check_surrogates(value)
     return value
 
 
@@ -124,13 +136,16 @@ def _value(element: ElementTree.Element, schema: Any, root: Any, level: int) -> 
     repeated = len(children) > 1 and len({child.tag for child in children}) == 1
     if ("array" in types and ("object" not in types or repeated)) or (not types and repeated):
         items = _stated(parts, "items")
-        return [_value(child, items, root, level + 1) for child in children]
+        first = _listed(parts, "prefixItems")
+        stated = [*first, *[items] * len(children)]
+        return [_value(child, part, root, level + 1) for child, part in zip(children, stated, strict=False)]
     if children or types == {"object"}:
         found: dict[str, Any] = {}
         for child in children:
             if child.tag in found:
                 raise Malformed("duplicate_key", "an element occurs twice in another", f"{child.tag} occurs twice")
-            inner = _stated([_stated([part], "properties", {}) for part in parts], child.tag)
+            inner = _stated([_stated([part], "properties", {}) for part in parts], child.tag, None)
+            inner = _of_other_names(parts, child.tag) if inner is None else inner
             found[child.tag] = _value(child, inner, root, level + 1)
         return found
     return _scalar((element.text or "").strip(), types)
@@ -165,6 +180,18 @@ def _types(schema: dict[str, Any]) -> set[str]:
     named = {given} if isinstance(given, str) else set(given or ())
     values = [schema["const"]] if "const" in schema else schema.get("enum") or []
     return named or {_KINDS[type(value)] for value in values if type(value) in _KINDS}
+
+
+def _of_other_names(parts: list[dict[str, Any]], name: str) -> Any:
+    """The schema of a child that is none of the properties."""
+    for pattern, schema in (item for part in parts for item in _stated([part], "patternProperties", {}).items()):
+        if jsonschema_rs.is_valid({"pattern": pattern}, name):  # its expressions have a limit, Python's have none
+            return schema
+    return _stated(parts, "additionalProperties")
+
+
+def _listed(parts: list[dict[str, Any]], key: str) -> list[Any]:
+    return next((part[key] for part in parts if isinstance(part.get(key), list)), [])
 
 
 def _stated(parts: list[dict[str, Any]], key: str, otherwise: Any = True) -> Any:

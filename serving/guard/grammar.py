@@ -11,17 +11,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from serving.guard.bodies import encoded
 from serving.guard.enforcement import LISTS, SCHEMAS, SCHEMAS_BY_NAME
 from serving.guard.pointer import escaped
 
-MAX_PARTS = 20_000  # of what is written: alternatives multiply what stands beside them
+MAX_BYTES = 256 * 1024  # of what is written: alternatives multiply what stands beside them
 ALTERNATIVES = ("anyOf", "oneOf")
 ABOUT = {"title", "description"}
 STAYS = {"$schema", "$defs", "definitions", *ABOUT}  # where it stands, rather than in every alternative
 MOVES = {"type", "properties", "required", "additionalProperties", "minProperties", "maxProperties"}
 IN_ALTERNATIVE = {"type", "properties", "required", *ABOUT}
 NARROWS = {"type", "const", "enum", *ABOUT}  # keywords that say the same whatever stands beside them
-OPEN_ENDED = {"$ref", "patternProperties", "unevaluatedProperties", "propertyNames"}
+OPEN_ENDED = {"$ref", "patternProperties", "propertyNames"}
+ADDRESSES = ("$ref", "$dynamicRef", "$recursiveRef", "$id", "id", "$anchor", "$dynamicAnchor")
 
 
 @dataclass(frozen=True)
@@ -32,29 +34,39 @@ class ForGrammar:
     mended: frozenset[tuple[str, str]] = frozenset()
 
 
-def for_grammar(schema: Any) -> ForGrammar:
-    """What to constrain with in place of `schema`; itself where nothing can be mended.
+class _TooLarge(Exception):
+    pass
 
-    A schema whose references point to other places than its definitions is left alone, as these places might move.
+
+def for_grammar(schema: Any) -> ForGrammar:
+    """What to constrain with in place of `schema`; itself where nothing can be mended, or it would get too large.
+
+    Left alone is a schema whose references point to other places than its definitions, as these places might move, and
+    one with `unevaluatedProperties`, to which a name among the properties is another thing than one that is not.
     """
-    if not all(map(_to_definition, _references(schema))):
-        return ForGrammar(schema)
+    for part in _objects(schema):
+        if "unevaluatedProperties" in part or not all(_to_definition(part[key]) for key in ADDRESSES if key in part):
+            return ForGrammar(schema)
     mended: set[tuple[str, str]] = set()
-    written, size = _written(schema, "", mended)
-    return ForGrammar(written, frozenset(mended)) if mended and size <= MAX_PARTS else ForGrammar(schema)
+    try:
+        written, _ = _written(schema, "", mended)
+    except _TooLarge:
+        return ForGrammar(schema)
+    return ForGrammar(written, frozenset(mended)) if mended else ForGrammar(schema)
 
 
 def _written(schema: Any, path: str, mended: set[tuple[str, str]]) -> tuple[Any, int]:
-    """The schema with all schemas in it written anew, and of how many parts it is."""
+    """The schema with all schemas in it written anew, and about how many bytes it has. Raises _TooLarge."""
     if not isinstance(schema, dict):
-        return schema, 1
+        return schema, len(encoded(schema))
     found: dict[str, Any] = {}
-    size = 1
+    size = 2
     for key, value in schema.items():
+        size += len(key) + 4
         if key in SCHEMAS_BY_NAME and isinstance(value, dict):
             parts = {name: _written(part, f"{path}/{key}/{escaped(name)}", mended) for name, part in value.items()}
             found[key] = {name: part for name, (part, _) in parts.items()}
-            size += sum(count for _, count in parts.values())
+            size += sum(len(name) + 4 + count for name, (_, count) in parts.items())
         elif key in LISTS and isinstance(value, list):
             listed = [_written(part, f"{path}/{key}/{index}", mended) for index, part in enumerate(value)]
             found[key] = [part for part, _ in listed]
@@ -64,31 +76,36 @@ def _written(schema: Any, path: str, mended: set[tuple[str, str]]) -> tuple[Any,
             size += count
         else:
             found[key] = value
-            size += len(value) if isinstance(value, list) else 1
-    spread = _spread(found)
-    if spread is not None:
-        key, alternatives = spread
-        mended |= {(path, "anyOf"), (path, "required")}  # of oneOf more than one may match as before
-        mended |= {(f"{path}/{key}/{index}", "required") for index in range(len(alternatives))}
-        return {name: found[name] for name in found if name in STAYS} | {key: alternatives}, size * len(alternatives)
+            size += len(encoded(value))
+    key = next((name for name in ALTERNATIVES if isinstance(found.get(name), list)), "")
+    many = len(found.get(key, ()))
+    if size * max(1, many) > MAX_BYTES:
+        raise _TooLarge
+    alternatives = _spread(found, key) if many else None
+    if alternatives is not None:
+        mended.add((path, "anyOf"))  # of oneOf more than one may match as before
+        complete = [set(one.get("required", ())) <= set(one.get("properties", ())) for one in alternatives]
+        mended |= {(f"{path}/{key}/{index}", "required") for index, whole in enumerate(complete) if whole}
+        if all(complete):
+            mended.add((path, "required"))
+        return {name: found[name] for name in found if name in STAYS} | {key: alternatives}, size * many
     named = _named(found)
     if named is not found:
         mended.add((path, "required"))
+        size += len(encoded(named.get("properties"))) - len(encoded(found.get("properties")))
     return named, size
 
 
-def _spread(schema: dict[str, Any]) -> tuple[str, list[dict[str, Any]]] | None:
-    """The keyword and the alternatives of an object, each with what stands beside them; None where there is nothing
-    beside them or it cannot be joined."""
-    keys = [key for key in ALTERNATIVES if key in schema]
-    if len(keys) != 1 or schema.get("type") != "object" or schema.keys() - STAYS - MOVES - {keys[0]}:
+def _spread(schema: dict[str, Any], key: str) -> list[dict[str, Any]] | None:
+    """The alternatives of an object, each with what stands beside them; None where nothing does or cannot be joined."""
+    if schema.get("type") != "object" or schema.keys() - STAYS - MOVES - {key}:
         return None
-    if not schema.keys() & {"properties", "required"} or not _is_object(schema) or not schema[keys[0]]:
+    if not schema.keys() & {"properties", "required"} or not _is_object(schema):
         return None
     beside = {name: schema[name] for name in schema if name in MOVES}
-    joined = [_joined(beside, alternative) for alternative in schema[keys[0]]]
+    joined = [_joined(beside, alternative) for alternative in schema[key]]
     found = [alternative for alternative in joined if alternative is not None]
-    return (keys[0], found) if len(found) == len(joined) else None
+    return found if len(found) == len(joined) else None
 
 
 def _joined(beside: dict[str, Any], alternative: Any) -> dict[str, Any] | None:
@@ -101,13 +118,12 @@ def _joined(beside: dict[str, Any], alternative: Any) -> dict[str, Any] | None:
     if "additionalProperties" in beside and own.keys() - properties.keys():
         return None  # to which they would be additional
     for name, part in own.items():
-        known = properties.get(name, {})
-        if known is True:
-            known = {}
-        narrows = isinstance(part, dict) and isinstance(known, dict) and not part.keys() - NARROWS
-        if known == part or known == {}:
+        known = properties.get(name, True)
+        if known is True or known == {} or _same(known, part):
             properties[name] = part
-        elif narrows and "$ref" not in known and all(known.get(key, part[key]) == part[key] for key in part):
+        elif isinstance(part, dict) and isinstance(known, dict) and not part.keys() - NARROWS and "$ref" not in known:
+            if not all(_same(known[key], part[key]) for key in part.keys() & known.keys() - ABOUT):
+                return None
             properties[name] = {**known, **part}
         else:
             return None
@@ -118,6 +134,11 @@ def _joined(beside: dict[str, Any], alternative: Any) -> dict[str, Any] | None:
     if required:
         joined["required"] = required
     return _named(joined)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two schemas or values are written alike: 1 is not true."""
+    return encoded(one) == encoded(other)
 
 
 def _named(schema: dict[str, Any]) -> dict[str, Any]:
@@ -141,12 +162,12 @@ def _is_object(schema: dict[str, Any]) -> bool:
     )
 
 
-def _references(schema: Any) -> Iterator[Any]:
+def _objects(schema: Any) -> Iterator[dict[str, Any]]:
     pending = [schema]
     while pending:
         item = pending.pop()
         if isinstance(item, dict):
-            yield from (item[key] for key in ("$ref", "$dynamicRef", "$recursiveRef", "$id", "$anchor") if key in item)
+            yield item
         pending += _children(item)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from fusion.errors import UserError
 
 VARIABLE = "QWEN_FUSION_API_KEYS"
+UPSTREAM_VARIABLE = "QWEN_FUSION_UPSTREAM_KEY"  # the key that the engine itself wants
 
 
 class Keys:

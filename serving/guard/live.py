@@ -30,7 +30,7 @@ class LiveCheck:
         self._text: list[str] = []
         self._calls: dict[int, dict[str, Any]] = {}
         self._finish: str | None = None
-        self._failed: str | None = None
+        self.failed: str | None = None  # the engine's own error
         self._parsed = JsonAlong() if wanted.schema is not None and wanted.form == "json" else None
         self._parsed_calls: dict[int, JsonAlong] = {}
         self.violations: list[Violation] = []
@@ -52,10 +52,10 @@ class LiveCheck:
 
     def end(self) -> bytes:
         """The last events: [DONE] where all is as asked, otherwise an error before it."""
-        if not self.violations and self._failed is None:
+        if not self.violations and self.failed is None:
             self._judge()
-        if self._failed is not None:
-            return error_events(self._failed.encode())
+        if self.failed is not None:
+            return error_events(self.failed.encode())
         if not self.violations:
             return DONE
         return error_events(encoded(self._error()))
@@ -71,7 +71,7 @@ class LiveCheck:
         try:
             chunk = decoded(data)
             if "error" in chunk:
-                self._failed, self.over = data.decode(), True
+                self.failed, self.over = data.decode(), True
                 return False
             for choice in chunk.get("choices") or []:
                 self._choice(choice)

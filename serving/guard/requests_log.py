@@ -31,7 +31,7 @@ class RequestsLog:
             "request_id": exchange.id,
             "method": exchange.scope["method"],
             "path": exchange.path,
-            "status": exchange.status,
+            "status": exchange.ended_as,
             "ms": round(1000 * (time.perf_counter() - exchange.began), 2),
             "asker": exchange.asker,
             "attempts": exchange.attempts,

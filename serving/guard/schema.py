@@ -129,7 +129,8 @@ class Checker:
             last = error.schema_path[-1] if error.schema_path else None  # of a false schema: its name
             keyword = str(last) if last in KEYWORDS else "false"
             said = error.message[:300]
-            message = f"does not satisfy {keyword}" if keyword in QUOTING else said
+            quotes = keyword in QUOTING or any(part in QUOTING for part in error.schema_path)
+            message = f"does not satisfy {keyword}" if quotes else said
             found.append(Violation(_pointer(error.instance_path), keyword, message, said))
             if len(found) == MAX_VIOLATIONS:
                 break

@@ -13,7 +13,8 @@ class GuardSettings:
     """Settings of one guard.
 
     `sampling` fills chat requests that do not say (None: leaves them as they are); `max_model_len` caps the filled
-    max_tokens, the engine clips it to what the prompt leaves. With `api_keys` a request needs one of them.
+    max_tokens, the engine clips it to what the prompt leaves. With `api_keys` a request needs one of them;
+    `upstream_key` is the engine's own, sent instead.
     """
 
     upstream: str
@@ -21,6 +22,7 @@ class GuardSettings:
     sampling: Sampling | None = field(default_factory=Sampling)
     max_model_len: int | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    upstream_key: str | None = field(default=None, repr=False)
 
     @property
     def budget(self) -> int | None:

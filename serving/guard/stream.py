@@ -13,7 +13,8 @@ DONE = b"data: [DONE]\n\n"
 
 
 def as_events(answer: dict[str, Any], include_usage: bool = False) -> bytes:
-    """The events of a chat completion or a completion, and [DONE]; usage and the guard's report where asked for."""
+    """The events of a chat completion or a completion, and [DONE]; usage where asked for, the guard's report in
+    the last one."""
     head: dict[str, Any] = {"id": "chatcmpl-guard", "created": int(time.time()), "model": ""}
     head |= {key: answer[key] for key in ("id", "created", "model", "system_fingerprint") if key in answer}
     chunks: list[dict[str, Any]] = []
@@ -21,8 +22,9 @@ def as_events(answer: dict[str, Any], include_usage: bool = False) -> bytes:
         head["object"] = "text_completion" if "text" in choice else "chat.completion.chunk"
         chunks += [{**head, "choices": [part]} for part in (_texts(choice) if "text" in choice else _deltas(choice))]
     if include_usage:
-        kept = {FIELD: answer[FIELD]} if FIELD in answer else {}
-        chunks.append({**head, "choices": [], "usage": answer.get("usage"), **kept})
+        chunks.append({**head, "choices": [], "usage": answer.get("usage")})
+    if chunks and FIELD in answer:
+        chunks[-1][FIELD] = answer[FIELD]
     return b"".join([*map(event, chunks), DONE])
 
 

@@ -19,6 +19,7 @@ MAX_STARTS = 64  # brackets that are tried as the start of a value within a text
 
 _FENCE = re.compile(r"^```[a-zA-Z]*[ \t]*$", re.MULTILINE)
 _OPENING = re.compile(r"[\[{]")
+_JSON_BEGUN = re.compile(r'[\[{]\s*(?:["\[\]{}]|-?[0-9]|true|false|null|NaN|-?Infinity)')
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
 
 
@@ -48,12 +49,7 @@ def parse(text: str, max_depth: int = MAX_DEPTH) -> Any:
         raise Malformed("syntax", f"{error.msg} at line {error.lineno} column {error.colno}") from None
     if end < len(text):
         raise Malformed("trailing_text", f"text after the JSON value, from character {end}")
-    try:
-        text.encode()
-        if "\\" in text:
-            _check_surrogates(value)
-    except UnicodeEncodeError:
-        raise Malformed("lone_surrogate", "a string holds a lone surrogate") from None
+    check_surrogates(value if "\\" in text else text)
     return value
 
 
@@ -84,6 +80,8 @@ def unwrapped(text: str) -> str | None:
         try:
             _, position = _CAREFUL.raw_decode(text, start.start())
         except (ValueError, RecursionError):
+            if _JSON_BEGUN.match(text, start.start()):  # what follows is a part of something broken
+                return None
             position = start.end()
             continue
         if found is not None:
@@ -104,16 +102,24 @@ def _check_depth(text: str, max_depth: int) -> None:
             depth -= 1
 
 
-def _check_surrogates(value: Any) -> None:
+def check_surrogates(value: Any) -> None:
+    """Raises Malformed (lone_surrogate) where a text in a value holds one."""
+    try:
+        _encode(value)
+    except UnicodeEncodeError:
+        raise Malformed("lone_surrogate", "a string holds a lone surrogate") from None
+
+
+def _encode(value: Any) -> None:
     if isinstance(value, str):
         value.encode()
     elif isinstance(value, dict):
         for key, item in value.items():
             key.encode()
-            _check_surrogates(item)
+            _encode(item)
     elif isinstance(value, list):
         for item in value:
-            _check_surrogates(item)
+            _encode(item)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -131,7 +137,8 @@ def to_float(digits: str) -> float:
     """A number as a double. Raises Malformed (number_overflow) where it is too large for one."""
     value = float(digits)
     if math.isinf(value):
-        raise Malformed("number_overflow", f"the number {digits[:40]} is too large for a double")
+        said = f"the number {digits[:40]} is too large for a double"
+        raise Malformed("number_overflow", "a number is too large for a double", said)
     return value
 
 

@@ -45,13 +45,15 @@ class Reply:
 class Upstream:
     """A client of one engine; `async with` opens and closes its connections."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, key: str | None = None) -> None:
         self._address = address.rstrip("/")
+        self._key = key
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
             auto_decompress=False,
+            headers={"authorization": f"Bearer {self._key}"} if self._key else None,
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -72,13 +74,16 @@ class Upstream:
         return self._session
 
     async def healthy(self) -> bool:
-        """Whether the engine says so."""
+        """Whether the engine says so; one that has no /health, where it lists its models."""
+        timeout = aiohttp.ClientTimeout(total=HEALTH_S)
         try:
-            timeout = aiohttp.ClientTimeout(total=HEALTH_S)
-            async with self.session.get(f"{self._address}/health", timeout=timeout) as answer:
-                return answer.status == 200
+            for path in ("/health", "/v1/models"):
+                async with self.session.get(f"{self._address}{path}", timeout=timeout) as answer:
+                    if answer.status != 404:
+                        return answer.status == 200
         except (aiohttp.ClientError, OSError, TimeoutError):
-            return False
+            pass
+        return False
 
     async def ask(self, path: str, body: dict[str, Any], headers: list[tuple[str, str]]) -> Reply:
         """The whole answer to a request with a JSON body. Raises aiohttp.ClientError, OSError, and ValueError where it

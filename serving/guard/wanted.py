@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from serving.guard import formats, strict_json
-from serving.guard.enforcement import Unenforced
+from serving.guard.enforcement import Unenforced, unenforced
 from serving.guard.pointer import escaped
 from serving.guard.schema import Checker, SchemaError, TooCostly, Unsatisfiable, Violation
 
@@ -62,7 +62,8 @@ class Wanted:
             found.append(Violation("", "no_tool_call", "the answer calls no tool, and the request asks for one"))
         if self.check is not None and (text or not calls):
             found += self.check(text)
-        if found and choice.get("finish_reason") == "length" and not self._whole(choice):
+        cut = choice.get("finish_reason") == "length"
+        if cut and (self._may_go_on(text, calls) or (found and not self._whole(choice))):
             return [Violation("", "output_truncated", "the answer ended at the token limit (finish_reason length)")]
         return found
 
@@ -76,13 +77,17 @@ class Wanted:
         found = document_violations(function.get("arguments") or "", self.tools[function["name"]])
         return [replace(v, path=f"{where}/function/arguments{v.path}") for v in found]
 
+    def _may_go_on(self, text: str, calls: Sequence[Any]) -> bool:
+        """Whether a document could have more to it though it is one: any piece of YAML is, and of a number."""
+        if self.schema is None or calls:
+            return False
+        return self.form == "yaml" or (self.form == "json" and text.strip()[-1:].isdigit())
+
     def _whole(self, choice: Mapping[str, Any]) -> bool:
         """Whether what a choice says is complete, though not as asked: a limit has cut nothing off then."""
         calls = (choice.get("message") or {}).get("tool_calls") or []
         texts = [call["function"].get("arguments") or "" for call in calls if isinstance(call.get("function"), dict)]
         if self.schema is not None and not calls:
-            if self.form == "yaml":  # a piece of it is a document as well
-                return False
             texts.append(text_of(choice))
         try:
             form = "json" if calls else self.form
@@ -154,12 +159,15 @@ def extension_of(request: Mapping[str, Any]) -> Extension:
 def wanted_of(request: Mapping[str, Any], compiled: Compile) -> Wanted | None:
     """What a request asks for, None when it asks for nothing that can be checked. `compiled` gives a schema's checker.
 
-    Raises SchemaError on an unusable schema, on one that nothing satisfies where no tool can be called instead, and
-    where `response_format` is json_schema without one.
+    Raises SchemaError on an unusable schema, on one that nothing satisfies where no tool can be called instead, where
+    `response_format` is json_schema without one, and where the answer would not be the document alone.
     """
     extension = extension_of(request)
     schema, tools = _schema(request, extension), _tools(request, compiled)
     if schema is not None:
+        for key in ("echo", "continue_final_message"):
+            if request.get(key):
+                raise SchemaError(f"with {key} the answer is not the document alone")
         checker = compiled(schema)
         if checker.impossible is not None and not tools:
             raise Unsatisfiable(f"nothing satisfies it ({checker.impossible})")
@@ -171,20 +179,23 @@ def wanted_of(request: Mapping[str, Any], compiled: Compile) -> Wanted | None:
         if extension.form != "json":
             return Wanted(check, schema, extension.form, (), tools, must_call)
         written = checker.for_grammar
-        return Wanted(
-            check, schema, "json", checker.left_out, tools, must_call, written.schema if written.mended else None
-        )
+        left_out = [*checker.left_out, *(_tools_left_out(tools) if must_call else ())]
+        return Wanted(check, schema, "json", left_out, tools, must_call, written.schema if written.mended else None)
     other = _other_check(request, compiled)
     if other is None and not tools:
         return None
     if not _must_call(request, tools):  # what may call a tool or not has no grammar
         return Wanted(other, tools=tools)
-    left_out = [
+    return Wanted(other, left_out=_tools_left_out(tools), tools=tools, must_call=True)
+
+
+def _tools_left_out(tools: Mapping[str, Checker]) -> list[Unenforced]:
+    """What a grammar leaves out of the parameters of tools, which go to the engine as they are."""
+    return [
         replace(found, path=f"/tools/{escaped(name)}{found.path}")
         for name, checker in tools.items()
-        for found in checker.left_out
+        for found in unenforced(checker.schema)
     ]
-    return Wanted(other, left_out=left_out, tools=tools, must_call=True)
 
 
 def _must_call(request: Mapping[str, Any], tools: Mapping[str, Checker]) -> bool:

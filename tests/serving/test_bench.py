@@ -51,7 +51,9 @@ def bfcl(folder: Path) -> Path:
     row = {"id": "a", "question": [[{"role": "user", "content": "Do it."}]], "function": [function]}
     truth = {
         "id": "a",
-        "ground_truth": [{"f": {"city": ["Paris", "paris, France"], "n": [2, ""], "at": [{"x": [1.0]}]}}],
+        "ground_truth": [
+            {"f": {"city": ["Paris", "paris, France"], "n": [2, ""], "at": [{"x": [1.0], "y": 0.5}, {"x": [1.0]}]}}
+        ],
     }
     (folder / "possible_answer").mkdir()
     for name in ("simple", "multiple"):
@@ -64,6 +66,8 @@ def bfcl(folder: Path) -> Path:
     ("value", "right"),
     [
         ({"city": "PARIS", "n": 2, "at": {"x": 1}}, True),
+        ({"city": "PARIS", "at": {"x": 1, "y": 0.5}}, True),
+        ({"city": "PARIS", "at": {"x": 1, "y": 0.6}}, False),
         ({"city": "Paris (France)", "at": {"x": 1.0}}, True),
         ({"city": "Lyon", "at": {"x": 1.0}}, False),
         ({"city": "Paris", "at": {"x": 2}}, False),

@@ -93,6 +93,30 @@ def test_what_is_wrong_with_xml_has_a_name(text: str, violation: str) -> None:
     assert caught.value.violation == violation
 
 
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"additionalProperties": {"type": "integer"}}, "<r><a>1</a></r>", {"a": 1}),
+        ({"patternProperties": {"^n": {"type": "number"}}}, "<r><n1>1.5</n1><m>2</m></r>", {"n1": 1.5, "m": "2"}),
+        (
+            {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}], "items": {"type": "boolean"}},
+            "<r><i>1</i><i>2</i><i>true</i></r>",
+            [1, "2", True],
+        ),
+    ],
+)
+def test_xml_takes_the_types_of_what_is_not_among_the_properties(schema: Any, text: str, value: Any) -> None:
+    found = parse(text, "xml", schema)
+    assert found == value and Checker(schema).violations(found) == []
+
+
+@pytest.mark.parametrize(("text", "violation"), [(r'a: "\ud800"', "lone_surrogate"), (r'a: "\U00110000"', "syntax")])
+def test_escapes_of_yaml_that_are_no_characters_have_a_name(text: str, violation: str) -> None:
+    with pytest.raises(Malformed) as caught:
+        parse(text, "yaml")
+    assert caught.value.violation == violation
+
+
 def test_xml_takes_its_types_from_the_schema() -> None:
     schema = {
         "type": "object",

@@ -10,7 +10,8 @@ from xgrammar import Grammar
 from xgrammar.testing import _is_grammar_accept_string
 
 from serving.bench.calls import hard_calls
-from serving.guard.grammar import MAX_PARTS, for_grammar
+from serving.guard.bodies import encoded
+from serving.guard.grammar import MAX_BYTES, for_grammar
 from serving.guard.ladder import Limits, Send, ladder_for
 from serving.guard.schema import Checker, CheckerCache
 
@@ -115,7 +116,8 @@ def test_alternatives_that_would_multiply_are_left_alone() -> None:
     for _ in range(12):
         schema = {**REACHED, "properties": {**PERSON["properties"], "name": schema}}  # type: ignore[dict-item]
     assert for_grammar(schema).schema is schema
-    wide = {**PERSON, "anyOf": [{"required": ["mail"]}] * (MAX_PARTS // 4)}
+    wide = {**PERSON, "anyOf": [{"required": ["mail"]}] * 2000}
+    assert len(encoded(wide)) * 100 > MAX_BYTES
     assert for_grammar(wide).schema is wide
 
 
@@ -134,6 +136,59 @@ def test_the_engine_gets_the_other_words_and_the_answer_is_judged_by_the_schema_
     assert request["messages"] == step.body["messages"]
 
 
-def test_the_hard_schemas_of_the_benchmark_keep_their_meaning() -> None:
-    changed = [call.schema for call in hard_calls() if for_grammar(call.schema).mended]
-    assert REACHED in changed
+def test_a_small_schema_that_doubles_with_every_level_is_left_alone_at_once() -> None:
+    schema: Any = {"type": "object", "required": ["z"]}
+    for _ in range(14):
+        schema = {"type": "object", "properties": {"n": schema}, "anyOf": [{}] * 6}
+    both = {**schema, "anyOf": [{"properties": schema["properties"]}] * 6}
+    assert for_grammar(both).schema is both
+
+
+def test_texts_are_not_multiplied_beyond_the_limit() -> None:
+    wide = {**PERSON, "properties": {"name": {"type": "string", "pattern": "a" * 5000}}}
+    wide["anyOf"] = [{"required": ["mail"]}] * 100
+    assert for_grammar(wide).schema is wide
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"type": "object", "anyOf": [NAMED], "unevaluatedProperties": False}, {"name": 1}),
+        ({"type": "object", "allOf": [NAMED], "unevaluatedProperties": False}, {"name": 1}),
+        (
+            {"type": "object", "properties": {"a": {"const": 1}}, "anyOf": [{"properties": {"a": {"const": True}}}]},
+            {"a": True},
+        ),
+        (
+            {"type": "object", "properties": {"a": {"enum": [0]}}, "anyOf": [{"properties": {"a": {"enum": [False]}}}]},
+            {"a": False},
+        ),
+    ],
+)
+def test_what_would_be_another_schema_is_left_alone(schema: Any, value: Any) -> None:
+    assert Checker(schema).violations(value) and Checker(for_grammar(schema).schema).violations(value)
+
+
+def test_a_name_that_may_not_be_is_reported_still() -> None:
+    schema = {**PERSON, "additionalProperties": False, "anyOf": [{"required": ["mail"]}, {"required": ["fax"]}]}
+    found = {(left.path, left.keyword) for left in Checker(schema).left_out}
+    assert ("/anyOf/1", "required") in found and ("/anyOf/0", "required") not in found
+
+
+def test_a_described_property_that_a_described_alternative_narrows_is_joined() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"type": "string", "description": "of shape"}},
+        "anyOf": [{"properties": {"kind": {"const": "round", "description": "a circle"}}}],
+    }
+    (joined,) = for_grammar(schema).schema["anyOf"]
+    assert joined["properties"]["kind"] == {"type": "string", "description": "a circle", "const": "round"}
+
+
+@given(st.sampled_from([call.schema for call in hard_calls()]), st.lists(VALUES, min_size=1, max_size=4))
+def test_the_hard_schemas_of_the_benchmark_keep_their_meaning(schema: Any, values: list[Any]) -> None:
+    written = for_grammar(schema)
+    for value in values:
+        assert bool(Checker(schema).violations(value)) == bool(Checker(written.schema).violations(value))
+    if schema == REACHED:
+        assert written.mended

@@ -97,3 +97,9 @@ def test_the_cache_is_bounded_and_false_refuses_everything() -> None:
         cache.get({"const": number})
     assert cache.get({"const": 1}) is not first
     assert cache.get(False).violations(1)
+
+
+@pytest.mark.parametrize("inner", [{"pattern": "^a"}, {"enum": ["a"]}, {"maxLength": 3}, {"not": {"const": "SECRET"}}])
+def test_the_names_of_properties_are_not_told(inner: object) -> None:
+    (found,) = Checker({"propertyNames": inner}).violations({"SECRET": 1})
+    assert "SECRET" not in found.message and "SECRET" not in found.path
