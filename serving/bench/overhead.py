@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fusion.errors import UserError
 from fusion.progress import console
 from serving.bench.processes import becomes_healthy, guard, on_core, pinned, resident_mb
 from serving.bench.stub import SCHEMA
@@ -86,7 +87,8 @@ def _load(
     done = subprocess.run(command, preexec_fn=on_core(core), stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     if found["errors"] or not found["requests"]:
-        console.print(f"[yellow]{url}: {found['errors']} of {found['requests']} answers were errors[/yellow]")
+        said = f"{found['errors']} of {found['requests']} answers at {url} were errors: its figures mean nothing"
+        raise UserError(f"{said}; see what it says there, and run this again")
     return found
 
 

@@ -17,6 +17,7 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,9 @@ def run(recipe: Recipe, folder: Path | None, count: int) -> dict[str, Any]:
         ways = asyncio.run(_ask_all(server.url, server.engine.url, asked, kept))
     kept.path.unlink()
     _print(ways)
-    guard, alone, retried, _ = ways
-    explicit = [one.valid or one.refused in RIGHT_REFUSALS for one in guard.outcomes]
+    guard, alone, retried, once = ways
+    answers = zip(guard.outcomes, alone.outcomes, retried.outcomes, once.outcomes, strict=True)
+    explicit = [_right(mine, others) for mine, *others in answers]
     return {
         "valid_or_explicit": round(sum(explicit) / len(explicit), 4),
         "valid_after_ladder": round(guard.share("valid"), 4),
@@ -98,6 +100,13 @@ def run(recipe: Recipe, folder: Path | None, count: int) -> dict[str, Any]:
         "engine_alone_valid": round(alone.share("valid"), 4),
         "retry_loop_valid": round(retried.share("valid"), 4),
     }
+
+
+def _right(guarded: Outcome, others: Iterable[Outcome]) -> bool:
+    """Whether an answer of the guard's is valid or explicit; what another way has an answer to can be satisfied."""
+    if guarded.refused == "unsatisfiable_schema":
+        return not any(other.valid for other in others)
+    return guarded.valid or guarded.refused in RIGHT_REFUSALS
 
 
 def served_model(recipe: Recipe) -> str:
@@ -193,13 +202,16 @@ async def _constrained(session: aiohttp.ClientSession, url: str, call: Call, che
 
 async def _once(session: aiohttp.ClientSession, url: str, call: Call, checkers: CheckerCache) -> Outcome:
     body = {"messages": _messages(call), "temperature": 0, "max_tokens": MAX_TOKENS}
-    return _judged((await _post(session, url, body))[1], call, checkers)
+    status, answer = await _post(session, url, body)
+    return _judged(answer, call, checkers) if status == 200 else Outcome(False, refused=f"status {status}")
 
 
 async def _retried(session: aiohttp.ClientSession, url: str, call: Call, checkers: CheckerCache) -> Outcome:
     messages, outcome, tokens = _messages(call), Outcome(False), 0
     for attempt in range(1, 4):
-        _, answer = await _post(session, url, {"messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS})
+        status, answer = await _post(session, url, {"messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS})
+        if status != 200:  # its messages have outgrown the window
+            return Outcome(False, attempts=attempt, tokens=tokens, refused=f"status {status}")
         outcome = _judged(answer, call, checkers)
         tokens += outcome.tokens
         outcome.attempts, outcome.tokens, outcome.first_valid = attempt, tokens, attempt == 1 and outcome.valid
@@ -207,7 +219,7 @@ async def _retried(session: aiohttp.ClientSession, url: str, call: Call, checker
             return outcome
         text = answer["choices"][0]["message"]["content"] or ""
         errors = "\n".join(
-            f"{v.path or '/'}: {v.message}" for v in document_violations(text, checkers.get(call.schema))
+            f"{v.path or '/'}: {v.detail or v.message}" for v in document_violations(text, checkers.get(call.schema))
         )
         messages = [*messages, {"role": "assistant", "content": text}]
         messages.append({"role": "user", "content": REPAIR.format(errors=errors)})

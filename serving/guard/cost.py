@@ -4,15 +4,17 @@
 
 References multiply: 25 definitions that each name the next one twice are 33 million checks of one string, and a
 recursive schema that reaches itself by two ways at the same place doubles with every level of the value. Both are
-counted here without being carried out, in time polynomial in the schema.
+counted here without being carried out, in time polynomial in the schema and no longer than MAX_SECONDS.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from serving.guard.pointer import pointed
 
+MAX_SECONDS = 0.5  # of this thread
 LEVELS = 32  # of a value that are looked at; what doubles with every level is far over any limit by then
 EVERY = "*"  # a child's name that stands for all
 LISTS, SINGLE, NAMED = ("allOf", "anyOf", "oneOf"), ("not", "if", "then", "else"), ("dependentSchemas", "dependencies")
@@ -22,8 +24,15 @@ CHILDREN = (
 )
 
 
+class CountsTooLong(Exception):
+    """Counting has taken MAX_SECONDS: the schema is too large for what it branches."""
+
+
 def evaluations(schema: Any) -> int:
-    """The most subschemas that apply to one place of any value, along the worst way down of LEVELS steps."""
+    """The most subschemas that apply to one place of any value, along the worst way down of LEVELS steps.
+
+    Raises CountsTooLong, and RecursionError where references follow one another too often.
+    """
     return _Count(schema).worst()
 
 
@@ -34,6 +43,7 @@ class _Count:
         self._anchors: dict[str, Any] = {}
         self._closed: dict[int, Counter[int]] = {}
         self._open: set[int] = set()
+        self._end = time.thread_time() + MAX_SECONDS
         self._collect(root)
 
     def worst(self) -> int:
@@ -47,6 +57,10 @@ class _Count:
             here = max(below, key=Counter.total)
             most = max(most, here.total())
         return most
+
+    def _look_at_the_clock(self) -> None:
+        if time.thread_time() > self._end:
+            raise CountsTooLong
 
     def _collect(self, root: Any) -> None:
         pending = [root]
@@ -86,6 +100,7 @@ class _Count:
             self._open.add(key)
             found = Counter({key: 1})
             for part in self._in_place(node):
+                self._look_at_the_clock()
                 found.update(self._all_of(part))
             self._open.discard(key)
             self._closed[key] = found
@@ -94,6 +109,7 @@ class _Count:
     def _close(self, given: Counter[int]) -> Counter[int]:
         found: Counter[int] = Counter()
         for key, count in given.items():
+            self._look_at_the_clock()
             for inner, times in self._all_of(self._nodes.get(key)).items():
                 found[inner] += count * times
         return found
@@ -102,6 +118,7 @@ class _Count:
         """What applies to each child of a value to which `here` applies."""
         by_name: dict[str, Counter[int]] = {EVERY: Counter()}
         for key, count in here.items():
+            self._look_at_the_clock()
             node = self._nodes[key]
             for name, part in node["properties"].items() if isinstance(node.get("properties"), dict) else ():
                 by_name.setdefault(name, Counter())[id(part)] += count
@@ -109,7 +126,11 @@ class _Count:
                 for part in _parts(keyword, node.get(keyword)):
                     by_name[EVERY][id(part)] += count
         every = by_name.pop(EVERY)
-        found = [named + every for named in by_name.values()] or [every]
+        found = []
+        for named in by_name.values():
+            self._look_at_the_clock()
+            found.append(named + every)
+        found = found or [every]
         return [counter for counter in found if counter]
 
 

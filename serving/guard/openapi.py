@@ -50,8 +50,18 @@ MESSAGES: dict[str, Any] = {
     "items": {
         "type": "object",
         "required": ["role", "content"],
-        "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}},
+        "properties": {
+            "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+            "content": {"type": ["string", "array", "null"], "items": {"type": "object"}},
+        },
     },
+}
+PROMPT: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "minItems": 1, "items": {"type": ["string", "integer"]}},
+        {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
 }
 COMPLETION: dict[str, Any] = {
     "type": "object",
@@ -101,7 +111,7 @@ DESCRIPTION: dict[str, Any] = {
     "security": [{}, {"key": []}],
     "paths": {
         "/v1/chat/completions": _completion(["messages"], {"messages": MESSAGES, "tools": {"type": "array"}}),
-        "/v1/completions": _completion(["prompt"], {"prompt": {"type": "string"}}),
+        "/v1/completions": _completion(["prompt"], {"prompt": PROMPT}),
         "/v1/models": _reads("The models served", {"type": "object", "required": ["data"]}),
         "/health": _reads("The guard runs", {"type": "object"}),
         "/ready": {

@@ -3,7 +3,8 @@
     serving.guard.policy: {rules: [{find: [secrets, email], side: output}, {words: [project x], action: refuse}]}
 
 `redact` replaces what is found by a mark, in JSON inside its texts, so that a document stays one; `refuse` is the end
-of the request. A moderation model may have the last word (serving/guard/moderation.py).
+of the request, and so is what would have to be redacted in a JSON number. A moderation model may have the last word
+(serving/guard/moderation.py).
 """
 
 import json
@@ -53,11 +54,16 @@ class Censor:
     def document(self, text: str, found: dict[str, int]) -> str:
         """As `text`, inside the texts of a JSON document, keys among them: everything else stays as it is written.
 
-        What is refused is looked for everywhere. A text that is no JSON is taken as one text.
+        What is refused is looked for everywhere, and so is what cannot be redacted: a number has no room for a mark. A
+        text that is no JSON is taken as one text.
         """
         if not _is_json(text):
             return self.text(text, found)
         self.refuse(text)
+        bare = _JSON_TEXT.sub('""', text)
+        for rule in self._rules:
+            if marks := sorted(self._spans(bare, rule)):
+                raise Forbidden(marks[0][1], self._side)
 
         def inside(match: re.Match[str]) -> str:
             said = json.loads(match[0], strict=False)

@@ -15,7 +15,7 @@ from typing import Any
 import jsonschema_rs
 
 from serving.guard.bodies import encoded
-from serving.guard.cost import evaluations
+from serving.guard.cost import CountsTooLong, evaluations
 from serving.guard.enforcement import Unenforced, unenforced
 from serving.guard.grammar import ForGrammar, for_grammar
 from serving.guard.pointer import escaped
@@ -47,7 +47,7 @@ class SchemaError(ValueError):
 
 
 class TooCostly(SchemaError):
-    """A schema whose patterns take too long to compile."""
+    """A schema that takes too long to look through or to compile."""
 
 
 class Unsatisfiable(SchemaError):
@@ -92,6 +92,8 @@ class Checker:
         _check_counts(schema)
         try:
             count = evaluations(schema)
+        except CountsTooLong:
+            raise TooCostly("its references and alternatives take too long to count") from None
         except RecursionError:
             raise SchemaError("its references follow one another too often") from None
         if count > MAX_EVALUATIONS:

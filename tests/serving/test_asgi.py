@@ -93,27 +93,6 @@ def test_a_bad_schema_is_400_before_any_generation(guarded: Start) -> None:
     assert guard.upstream.requests == []
 
 
-def test_a_schema_that_takes_long_is_compiled_aside(guarded: Start) -> None:
-    guard = guarded(GOOD)
-    properties = {f"p{place}": {"type": "string", "maxLength": place} for place in range(4000)}
-    wanted = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"properties": properties}}}
-    late: list[float] = []
-
-    async def pulse() -> None:
-        async with aiohttp.ClientSession(guard.url) as session:
-            while compiling.is_alive():
-                began = time.monotonic()
-                async with session.get("/health") as answer:
-                    assert answer.status == 200
-                late.append(time.monotonic() - began)
-
-    compiling = threading.Thread(target=ask, args=(guard,), kwargs={"response_format": wanted})
-    compiling.start()
-    asyncio.run(pulse())
-    assert len(late) > 3 and max(late) < 2  # others were answered meanwhile
-    assert len(guard.upstream.requests) == 1
-
-
 @pytest.mark.parametrize("field", [{"n": "2"}, {"temperature": "0.5"}, {"seed": True}])
 def test_a_number_that_is_none_is_400_before_any_generation(guarded: Start, field: dict[str, Any]) -> None:
     guard = guarded(BAD, GOOD)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from serving.guard.cost import evaluations
+from serving.guard.cost import MAX_SECONDS, evaluations
 from serving.guard.schema import Checker, SchemaError
 
 
@@ -57,3 +57,11 @@ def test_what_multiplies_is_refused_at_once(schema: Any) -> None:
 @pytest.mark.parametrize("schema", [TREE, LIST, doubling(5), {"anyOf": [{"const": i} for i in range(5000)]}])
 def test_what_does_not_is_taken(schema: Any) -> None:
     Checker(schema)
+
+
+def test_what_takes_long_to_count_is_given_up() -> None:
+    branches = [{"properties": {f"p{place}": {}}, "additionalProperties": {}} for place in range(3000)]
+    began = time.thread_time()
+    with pytest.raises(SchemaError, match="too long to count"):
+        Checker({"anyOf": branches})
+    assert time.thread_time() - began < 4 * MAX_SECONDS

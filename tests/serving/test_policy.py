@@ -180,3 +180,12 @@ def test_a_moderation_model_has_the_last_word(guarded: Start) -> None:
     assert unmoderated.value.code == "moderation_unavailable"
     closed["moderation"]["fail"] = "open"
     assert ask(guarded(completion("peace"), policy=closed)).choices[0].message.content == "peace"
+
+
+@pytest.mark.parametrize("number", ["4111111111111111", "13800138000"])
+def test_what_is_found_in_a_number_cannot_be_redacted_and_is_refused(guarded: Start, number: str) -> None:
+    rule = {"find": ["bank_card", "phone"], "side": "output"}
+    guard = guarded(completion(f'{{"a": {number}}}'), policy=policy(rule, phone_regions=["CN"]))
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        ask(guard, response_format={"type": "json_object"})
+    assert caught.value.code == "content_policy" and number not in caught.value.response.text

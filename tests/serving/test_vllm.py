@@ -135,6 +135,8 @@ def test_no_route_of_the_engine_is_reachable_but_those_that_are_guarded_and_thos
                 given = status(method, path, authorization="Bearer a key")
                 assert given == open_.get((path, method), 404), (method, path)
         assert chat(url, "tiny", USER, max_tokens=2, api_key="a key").attempts == 1
+        checked = chat(url, "tiny", USER, max_tokens=300, api_key="a key", response_format=FORMAT)
+        assert set(json.loads(checked.text)) == set(SCHEMA["properties"])
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
