@@ -18,7 +18,10 @@ from serving.guard.bodies import decoded, encoded
 from serving.guard.schema import Violation
 from serving.guard.stream import DONE, error_events
 from serving.guard.strict_json import MAX_DEPTH
+from serving.guard.upstream import MAX_ANSWER_BYTES
 from serving.guard.wanted import Wanted
+
+MAX_EVENT_BYTES = 2**20  # of one event of a stream
 
 
 class LiveCheck:
@@ -27,6 +30,7 @@ class LiveCheck:
     def __init__(self, wanted: Wanted) -> None:
         self._wanted = wanted
         self._pending = b""
+        self._given = 0
         self._text: list[str] = []
         self._calls: dict[int, dict[str, Any]] = {}
         self._finish: str | None = None
@@ -39,11 +43,14 @@ class LiveCheck:
     def feed(self, data: bytes) -> bytes:
         """Takes bytes of the upstream's stream, returns what may be passed on now."""
         self._pending += data
+        self._given += len(data)
         passed = b""
         while not self.over:
             lines = self._pending.replace(b"\r\n", b"\n") if b"\r" in self._pending else self._pending
             event, end, rest = lines.partition(b"\n\n")
             if not end:
+                if len(lines) > MAX_EVENT_BYTES or self._given > MAX_ANSWER_BYTES:
+                    self.violations, self.over = [Violation("", "stream", "the stream has no end in sight")], True
                 break
             self._pending = rest
             if self._takes(event):

@@ -20,6 +20,7 @@ DEADLINE_S = 0.6
 TEXTS = [  # of every kind that has a name
     '{"a": 1}', '{"a": "x"}', "", "null", '{"a": 1, "a": 2}', '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}',
     '{"a": 1} x',
+    f'{{"a": {"1" * 5000}}}',
     "\ufeff{}", "[" * 300, '{"a": 1', "```json\n{}\n```", '{"a": "' + "é" * 300_000 + '"}',
 ]  # fmt: skip
 BODIES = [

@@ -112,3 +112,10 @@ def test_what_breaks_along_the_way_is_no_strict_json_in_the_end(text: str, step:
     except BrokenJson:
         with pytest.raises(Malformed):
             parse(text)
+
+
+def test_an_event_without_end_ends_the_stream() -> None:
+    check = LiveCheck(wanted(response_format={"type": "json_object"}))
+    for _ in range(40):
+        assert check.feed(b"data: " + b"x" * 2**15) == b""
+    assert check.over and [found.keyword for found in check.violations] == ["stream"]
