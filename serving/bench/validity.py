@@ -93,6 +93,10 @@ def run(recipe: Recipe, folder: Path | None, count: int) -> dict[str, Any]:
     guard, alone, retried, once = ways
     answers = zip(guard.outcomes, alone.outcomes, retried.outcomes, once.outcomes, strict=True)
     explicit = [_right(mine, others) for mine, *others in answers]
+    for call, outcome, is_right in zip(asked, guard.outcomes, explicit, strict=True):
+        if not is_right:
+            said = f"not as it should be ({outcome.refused}): {call.question[:100]!r}, {json.dumps(call.schema)[:200]}"
+            console.print(said, highlight=False, soft_wrap=True, markup=False)
     return {
         "valid_or_explicit": round(sum(explicit) / len(explicit), 4),
         "valid_after_ladder": round(guard.share("valid"), 4),

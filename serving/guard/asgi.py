@@ -319,7 +319,7 @@ class _Guard:
                     self._note(exchange, ladder.attempts[-1]["errors"])
                     continue
                 self._metrics.attempt(f"status {reply.status}")
-                bare = ladder.refuse() if reply.status == 400 and step.constrained else None
+                bare = ladder.refuse() if reply.status == 400 and not ladder.attempts else None
                 if bare is not None:
                     step = bare
                 elif not ladder.attempts:

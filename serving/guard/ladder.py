@@ -3,7 +3,8 @@
 A ladder belongs to one request whose answer can be checked. It hands out request bodies and takes in the upstream's
 answers; choices that are as asked are kept, the others are asked for again with a repair message. Where the grammar
 cannot express the schema, the last attempt, or the first that the engine refuses, goes without it: the schema is told
-then, a tool that has to be called is offered (tool_choice auto). YAML and XML have no grammar.
+then, an object constrained to be JSON and no more, a tool that has to be called offered (tool_choice auto). YAML and
+XML have no grammar.
 
     ladder = Ladder(request, wanted)
     step = ladder.start()
@@ -19,7 +20,7 @@ from typing import Any
 
 from serving.guard import formats, strict_json
 from serving.guard.schema import SchemaError, Violation
-from serving.guard.wanted import CONSTRAINTS, FIELD, Compile, Wanted, text_of, wanted_of, with_schema
+from serving.guard.wanted import CONSTRAINTS, FIELD, JSON_OBJECT, Compile, Wanted, text_of, wanted_of, with_schema
 
 MAX_ATTEMPTS = 3
 MAX_QUOTED_CHARACTERS = 4000
@@ -153,6 +154,9 @@ class Ladder:
         asks = any(self._request.get(key) for key in CONSTRAINTS)
         self._grammar = asks or wanted.must_call  # YAML and XML have none
         self._can_do_without = wanted.must_call or wanted.schema is not None
+        # a model that is free to likes to put its JSON into a fence
+        is_object = isinstance(wanted.schema, dict) and wanted.schema.get("type") == "object"
+        self._json_at_least = asks and is_object and wanted.schema != JSON_OBJECT
         self._valid: list[dict[str, Any]] = []
         self.attempts: list[dict[str, Any]] = []
         self._failed_texts: set[str] = set()
@@ -166,8 +170,12 @@ class Ladder:
 
     def refuse(self) -> Send | None:
         """What to send where the engine has refused the grammar of the step before; None where it had none."""
-        if not self._grammar or not self._can_do_without:
+        if not self._can_do_without:
             return None
+        if not self._grammar:
+            if not self._json_at_least:
+                return None
+            self._json_at_least = False
         self._grammar, self._refused = False, True
         return self._sent(dict(self._request))
 
@@ -276,6 +284,8 @@ class Ladder:
             told.append(_CALL[self._language].format(names=", ".join(self.wanted.tools)))
         if self.wanted.schema is not None:
             body = {key: value for key, value in body.items() if key not in CONSTRAINTS}
+            if self._json_at_least:
+                body["response_format"] = {"type": "json_object"}
             schema = json.dumps(self.wanted.schema, ensure_ascii=False)
             what = _DOCUMENT[self._language][self.wanted.form]
             told.append(_SCHEMA[self._language].format(what=what, schema=schema))

@@ -10,6 +10,7 @@ from serving.guard.schema import CheckerCache, SchemaError
 from tests.serving.upstream import USAGE, completion
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+JSON_ONLY = {"type": "json_object"}  # what is left of a grammar that is dropped
 GOOD, WRONG, BROKEN = '{"a": 1}', '{"a": "x"}', '{"a": '
 
 
@@ -155,7 +156,7 @@ def test_what_the_grammar_ignores_is_asked_for_without_it_in_the_end() -> None:
     second = climb.receive(completion(GOOD))
     assert isinstance(second, Send) and second.constrained and "response_format" in second.body
     third = climb.receive(completion(GOOD))
-    assert isinstance(third, Send) and not third.constrained and "response_format" not in third.body
+    assert isinstance(third, Send) and not third.constrained and third.body["response_format"] == JSON_ONLY
     assert json.dumps(schema) in third.body["messages"][-1]["content"]
     step = climb.receive(completion('{"a": 2}'))
     assert isinstance(step, Done)
@@ -168,11 +169,12 @@ def test_a_grammar_that_the_engine_refuses_is_left_out_and_still_checked() -> No
     climb = ladder()
     climb.start()
     bare = climb.refuse()
-    assert bare is not None and not bare.constrained and "response_format" not in bare.body
+    assert bare is not None and not bare.constrained and bare.body["response_format"] == JSON_ONLY
     assert json.dumps(SCHEMA) in bare.body["messages"][-1]["content"]
-    assert climb.refuse() is None
     step = climb.receive(completion(WRONG))
-    assert isinstance(step, Send) and "response_format" not in step.body
+    assert isinstance(step, Send) and step.body["response_format"] == JSON_ONLY
+    without = climb.refuse()
+    assert without is not None and "response_format" not in without.body and climb.refuse() is None
     step = climb.receive(completion(GOOD))
     assert isinstance(step, Done) and step.answer["guard"]["grammar"] == "refused"
 
