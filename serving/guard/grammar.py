@@ -1,10 +1,11 @@
-"""A schema in words that the grammar engine honours: the same values satisfy it.
+"""A schema in words that the grammar engine honours.
 
     python -c "from serving.guard.grammar import for_grammar; print(for_grammar({'type': 'object', 'required': ['a']}))"
 
-Two things that xgrammar takes wrongly can be said in another way. Of alternatives and the properties beside them it
-ignores one, so each alternative is given what stands beside it. A name that is required and not among the properties
-it does not permit, so it becomes one that may have any value.
+What xgrammar takes wrongly can be said in another way. Of alternatives and the properties beside them it ignores one,
+so each alternative is given what stands beside it. A name that is required and not among the properties it does not
+permit, so it becomes one that may have any value. The type beside an enum it ignores, so values of other types are left
+out, and a property that none is left for (and that need not be there), as it permits no other names than it is told.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 from serving.guard.bodies import encoded
 from serving.guard.enforcement import LISTS, SCHEMAS, SCHEMAS_BY_NAME
 from serving.guard.pointer import escaped
+from serving.guard.satisfiable import impossible, is_of_type, types_of
 
 MAX_BYTES = 256 * 1024  # of what is written: alternatives multiply what stands beside them
 ALTERNATIVES = ("anyOf", "oneOf")
@@ -23,6 +25,7 @@ MOVES = {"type", "properties", "required", "additionalProperties", "minPropertie
 IN_ALTERNATIVE = {"type", "properties", "required", *ABOUT}
 NARROWS = {"type", "const", "enum", *ABOUT}  # keywords that say the same whatever stands beside them
 OPEN_ENDED = {"$ref", "patternProperties", "propertyNames"}
+OTHER_NAMES = {"additionalProperties", "patternProperties", *ALTERNATIVES, "allOf"}
 ADDRESSES = ("$ref", "$dynamicRef", "$recursiveRef", "$id", "id", "$anchor", "$dynamicAnchor")
 
 
@@ -81,6 +84,7 @@ def _written(schema: Any, path: str, mended: set[tuple[str, str]]) -> tuple[Any,
     many = len(found.get(key, ()))
     if size * max(1, many) > MAX_BYTES:
         raise _TooLarge
+    _leave_out(found, path, mended)
     alternatives = _spread(found, key) if many else None
     if alternatives is not None:
         mended.add((path, "anyOf"))  # of oneOf more than one may match as before
@@ -94,6 +98,22 @@ def _written(schema: Any, path: str, mended: set[tuple[str, str]]) -> tuple[Any,
         mended.add((path, "required"))
         size += len(encoded(named.get("properties"))) - len(encoded(found.get("properties")))
     return named, size
+
+
+def _leave_out(schema: dict[str, Any], path: str, mended: set[tuple[str, str]]) -> None:
+    """Takes values that are not of the schema's type out of its enum, and properties without any value."""
+    types, values = types_of(schema), schema.get("enum")
+    if types and isinstance(values, list):
+        fitting = [value for value in values if any(is_of_type(value, name) for name in types)]
+        if 0 < len(fitting) < len(values):
+            schema["enum"] = fitting
+            mended.add((path, "type"))
+    if schema.keys() & {"properties"} and _is_object(schema) and not schema.keys() & OTHER_NAMES:
+        properties, required = schema["properties"], schema.get("required", ())
+        kept = {name: part for name, part in properties.items() if name in required or impossible(part) is None}
+        if 0 < len(kept) < len(properties):
+            schema["properties"] = kept
+            mended |= {(f"{path}/properties/{escaped(name)}", "type") for name in properties.keys() - kept.keys()}
 
 
 def _spread(schema: dict[str, Any], key: str) -> list[dict[str, Any]] | None:

@@ -34,11 +34,11 @@ def _impossible(schema: Any, path: str) -> str | None:
         return f"{path or '/'}: the schema is false"
     if not isinstance(schema, dict) or "$ref" in schema or "$dynamicRef" in schema or "$recursiveRef" in schema:
         return None
-    types = _types(schema)
+    types = types_of(schema)
     if types is not None:
         values = schema["enum"] if isinstance(schema.get("enum"), list) else None
         values = [schema["const"]] if "const" in schema else values
-        if values is not None and not any(_is(value, name) for value in values for name in types):
+        if values is not None and not any(is_of_type(value, name) for value in values for name in types):
             keyword = "const" if "const" in schema else "enum"
             return f"{path or '/'}: no value of its {keyword} is of type {' or '.join(types)}"
         if all(_crossed(schema, name) for name in types):
@@ -59,13 +59,15 @@ def _impossible(schema: Any, path: str) -> str | None:
     return None
 
 
-def _types(schema: dict[str, Any]) -> list[str] | None:
+def types_of(schema: dict[str, Any]) -> list[str] | None:
+    """The types that a schema names; None where it names none."""
     given = schema.get("type")
     names = [given] if isinstance(given, str) else given
     return names if isinstance(names, list) and names else None
 
 
-def _is(value: Any, name: str) -> bool:
+def is_of_type(value: Any, name: str) -> bool:
+    """Whether a value is of a type of JSON Schema; of one that it does not know every value is."""
     if name in ("integer", "number"):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and (name == "number" or value == value // 1)

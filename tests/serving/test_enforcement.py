@@ -28,6 +28,8 @@ def test_what_the_grammar_enforces_is_not_reported(schema: Any) -> None:
         ({"$defs": {"x": {"uniqueItems": True}}}, "/$defs/x", "uniqueItems"),
         ({"allOf": [{}, {"oneOf": [{}]}]}, "/allOf/1", "oneOf"),
         ({"required": ["a"]}, "", "required"),
+        ({"type": "array", "enum": ["a"]}, "", "type"),
+        ({"type": ["integer", "null"], "const": "a"}, "", "type"),
         ({"type": "string", "format": "iban"}, "", "format"),
         ({"type": "string", "pattern": "a", "maxLength": 3}, "", "maxLength"),
         ({"$ref": "#", "minimum": 3}, "", "$ref"),
