@@ -8,13 +8,12 @@ permit, so it becomes one that may have any value. The type beside an enum it ig
 out, and a property that none is left for (and that need not be there), as it permits no other names than it is told.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from serving.guard.bodies import encoded
 from serving.guard.enforcement import LISTS, SCHEMAS, SCHEMAS_BY_NAME
-from serving.guard.pointer import escaped
+from serving.guard.pointer import escaped, objects
 from serving.guard.satisfiable import impossible, is_of_type, types_of
 
 MAX_BYTES = 256 * 1024  # of what is written: alternatives multiply what stands beside them
@@ -47,7 +46,7 @@ def for_grammar(schema: Any) -> ForGrammar:
     Left alone is a schema whose references point to other places than its definitions, as these places might move, and
     one with `unevaluatedProperties`, to which a name among the properties is another thing than one that is not.
     """
-    for part in _objects(schema):
+    for part in objects(schema):
         if "unevaluatedProperties" in part or not all(_to_definition(part[key]) for key in ADDRESSES if key in part):
             return ForGrammar(schema)
     mended: set[tuple[str, str]] = set()
@@ -180,19 +179,6 @@ def _is_object(schema: dict[str, Any]) -> bool:
         and isinstance(required, list)
         and all(isinstance(name, str) for name in required)
     )
-
-
-def _objects(schema: Any) -> Iterator[dict[str, Any]]:
-    pending = [schema]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, dict):
-            yield item
-        pending += _children(item)
-
-
-def _children(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _to_definition(reference: Any) -> bool:

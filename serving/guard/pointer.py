@@ -1,8 +1,9 @@
-"""JSON pointers (RFC 6901): a part written, a reference within a document followed.
+"""JSON pointers (RFC 6901): a part written, a reference within a document followed, every object of it gone through.
 
 python -c "from serving.guard.pointer import pointed; print(pointed('#/a/0', {'a': [1]}))"
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -25,3 +26,15 @@ def pointed(reference: Any, root: Any) -> Any:
         else:
             return None
     return found
+
+
+def objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a JSON value."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            yield item
+            pending += item.values()
+        elif isinstance(item, list):
+            pending += item

@@ -18,7 +18,7 @@ from serving.guard.bodies import encoded
 from serving.guard.cost import CountsTooLong, evaluations
 from serving.guard.enforcement import Unenforced, unenforced
 from serving.guard.grammar import ForGrammar, for_grammar
-from serving.guard.pointer import escaped
+from serving.guard.pointer import escaped, objects
 from serving.guard.satisfiable import impossible
 
 MAX_SCHEMA_BYTES = 256 * 1024
@@ -189,7 +189,7 @@ def _text(schema: Any) -> bytes:
 
 def _check_counts(schema: Any) -> None:
     counts: Counter[str] = Counter()
-    for part in _objects(schema):
+    for part in objects(schema):
         counts["references"] += sum(key in part for key in ("$ref", "$dynamicRef", "$recursiveRef"))
         lists = (part.get(key) for key in ("anyOf", "oneOf", "allOf"))
         counts["alternatives"] += sum(len(found) for found in lists if isinstance(found, list))
@@ -201,7 +201,7 @@ def _check_counts(schema: Any) -> None:
 def _check_patterns(schema: Any) -> None:
     """Compiles every pattern alone, with an eye on the clock: no schema may hold the guard up for long."""
     begin = time.thread_time()
-    for pattern in {found for part in _objects(schema) for found in _patterns(part)}:
+    for pattern in {found for part in objects(schema) for found in _patterns(part)}:
         try:
             jsonschema_rs.validator_for({"pattern": pattern})
         except (jsonschema_rs.ValidationError, ValueError):
@@ -215,18 +215,6 @@ def _patterns(schema: dict[str, Any]) -> Iterator[str]:
         yield schema["pattern"]
     named = schema.get("patternProperties")
     yield from named if isinstance(named, dict) else ()
-
-
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object in a JSON value."""
-    pending = [value]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, dict):
-            yield item
-            pending += item.values()
-        elif isinstance(item, list):
-            pending += item
 
 
 def _pointer(path: list[str | int]) -> str:
