@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 from safetensors import SafetensorError
@@ -30,6 +31,16 @@ Overrides = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override one value of the recipe; may be repeated"),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+
+
+def _is_address(url: str) -> bool:
+    """Whether a URL names a server and no more."""
+    try:
+        parts = urlsplit(url)
+        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or too large a one
+        return False
+    return named and not any((parts.path, parts.query, parts.fragment, parts.username, parts.password))
 
 
 def _load(path: Path, overrides: list[str] | None, quiet: bool = False) -> Recipe:
@@ -202,10 +213,10 @@ def guard(
     from serving.guard.settings import GuardSettings
     from serving.serve import guard as guard_server
 
-    if not upstream.startswith(("http://", "https://")):
+    address = upstream.removesuffix("/").removesuffix("/v1")
+    if not _is_address(address):
         raise UserError(f"--upstream {upstream} is no address: write http://HOST:PORT, without /v1")
     guarding = load_section(Guarding, config, set_, "configs/guard.yaml")
-    address = upstream.removesuffix("/").removesuffix("/v1")
     keys = read_keys(guarding.api_keys_file)
     own = os.environ.get(UPSTREAM_VARIABLE)
     guard_server(GuardSettings(address, guarding, sampling=None, api_keys=keys, upstream_key=own), host, port)

@@ -36,7 +36,7 @@ def main(*arguments: str) -> None:
     given = parser.parse_args(arguments)
     found: dict[str, Any] = dict.fromkeys(KEYS)
     recipe = load_recipe(given.recipe)
-    if given.requests < 1 or given.seconds <= 0 or given.soak_requests < 1:
+    if given.requests < 1 or not 0 < given.seconds < float("inf") or given.soak_requests < 1:
         raise UserError("--requests, --seconds and --soak-requests are greater than 0")
     if given.part != "validity":
         found |= overhead.run(given.seconds, given.soak_requests)

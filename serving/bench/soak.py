@@ -54,7 +54,7 @@ def main(*arguments: str) -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--connections", type=int, default=8)
     given = parser.parse_args(arguments)
-    if given.minutes <= 0 or given.connections < 1:
+    if not 0 < given.minutes < float("inf") or given.connections < 1:
         raise UserError("--minutes and --connections are greater than 0")
     recipe = load_recipe(given.recipe)
     model = served_model(recipe)

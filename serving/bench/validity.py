@@ -34,6 +34,7 @@ from serving.engine import EngineSettings
 from serving.guard.bodies import decoded
 from serving.guard.schema import CheckerCache
 from serving.guard.settings import GuardSettings
+from serving.guard.upstream import IDLE_S
 from serving.guard.wanted import document_violations
 from serving.serve import running_server
 
@@ -152,7 +153,8 @@ async def _ask_all(guard: str, engine: str, asked: list[Call], kept: Kept) -> li
     gate = asyncio.Semaphore(AT_ONCE)
     asks = {"guard": _guarded, "engine alone": _constrained, "retry loop": _retried, "nothing": _once}
     timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         with progress_bar() as bar:
             task = bar.add_task("structured answers", total=len(asked) * len(asks), unit="requests")
 

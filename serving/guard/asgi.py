@@ -55,6 +55,7 @@ OPEN = ("/health", "/ready")  # without a key, however many requests are under w
 CHAT, COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
 COUNTED = (*OPEN, "/metrics", "/openapi.json", CHAT, COMPLETIONS, MODELS)
 NUMBERS = ("n", "max_tokens", "max_completion_tokens", "temperature", "seed")
+RETRY_SOON = (b"retry-after", b"1")
 ATTEMPTS_HEADER, BREAKDOWN_HEADER = b"x-qwen-fusion-attempts", b"x-qwen-fusion-attempt-breakdown"
 LARGE_ANSWER_BYTES = 256 * 1024  # one that is judged aside, so that others do not wait for it
 UPLOAD_S = 60  # for a request's body: one that trickles in takes a place among those under way
@@ -131,6 +132,8 @@ class _Guard:
             exchange.status = 499
         except FAILURES as failure:
             error = refusal_of(failure)
+        except asyncio.CancelledError:  # the server ends, and has waited for `drain_s`
+            error = Refusal(503, "The guard is being stopped.", "overloaded_error", "stopping", headers=(RETRY_SOON,))
         except Exception:
             LOGGER.exception("request %s", exchange.id)
             said = "The guard has a fault; its log has more."
@@ -140,6 +143,9 @@ class _Guard:
             self._metrics.in_flight(-1)
         if error is not None and not exchange.started:
             await exchange.json(error.status, error.body(), error.headers)
+        elif error is not None and error.code == "stopping" and exchange.is_events and not exchange.finished:
+            exchange.broke_off = error.status
+            await exchange.send(b"\n\n" + error_events(encoded(error.body())))
         path = exchange.path if exchange.path in COUNTED else "other"
         self._metrics.answer(path, exchange.ended_as)
         self._log.write(exchange)
@@ -164,7 +170,7 @@ class _Guard:
         limit = self._settings.guard.max_in_flight
         if limit is not None and self._in_flight > limit:
             said = f"{limit} requests are under way, as many as are taken at a time."
-            raise Refusal(503, said, "overloaded_error", "overloaded", headers=((b"retry-after", b"1"),))
+            raise Refusal(503, said, "overloaded_error", "overloaded", headers=(RETRY_SOON,))
         if self._rates is not None and (wait := self._rates.wait_s(exchange.asker)):
             said = f"More than {self._settings.guard.requests_per_minute} requests within a minute."
             headers = ((b"retry-after", str(wait).encode()),)
@@ -185,6 +191,11 @@ class _Guard:
             await self._completion(exchange, body)
         elif (path == MODELS or path.startswith(f"{MODELS}/")) and method == "GET" and ".." not in path:
             await self._relay(exchange, body)
+        elif path in COUNTED:
+            allowed = "POST" if path in (CHAT, COMPLETIONS) else "GET"
+            said = f"{path} is asked with {allowed}."
+            headers = ((b"allow", allowed.encode()),)
+            raise Refusal(405, said, "invalid_request_error", "method_not_allowed", headers=headers)
         else:
             raise Refusal(404, f"There is no {path} here.", "invalid_request_error", "not_found")
 
@@ -198,7 +209,9 @@ class _Guard:
         except (ValueError, RecursionError):
             request = None
         if not isinstance(request, dict):
-            raise Refusal(400, "The body is no JSON object.", "invalid_request_error", "invalid_json")
+            raise Refusal(
+                400, "The body is no JSON object, or one nested too deeply.", "invalid_request_error", "invalid_json"
+            )
         exchange.asked = request
         redacted: dict[str, int] = {}
         async with asyncio.timeout_at(exchange.deadline):
@@ -210,8 +223,8 @@ class _Guard:
             await self._relay(exchange, body if bare == request else encoded(bare))
             return
         for key in NUMBERS:  # a repair computes with them
-            if not _is_number(filled.get(key), whole=key != "temperature"):
-                said = f"'{key}' is not a number that it can be."
+            if not _is_number(filled.get(key), key):
+                said = f"'{key}' is not {'a number' if key == 'temperature' else 'a whole number'} that can be used."
                 raise Refusal(400, said, "invalid_request_error", "invalid_value", key)
         if live and request.get("stream") and not self._policy.reads_output:
             if filled.get("n") not in (None, 1):
@@ -407,12 +420,14 @@ def _attempt_headers(attempts: list[dict[str, Any]]) -> tuple[Header, Header]:
     return (ATTEMPTS_HEADER, str(len(attempts)).encode()), (BREAKDOWN_HEADER, ", ".join(told).encode())
 
 
-def _is_number(value: Any, whole: bool) -> bool:
+def _is_number(value: Any, key: str) -> bool:
     if value is None:
         return True
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return isinstance(value, int) if whole else True
+    if isinstance(value, float):
+        return key == "temperature" and math.isfinite(value)
+    return (key != "n" or value > 0) and abs(value) < 2**63
 
 
 def _judged(ladder: Ladder, content: bytes) -> Send | Done | Exhausted:

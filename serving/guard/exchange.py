@@ -78,6 +78,7 @@ class Exchange:
     read_at: float = 0.0  # when its body was there
     away_s: float = 0.0  # of it, for the engine
     status: int = 0
+    is_events: bool = False  # whether what has begun is a stream of events
     broke_off: int = 0  # what a stream that had begun as a 200 ended with where that was an error
     finished: bool = False
     streams: bool = False  # whether what has begun is a stream of the engine's, passed on
@@ -112,6 +113,8 @@ class Exchange:
     async def start(self, status: int, headers: Iterable[Header]) -> None:
         """Sends the head of the answer."""
         self.status = status
+        headers = list(headers)
+        self.is_events = any(value.startswith(b"text/event-stream") for _, value in headers)
         kept = [*(pair for pair in headers if pair[0] != REQUEST_ID), (REQUEST_ID, self.id.encode())]
         await self.raw_send({"type": "http.response.start", "status": status, "headers": kept})
 

@@ -44,8 +44,11 @@ def read_keys(file: str | None) -> tuple[str, ...]:
     if file is not None:
         path = Path(file).expanduser()
         if not path.is_file():
-            raise UserError(f"the file of API keys {path} does not exist: create it with one key a line")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            raise UserError(f"{path} is no file of API keys: create it with one key a line")
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"the file of API keys {path} cannot be read ({error}): write one key a line") from None
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
             raise UserError(f"the file of API keys {path} has none: write one a line")

@@ -80,6 +80,7 @@ def _completion(required: list[str], properties: dict[str, Any]) -> dict[str, An
     errors = {
         "400": "The request or its schema cannot be used, or the policy refuses it",
         "401": "No known API key",
+        "405": "Asked with another method",
         "408": "The body did not come in time",
         "413": "The body is too large",
         "422": "No valid answer within the attempts, or the policy refuses it",

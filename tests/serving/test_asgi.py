@@ -96,7 +96,7 @@ def test_a_bad_schema_is_400_before_any_generation(guarded: Start) -> None:
 @pytest.mark.parametrize("field", [{"n": "2"}, {"temperature": "0.5"}, {"seed": True}])
 def test_a_number_that_is_none_is_400_before_any_generation(guarded: Start, field: dict[str, Any]) -> None:
     guard = guarded(BAD, GOOD)
-    with pytest.raises(openai.BadRequestError, match="is not a number"):
+    with pytest.raises(openai.BadRequestError, match="is not a (whole )?number"):
         ask(guard, response_format=FORMAT, **field)
     assert guard.upstream.requests == []
 
@@ -269,7 +269,7 @@ async def _walk_routes(guard: Guarded) -> None:
             assert answer.status == 413
         async with session.post("/v1/chat/completions", data=b"{not json") as answer:
             assert answer.status == 400 and (await answer.json())["error"]["code"] == "invalid_json"
-        for method, path in (("GET", "/pause"), ("POST", "/v1/responses"), ("POST", "/v1/models"), ("POST", "/v1/x")):
+        for method, path in (("GET", "/pause"), ("POST", "/v1/responses"), ("POST", "/v1/x")):
             async with session.request(method, path) as answer:
                 assert answer.status == 404
                 assert (await answer.json())["error"]["code"] == "not_found"

@@ -147,7 +147,18 @@ def test_a_schema_is_compiled_aside(guarded: Start, monkeypatch: pytest.MonkeyPa
     assert len(guard.upstream.requests) == 1
 
 
-@pytest.mark.parametrize("body", [b'{"n": NaN}', b'{"n": 1.5}', b'{"temperature": Infinity}', b'{"seed": 0.5}'])
+def test_another_method_is_told_which_one(guarded: Start) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{guarded(GOOD).url}/v1/chat/completions")
+    assert caught.value.code == 405 and caught.value.headers["allow"] == "POST"
+
+
+HUGE = b'{"temperature": 1' + b"0" * 400 + b"}"
+
+
+@pytest.mark.parametrize(
+    "body", [HUGE, b'{"n": 0}', b'{"n": NaN}', b'{"n": 1.5}', b'{"temperature": Infinity}', b'{"seed": 0.5}']
+)
 def test_numbers_that_are_none_are_refused(guarded: Start, body: bytes) -> None:
     guard = guarded(GOOD)
     asked = {"model": "m", "messages": USER, "response_format": {"type": "json_object"}}

@@ -44,7 +44,17 @@ def test_a_server_that_runs_already_is_guarded(upstream: Upstream) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--upstream", "localhost:8001"], ["--upstream", "http://x", "--port", "70000"], []]
+    "arguments",
+    [
+        *(
+            ["--upstream", wrong]
+            for wrong in ("http://", "http://a:b", "http://a:99999", "http://a/v2", "http://u:p@a")
+        ),
+        ["--upstream", "http://a", "--set", f"api_keys_file={COMMAND[0]}"],
+        ["--upstream", "localhost:8001"],
+        ["--upstream", "http://x", "--port", "70000"],
+        [],
+    ],
 )
 def test_bad_arguments_are_a_sentence(arguments: list[str]) -> None:
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True)

@@ -15,7 +15,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: 
     file.write_text("# of the web page\nfirst\n\n  second  \n", encoding="utf-8")
     monkeypatch.setenv(VARIABLE, "third, ,fourth")
     assert read_keys(str(file)) == ("third", "fourth", "first", "second")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="is no file"):
         read_keys(str(tmp_path / "none"))
     file.write_text("# nobody\n", encoding="utf-8")
     with pytest.raises(UserError, match="has none"):

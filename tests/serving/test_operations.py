@@ -144,12 +144,19 @@ def test_requests_under_way_end_before_the_guard_does() -> None:
 
 def test_what_does_not_end_in_time_is_cut_off() -> None:
     with Upstream(Slow(30, GOOD)) as upstream:
-        process, url = guard_apart(upstream.url, "drain_s=1")
-        waiting = threading.Thread(target=lambda: _quietly(url), daemon=True)
-        waiting.start()
+        process, url = guard_apart(upstream.url, "drain_s=1", "keepalive_s=0.2")
+        asked = {"model": "m", "messages": USER, "response_format": FORMAT}
+        whole, stream = (http.client.HTTPConnection(url.removeprefix("http://"), timeout=20) for _ in range(2))
+        for connection, more in ((whole, {}), (stream, {"stream": True})):
+            connection.request("POST", "/v1/chat/completions", json.dumps({**asked, **more}))
         upstream.wait_until_asked()
+        head = stream.getresponse()
+        assert head.status == 200 and head.readline().startswith(b": ")
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
+        answer = whole.getresponse()
+        assert answer.status == 503 and json.loads(answer.read())["error"]["code"] == "stopping"
+        assert b'"stopping"' in (rest := head.read()) and rest.endswith(b"data: [DONE]\n\n")
         assert process.wait(10) == 0 and time.monotonic() - began < 5
 
 
