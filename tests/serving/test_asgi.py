@@ -96,7 +96,7 @@ def test_a_bad_schema_is_400_before_any_generation(guarded: Start) -> None:
 @pytest.mark.parametrize("field", [{"n": "2"}, {"temperature": "0.5"}, {"seed": True}])
 def test_a_number_that_is_none_is_400_before_any_generation(guarded: Start, field: dict[str, Any]) -> None:
     guard = guarded(BAD, GOOD)
-    with pytest.raises(openai.BadRequestError, match="is not a (whole )?number"):
+    with pytest.raises(openai.BadRequestError, match=r"is not a (whole )?number"):
         ask(guard, response_format=FORMAT, **field)
     assert guard.upstream.requests == []
 
