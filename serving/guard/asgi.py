@@ -143,7 +143,7 @@ class _Guard:
             self._metrics.in_flight(-1)
         if error is not None and not exchange.started:
             await exchange.json(error.status, error.body(), error.headers)
-        elif error is not None and error.code == "stopping" and exchange.is_events and not exchange.finished:
+        elif error is not None and error.code == "stopping" and exchange.streams and not exchange.finished:
             exchange.broke_off = error.status
             await exchange.send(b"\n\n" + error_events(encoded(error.body())))
         path = exchange.path if exchange.path in COUNTED else "other"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.guard.pointer import escaped
-from serving.guard.satisfiable import is_of_type, types_of
+from serving.guard.satisfiable import is_of_type, types_of, values_of
 
 IGNORED = ("not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems")
 NUMBERS, ARRAYS = ("multipleOf",), ("uniqueItems", "contains", "minContains", "maxContains")
@@ -55,8 +55,8 @@ def _here(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for keyword in (*NUMBERS, *ARRAYS):
         if keyword in schema:
             yield keyword, "is ignored where there is no type, and makes vLLM refuse the schema where there is one"
-    types, values = types_of(schema), [schema["const"]] if "const" in schema else schema.get("enum")
-    if types and isinstance(values, list) and not all(any(is_of_type(v, name) for name in types) for v in values):
+    types, values = types_of(schema), values_of(schema)
+    if types and values is not None and not all(any(is_of_type(v, name) for name in types) for v in values):
         yield "type", "beside enum or const is ignored"
     if "oneOf" in schema:
         yield "oneOf", "is taken as anyOf: more than one may match"

@@ -20,7 +20,8 @@ SendEvent = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 JSON_TYPE = (b"content-type", b"application/json")
-EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
+EVENT_STREAM_TYPE = b"text/event-stream"
+EVENT_STREAM = (b"content-type", EVENT_STREAM_TYPE + b"; charset=utf-8")
 REQUEST_ID = b"x-request-id"
 NO_RETRY = (b"x-should-retry", b"false")  # the OpenAI client asks again after every 5xx otherwise
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -78,10 +79,9 @@ class Exchange:
     read_at: float = 0.0  # when its body was there
     away_s: float = 0.0  # of it, for the engine
     status: int = 0
-    is_events: bool = False  # whether what has begun is a stream of events
     broke_off: int = 0  # what a stream that had begun as a 200 ended with where that was an error
     finished: bool = False
-    streams: bool = False  # whether what has begun is a stream of the engine's, passed on
+    streams: bool = False  # whether what has begun is a stream of events
     deadline: float = 0.0  # of all that is done for it, on the event loop's clock
     asker: str = ""
     attempts: int = 0
@@ -113,9 +113,8 @@ class Exchange:
     async def start(self, status: int, headers: Iterable[Header]) -> None:
         """Sends the head of the answer."""
         self.status = status
-        headers = list(headers)
-        self.is_events = any(value.startswith(b"text/event-stream") for _, value in headers)
         kept = [*(pair for pair in headers if pair[0] != REQUEST_ID), (REQUEST_ID, self.id.encode())]
+        self.streams = status == 200 and any(value.startswith(EVENT_STREAM_TYPE) for _, value in kept)
         await self.raw_send({"type": "http.response.start", "status": status, "headers": kept})
 
     async def send(self, body: bytes, more: bool = False) -> None:

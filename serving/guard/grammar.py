@@ -107,7 +107,7 @@ def _leave_out(schema: dict[str, Any], path: str, mended: set[tuple[str, str]]) 
         if 0 < len(fitting) < len(values):
             schema["enum"] = fitting
             mended.add((path, "type"))
-    if schema.keys() & {"properties"} and _is_object(schema) and not schema.keys() & OTHER_NAMES:
+    if "properties" in schema and _is_object(schema) and not schema.keys() & OTHER_NAMES:
         properties, required = schema["properties"], schema.get("required", ())
         kept = {name: part for name, part in properties.items() if name in required or impossible(part) is None}
         if 0 < len(kept) < len(properties):

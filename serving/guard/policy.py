@@ -60,10 +60,7 @@ class Censor:
         if not _is_json(text):
             return self.text(text, found)
         self.refuse(text)
-        bare = _JSON_TEXT.sub('""', text)
-        for rule in self._rules:
-            if marks := sorted(self._spans(bare, rule)):
-                raise Forbidden(marks[0][1], self._side)
+        self._refuse(_JSON_TEXT.sub('""', text), self._rules)
 
         def inside(match: re.Match[str]) -> str:
             said = json.loads(match[0], strict=False)
@@ -74,8 +71,11 @@ class Censor:
 
     def refuse(self, text: str) -> None:
         """Raises Forbidden where a text holds what a rule refuses."""
-        for rule in self._rules:
-            if rule.action == "refuse" and (marks := sorted(self._spans(text, rule))):
+        self._refuse(text, (rule for rule in self._rules if rule.action == "refuse"))
+
+    def _refuse(self, text: str, rules: Iterable[PolicyRule]) -> None:
+        for rule in rules:
+            if marks := sorted(self._spans(text, rule)):
                 raise Forbidden(marks[0][1], self._side)
 
     def _spans(self, text: str, rule: PolicyRule) -> Iterator[tuple[Span, str]]:

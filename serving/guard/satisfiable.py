@@ -36,8 +36,7 @@ def _impossible(schema: Any, path: str) -> str | None:
         return None
     types = types_of(schema)
     if types is not None:
-        values = schema["enum"] if isinstance(schema.get("enum"), list) else None
-        values = [schema["const"]] if "const" in schema else values
+        values = values_of(schema)
         if values is not None and not any(is_of_type(value, name) for value in values for name in types):
             keyword = "const" if "const" in schema else "enum"
             return f"{path or '/'}: no value of its {keyword} is of type {' or '.join(types)}"
@@ -64,6 +63,13 @@ def types_of(schema: dict[str, Any]) -> list[str] | None:
     given = schema.get("type")
     names = [given] if isinstance(given, str) else given
     return names if isinstance(names, list) and names else None
+
+
+def values_of(schema: dict[str, Any]) -> list[Any] | None:
+    """The values that a schema lists, by const or enum; None where it lists none."""
+    if "const" in schema:
+        return [schema["const"]]
+    return schema["enum"] if isinstance(schema.get("enum"), list) else None
 
 
 def is_of_type(value: Any, name: str) -> bool:

@@ -126,7 +126,6 @@ class Upstream:
             kept = returned(answer)
             if streams:  # an error at its end would make it longer than was said
                 kept = [pair for pair in kept if pair[0] != b"content-length"]
-            exchange.streams = streams
             await exchange.start(answer.status, kept)
             tail = b""
             async for chunk in answer.content.iter_any():
