@@ -1,6 +1,7 @@
 """What this machine computes with: the dtype that is fast on it, the attention implementation."""
 
 import logging
+import os
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,9 @@ from fusion.cpu import cpu_has_bfloat16
 
 
 def compute_dtype() -> torch.dtype:
-    """bfloat16 on a GPU or a CPU that has it, float32 otherwise."""
+    """bfloat16 on a GPU or a CPU that has it, float32 otherwise, and everywhere with `QWEN_FUSION_FLOAT32=1`."""
+    if os.environ.get("QWEN_FUSION_FLOAT32", "") not in ("", "0"):
+        return torch.float32
     return torch.bfloat16 if torch.cuda.is_available() or cpu_has_bfloat16() else torch.float32
 
 

@@ -1,10 +1,13 @@
 """Fixtures shared by all rooms."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.families import write_model
+
+os.environ["QWEN_FUSION_FLOAT32"] = "1"  # what tests compare to the last digits, in other processes as well
 
 DOMAINS = ("general", "math", "coding")
 

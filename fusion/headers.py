@@ -1,0 +1,109 @@
+"""Headers of safetensors files: which tensors there are, of what dtype and shape, and at which bytes they lie.
+
+    places = tensor_places(Path("models/Qwen2.5-7B-Instruct"))
+    places["model.norm.weight"].shape
+
+Nothing but headers is read, so a folder of five full-size models takes milliseconds. The format: 8 bytes with the length
+of a JSON object, the object, the tensors' bytes without holes (https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusion.checkpoint import Checkpoint
+from fusion.errors import UserError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST = 100 * 2**20  # bytes of a header, the safetensors library's own limit
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """A tensor on disk: its file, dtype and shape, and its bytes from `begin` to `end` of the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.end - self.begin
+
+
+def read_header(path: Path) -> dict[str, TensorPlace]:
+    """The tensors of one safetensors file. Raises UserError where it is truncated or is none."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LONGEST):
+                raise ValueError("its header is cut off")
+            header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        places = {}
+        for name, entry in header.items():
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            if end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"tensor {name} has not the bytes of its shape")
+            places[name] = TensorPlace(path, dtype, shape, begin, end)
+        ends = sorted((place.begin, place.end) for place in places.values())
+        wanted = 8 + length
+        for begin, end in ends:
+            if begin != wanted:
+                raise ValueError("its tensors overlap or leave holes")
+            wanted = end
+        if wanted != size:
+            raise ValueError(f"it has {size:,} bytes, its header tells of {wanted:,}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"unknown dtype {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} cannot be read ({why}): it is truncated or no safetensors file") from error
+    return places
+
+
+def tensor_places(folder: Path) -> dict[str, TensorPlace]:
+    """The tensors of a model folder, by name, in the order of its index.
+
+    Raises UserError where a file is missing or broken, or does not hold what the index says.
+    """
+    weight_map = Checkpoint(folder).weight_map
+    headers = {file: read_header(folder / file) for file in dict.fromkeys(weight_map.values())}
+    for name, file in weight_map.items():
+        if name not in headers[file]:
+            raise UserError(f"{folder / file} has no tensor '{name}', which the index says: download the model again")
+    return {name: headers[file][name] for name, file in weight_map.items()}
+
+
+def encode_header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The header of a file that holds `tensors`, {name: (dtype, shape)}, in their order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    return len(text).to_bytes(8, "little") + text
