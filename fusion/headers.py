@@ -3,8 +3,8 @@
     places = tensor_places(Path("models/Qwen2.5-7B-Instruct"))
     places["model.norm.weight"].shape
 
-Nothing but headers is read, so a folder of five full-size models takes milliseconds. The format: 8 bytes with the length
-of a JSON object, the object, the tensors' bytes without holes (https://github.com/huggingface/safetensors#format).
+Nothing but headers is read, so five full-size models take milliseconds. The format: 8 bytes with the length of a JSON
+object, the object, the tensors' bytes without holes (https://github.com/huggingface/safetensors#format).
 """
 
 import json
