@@ -18,7 +18,7 @@ INSTALL := $(UV) pip install -q --python $(BIN)/python -c constraints.txt --over
            -e ".[cpu,registry-weights,dev]"
 endif
 
-.PHONY: help setup demo demo-real test check format bench bench-gates bench-guard soak bench-runs constraints clean
+.PHONY: help setup demo demo-real test check format bench bench-fusion bench-gates bench-guard soak bench-runs constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,13 +49,16 @@ format: setup  ## mend what lint and format can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-gates bench-guard  ## all benchmarks
+bench: bench-fusion bench-gates bench-guard  ## all benchmarks
 
 bench-gates: setup  ## gate training against a plain forward pass and the peers' way, on the demo's model (after make demo)
 	QWEN_FUSION_QUIET=1 $(BIN)/python -m gate_training.bench configs/demo.yaml
 
 bench-guard: setup  ## what the guard costs (before a stub, beside LiteLLM) and gives (a real vLLM): BENCH="--bfcl FOLDER"
 	$(BIN)/python -m serving.bench configs/qwen2.5-0.5b-two-experts.yaml $(BENCH)
+
+bench-fusion: setup  ## a merge beside mergekit-moe and cp at three sizes, a plan's time (70 GB): BENCH="--sizes demo"
+	QWEN_FUSION_QUIET=1 $(BIN)/python -m fusion.bench $(BENCH)
 
 soak: setup  ## ten minutes of requests through the guard while vLLM is killed behind it (after make demo)
 	$(BIN)/python -m serving.bench.soak configs/demo.yaml $(BENCH)

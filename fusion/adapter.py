@@ -5,13 +5,14 @@ mergekit's MoE path fails on `base+adapter`, and merging with PEFT would load th
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from fusion.checkpoint import open_safetensors, read_json
 from fusion.errors import UserError
+from fusion.headers import read_header
 
 _PREFIX = "base_model.model."
 
@@ -31,7 +32,8 @@ class Adapter:
         self.folder = folder
         self._config = config
         self._file = open_safetensors(path)
-        names = list(self._file.keys())
+        self._header = read_header(path)
+        names = list(self._header)
         self.targets = {
             name.removeprefix(_PREFIX).replace(".lora_A.weight", ".weight")
             for name in names
@@ -40,7 +42,8 @@ class Adapter:
         pairs = {_PREFIX + t.removesuffix(".weight") + f".lora_{side}.weight" for t in self.targets for side in "AB"}
         if missing := sorted(pairs - set(names)):
             raise UserError(f"{folder} holds no {missing[0]}: save the adapter again")
-        if odd := next((name for name in names if name not in pairs), None):
+        flat = (name for name in pairs if len(self._header[name].shape) != 2)
+        if odd := next((name for name in names if name not in pairs), next(flat, None)):
             raise UserError(f"{folder} holds {odd}, which is no LoRA on a linear layer: merge it with PEFT first")
 
     def check_targets(self, names: Iterable[str]) -> None:
@@ -50,6 +53,27 @@ class Adapter:
             raise UserError(
                 f"{self.folder} changes {missing[0]}, which its base model lacks: it belongs to another base"
             )
+
+    @property
+    def base(self) -> str:
+        """The model that it was made for, as whoever made it named it."""
+        return str(self._config.get("base_model_name_or_path") or "")
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """The shape of tensor `name` in the base that the adapter was made for, `(out, in)`, from the header alone."""
+        stem = _PREFIX + name.removesuffix(".weight")
+        up, down = (self._header[f"{stem}.lora_{side}.weight"].shape for side in "BA")
+        return up[0], down[1]
+
+    def check_base(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises UserError where the adapter changes what is not among the base's tensors, or is of another shape.
+
+        `shapes`: {name: shape} of the base. No weights are read.
+        """
+        self.check_targets(shapes)
+        for name in sorted(self.targets):
+            if self.shape(name) != tuple(shapes[name]):
+                raise UserError(self._misfit(name, shapes[name]))
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight`, `(out, in)`, of tensor `name` with its update added, in its own dtype; itself where there is none.
@@ -61,12 +85,15 @@ class Adapter:
         stem = _PREFIX + name.removesuffix(".weight")
         down = self._file.get_tensor(f"{stem}.lora_A.weight").float()  # (rank, in)
         up = self._file.get_tensor(f"{stem}.lora_B.weight").float()  # (out, rank)
-        if (up.shape[0], down.shape[1]) != tuple(weight.shape):
-            raise UserError(
-                f"{self.folder}: the update of {name} is {(up.shape[0], down.shape[1])}, the base model's tensor "
-                f"{tuple(weight.shape)}: the adapter belongs to another base"
-            )
+        if self.shape(name) != tuple(weight.shape):
+            raise UserError(self._misfit(name, weight.shape))
         return (weight.float() + self._scale(name, down.shape[0]) * (up @ down)).to(weight.dtype)
+
+    def _misfit(self, name: str, shape: Iterable[int]) -> str:
+        return (
+            f"{self.folder}: the update of {name} is {self.shape(name)}, the base model's tensor {tuple(shape)}: the "
+            "adapter belongs to another base"
+        )
 
     def _scale(self, name: str, rank: int) -> float:
         """lora_alpha / rank, or / sqrt(rank) for rsLoRA; PEFT's alpha_pattern is a regular expression, first match."""

@@ -1,6 +1,7 @@
 """Qwen2 -> Qwen2MoE: tensor names and config, nothing else."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from fusion.errors import UserError
@@ -52,6 +53,12 @@ def expert_tensor(name: str, expert: int) -> str:
     return name.replace(".mlp.", f".mlp.experts.{expert}.")
 
 
+def expert_of_tensor(name: str) -> tuple[int | None, str]:
+    """The number of the routed expert that fused tensor `name` belongs to, and its dense name; None for all others."""
+    match = re.search(r"\.mlp\.experts\.(\d+)\.", name)
+    return (int(match[1]), name.replace(match[0], ".mlp.")) if match else (None, name)
+
+
 def shared_expert_tensor(name: str) -> str:
     """The fused name of dense MLP tensor `name` as the shared expert's."""
     return name.replace(".mlp.", ".mlp.shared_expert.")
@@ -65,6 +72,41 @@ def gate_tensor(layer: int) -> str:
 def shared_gate_tensor(layer: int) -> str:
     """The name of a layer's shared-expert gate, `(1, hidden)`; present also where there is no shared expert."""
     return f"model.layers.{layer}.mlp.shared_expert_gate.weight"
+
+
+def head_dim(config: dict[str, Any]) -> int:
+    """The size of an attention head, which vLLM takes from the two others whatever the config says."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def is_qkv_bias(name: str) -> bool:
+    """True for the biases of the query, key and value projections."""
+    return name.endswith(tuple(f".self_attn.{part}_proj.bias" for part in "qkv"))
+
+
+def dense_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of the Qwen2ForCausalLM that `config` describes, {name: shape}, no head where it is tied."""
+    hidden, ffn, size = config["hidden_size"], config["intermediate_size"], head_dim(config)
+    queries, keys = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
+    rows = {"q": queries, "k": keys, "v": keys}
+    layer: dict[str, tuple[int, ...]] = {f"self_attn.{part}_proj.weight": (rows[part], hidden) for part in rows}
+    layer |= {f"self_attn.{part}_proj.bias": (rows[part],) for part in rows}
+    layer |= {"self_attn.o_proj.weight": (hidden, queries), "mlp.down_proj.weight": (hidden, ffn)}
+    layer |= {f"mlp.{part}_proj.weight": (ffn, hidden) for part in ("gate", "up")}
+    layer |= {f"{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for number in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return shapes
+
+
+def lacking_biases(config: dict[str, Any], names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The q, k and v biases, {name: shape}, that a checkpoint of `config` with tensors `names` leaves out."""
+    held = set(names)
+    return {name: shape for name, shape in dense_shapes(config).items() if is_qkv_bias(name) and name not in held}
 
 
 def rope_theta(config: dict[str, Any]) -> float:
@@ -97,7 +139,11 @@ def fused_config(
     shared_expert: bool,
     dtype: str,
 ) -> dict[str, Any]:
-    """The Qwen2MoeForCausalLM config of `experts` copies of the anchor's MLP, rope in both spellings."""
+    """The Qwen2MoeForCausalLM config of `experts` copies of the anchor's MLP, rope in both spellings.
+
+    The fused model always has q, k and v biases, as vLLM's Qwen2Moe does whatever the config says: those that the
+    anchor's files lack (`lacking_biases`) are to be written as zeros, which is what Qwen2 computes without them.
+    """
     layers = anchor["num_hidden_layers"]
     sparse = sparse_layers(layers, moe_layers)
     theta, scaling = rope_theta(anchor), rope_scaling(anchor)

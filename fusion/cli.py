@@ -110,16 +110,25 @@ def anchor(
 @app.command()
 def plan(
     recipe: RecipePath,
+    hardware: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="what fits this machine: a profile of configs/hardware, or a YAML file"),
+    ] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="also measure how far each expert's weights have moved (reads them all)")
+    ] = False,
     json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
     set_: Overrides = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Check that the models fit together, and say how large the fused one is. Reads no weights."""
-    loaded = _load(recipe, set_)
+    """Check that the models fit together, and say how large the fused one is and what fits. Reads no weights."""
+    loaded = _load(recipe, set_, quiet)
+    from fusion.plan.profile import load_profile
+
+    profile = load_profile(hardware, recipe.parent) if hardware else None
     from fusion import road
 
-    result = road.plan(loaded)
-    if json_:
-        _print_json(result, json_)
+    road.plan(loaded, profile, weights, lambda result: _print_json(result, json_) if json_ else None)
 
 
 @app.command()
@@ -130,6 +139,61 @@ def merge(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> N
 
     road.plan(loaded)
     road.merge(loaded, force=True)
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="folder of a fused checkpoint")],
+    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Check a fused checkpoint again: hashes, index, shapes, finite numbers, its sources bit for bit, transformers."""
+    if quiet:
+        os.environ["QWEN_FUSION_QUIET"] = "1"
+    from fusion.progress import console
+    from fusion.verify import verify as check
+
+    found = check(checkpoint)
+    if json_:
+        _print_json(found.as_dict(), json_)
+    for problem in found.problems:
+        console.print(f"  error: {problem}", highlight=False, soft_wrap=True)
+    if found.problems:
+        more = f", and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
+        raise UserError(f"{checkpoint}: {found.problems[0]}{more}: merge it again, or copy it again")
+    console.print(f"[bold]verify[/bold]: {found.sentence()}", highlight=False, soft_wrap=True)
+
+
+@app.command(name="add-expert")
+def add_expert(
+    recipe: RecipePath,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="an expert of the recipe that the checkpoint lacks")],
+    set_: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Put one more expert into the fused checkpoint: its shards are written, its gate row fitted, the rest stays."""
+    loaded = _load(recipe, set_, quiet)
+    from fusion.grow import add_expert as add
+
+    add(loaded, name)
+
+
+@app.command(name="remove-expert")
+def remove_expert(
+    recipe: RecipePath,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="an expert of the checkpoint")],
+    set_: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Take an expert and its gate row out of the fused checkpoint; the rest stays."""
+    loaded = _load(recipe, set_, quiet)
+    from fusion.grow import remove_expert as remove
+    from fusion.progress import console
+
+    remove(loaded, name)
+    if name in [expert.name for expert in loaded.experts]:
+        said = f"take '{name}' out of {recipe} as well: `run` and `merge` would put it back"
+        console.print(said, highlight=False, soft_wrap=True)
 
 
 @app.command(name="train-gates")
@@ -178,6 +242,29 @@ def evaluate(
     console.print(Markdown(markdown(result)))
     if json_:
         _print_json(result, json_)
+
+
+@app.command()
+def quantize(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="folder of a fused model")],
+    scheme: Annotated[str, typer.Option(help="fp8 (8-bit weights and activations) or w4a16 (4-bit weights)")],
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="RECIPE", help="whose rows calibrate and judge; default: the checkpoint's own"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="default: CHECKPOINT-SCHEME")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a fused model in 8 or 4 bits with llm-compressor, in an environment of its own, and say what that loses."""
+    if quiet:
+        os.environ["QWEN_FUSION_QUIET"] = "1"
+    from rich.markdown import Markdown
+
+    from fusion.progress import console
+    from fusion.quantization.loss import markdown
+    from fusion.quantization.quantize import quantize as write_quantized
+
+    console.print(Markdown(markdown(write_quantized(checkpoint, scheme, recipe, out))))
 
 
 @app.command()

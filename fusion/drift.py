@@ -1,26 +1,35 @@
-"""How far an expert has moved from the anchor, by group of tensors: how much of it a merge can keep depends on that.
+"""How far experts have moved from the anchor, by layer and group of tensors: how much a merge can keep depends on that.
 
     moved = moved_by_group(anchor, expert)
     sentence(moved)   # "attention 0.000, norms 0.000, embeddings 0.000, mlp 0.071"
 
-Streamed with one tensor of each model in memory, an adapter applied while reading. Only MLPs differ by expert in the
-fused model: what moved outside them is lost behind the anchor's shared parts, or a mean of it has to be found.
+Read from the files piece by piece, the anchor once for all experts; an adapter is applied while reading. Only MLPs
+differ by expert in the fused model: what moved outside them is lost behind the anchor's shared parts, or a mean of it
+has to be found.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from fusion.architecture import is_mlp, part_of
+from fusion.adapter import Adapter
+from fusion.architecture import is_mlp, is_qkv_bias, layer_of, part_of
+from fusion.checkpoint import read_json
 from fusion.errors import UserError
-from fusion.reader import Reader
+from fusion.headers import TensorPlace, tensor_places
 from fusion.sources import ModelSource
 
 GROUPS = ("attention", "norms", "embeddings", "head", "mlp")
-PIECE = 2**24  # elements that are compared at a time, in float32
+PIECE = 2**21  # elements that are read and compared at a time, in float32
+SAMPLED_ROWS = {"attention": 2, "embeddings": 16, "head": 16}  # from the middle of a matrix; vectors are read whole
+
+# What moved outside the MLPs, of the anchor's norm, in README's drift table (notebooks/LOG.md, 2026-11-26: "a lightly
+# drifted real expert" at most 0.004, "medium drift" from 0.05 in its embeddings, "five drifted experts" from 0.20):
+# merged as they are, the first kept all of the experts' gain, the second 0.79 of it, the third 0.55.
+LIGHT_DRIFT, STRONG_DRIFT = 0.01, 0.1
 
 
 @dataclass(frozen=True)
@@ -35,35 +44,187 @@ class Moved:
     cosine: float
 
 
+@dataclass(frozen=True)
+class Difference:
+    """One tensor of an expert against the anchor's: sums to add up, and how many values of either are not finite.
+
+    `sums`: ||W - W0||^2, ||W0||^2, ||W||^2 and W.W0 over the pieces that are finite in both, `(4,)`, float64.
+    """
+
+    name: str
+    sums: torch.Tensor
+    not_finite: int = 0
+    anchor_not_finite: int = 0
+
+    @property
+    def group(self) -> str:
+        """Which of GROUPS it belongs to."""
+        return group_of(self.name)
+
+    @property
+    def layer(self) -> int | None:
+        """Its layer, None for embeddings, final norm and head."""
+        return layer_of(self.name)
+
+
+class Weights:
+    """The tensors of a source in any part, by their places in its files.
+
+    Raises UserError where a file is missing or broken, or the adapter belongs to another base.
+    """
+
+    def __init__(self, source: ModelSource):
+        self.source, self.places = source, tensor_places(source.folder)
+        self.adapter = Adapter(source.adapter) if source.adapter else None
+        if self.adapter:
+            self.adapter.check_base({name: place.shape for name, place in self.places.items()})
+        tied = read_json(source.folder / "config.json").get("tie_word_embeddings")
+        self.names = [name for name in self.places if not (tied and name == "lm_head.weight")]
+        self._adapted = ("", torch.empty(0))  # the tensor last read with the adapter's update, flat
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all its tensors."""
+        return sum(self.places[name].nbytes for name in self.names)
+
+    def part(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Elements `begin` to `end` of tensor `name`, flat, in its own dtype."""
+        if not self.adapter or name not in self.adapter.targets:
+            return read_part(self.places[name], begin, end)
+        if self._adapted[0] != name:
+            place = self.places[name]
+            weight = read_part(place, 0, math.prod(place.shape)).view(place.shape)
+            self._adapted = (name, self.adapter.apply(name, weight).flatten())
+        return self._adapted[1][begin:end]
+
+
+def read_part(place: TensorPlace, begin: int, end: int) -> torch.Tensor:
+    """Elements `begin` to `end` of a tensor on disk, flat. Raises UserError where its file ends too early."""
+    size = place.dtype.itemsize
+    data = bytearray((end - begin) * size)
+    view, filled = memoryview(data), 0
+    with place.file.open("rb", buffering=0) as file:
+        file.seek(place.begin + begin * size)
+        while filled < len(data):
+            count = file.readinto(view[filled:])
+            if not count:
+                raise UserError(f"{place.file} ends within a tensor: download the model again")
+            filled += count
+    return torch.frombuffer(data, dtype=place.dtype) if data else torch.empty(0, dtype=place.dtype)
+
+
 def moved_by_group(anchor: ModelSource, expert: ModelSource) -> dict[str, Moved]:
     """The groups of GROUPS that the anchor has (no head of its own where it is tied to the embeddings).
 
-    Raises UserError where the expert lacks a tensor of the anchor's or has it in another shape.
+    Raises UserError where the expert lacks a tensor of the anchor's, has it in another shape, or holds values that are
+    not finite.
     """
-    ours = Reader(anchor)
+    ours = Weights(anchor)
     if anchor.paths == expert.paths:  # an expert that is the anchor: nothing to read
-        return {group: Moved(0.0, 1.0) for group in _in_order({group_of(name) for name in ours.names()})}
-    theirs = Reader(expert)
+        return {group: Moved(0.0, 1.0) for group in _in_order({group_of(name) for name in ours.names})}
+    found = []
+    for (difference,) in differences(ours, [Weights(expert)]):
+        for count, folder in ((difference.not_finite, expert.folder), (difference.anchor_not_finite, anchor.folder)):
+            if count:
+                raise UserError(
+                    f"{difference.name} has {count} values that are not finite in {folder}: make or download the "
+                    "model again"
+                )
+        found.append(difference)
+    return by_group(found)
+
+
+def differences(
+    anchor: Weights, experts: Sequence[Weights], advance: Callable[[int], Any] = lambda count: None
+) -> Iterator[list[Difference]]:
+    """Every tensor of the anchor against each expert's, in the anchor's order, and then biases that only experts have.
+
+    Biases that a model lacks count as zeros; embeddings and heads of other vocabularies are compared where both have
+    rows. `advance` hears of the bytes read. Raises UserError where an expert lacks another tensor or has another shape.
+    """
+    names = dict.fromkeys(anchor.names)
+    names |= dict.fromkeys(name for expert in experts for name in expert.names if is_qkv_bias(name))
+    for name in names:
+        ours = _place(anchor, name, experts)
+        sums = [torch.zeros(4, dtype=torch.float64) for _ in experts]
+        broken = [[0, 0] for _ in experts]  # of the expert, of the anchor
+        lengths = [_common(ours, _place(expert, name, [anchor]), expert, name) for expert in experts]
+        for begin in range(0, max(lengths, default=0), PIECE):
+            end = min(begin + PIECE, math.prod(ours.shape))
+            old = _part(anchor, name, begin, end)
+            advance(old.nbytes)
+            for number, expert in enumerate(experts):
+                if begin < lengths[number]:
+                    new = _part(expert, name, begin, min(end, lengths[number]))
+                    advance(new.nbytes)
+                    same = old[: len(new)]
+                    counted = _sums(same, new)
+                    if not counted.isfinite().all():
+                        counts = [int((~piece.isfinite()).sum()) for piece in (new, same)]
+                        broken[number] = [a + b for a, b in zip(broken[number], counts, strict=True)]
+                        counted = torch.zeros(4) if any(counts) else _sums(same.double(), new.double())
+                    sums[number] += counted
+        yield [Difference(name, total, *counts) for total, counts in zip(sums, broken, strict=True)]
+
+
+def sampled(anchor: ModelSource, expert: ModelSource) -> tuple[dict[str, Moved], int]:
+    """The groups outside the MLPs from a small sample, and the bytes of it that were read of the expert.
+
+    Vectors (norms, biases) whole and a few rows of each matrix, without any adapter; what differs only elsewhere is
+    not seen. Raises UserError where a file is missing or broken.
+    """
+    ours, theirs = Weights(ModelSource("anchor", anchor.folder)), Weights(ModelSource(expert.name, expert.folder))
+    found, read = [], 0
+    for name in ours.names:
+        place, other = ours.places[name], theirs.places.get(name)
+        if is_mlp(name) or other is None or other.shape[1:] != place.shape[1:]:
+            continue
+        rows = min(place.shape[0], other.shape[0])
+        count = rows if len(place.shape) == 1 else min(rows, SAMPLED_ROWS[group_of(name)])
+        width = math.prod(place.shape[1:])
+        begin, end = (rows - count) // 2 * width, ((rows - count) // 2 + count) * width
+        new = theirs.part(name, begin, end)
+        read += new.nbytes
+        found.append(Difference(name, _sums(ours.part(name, begin, end), new)))
+    return by_group(found), read
+
+
+def by_group(found: Iterable[Difference]) -> dict[str, Moved]:
+    """The differences added up by group."""
     sums: dict[str, torch.Tensor] = {}
-    for name in ours.names():
-        old, new = ours.tensor(name), theirs.tensor(name)
-        if old.shape != new.shape:
-            raise UserError(
-                f"{name} is {tuple(new.shape)} in {expert.folder}, {tuple(old.shape)} in the anchor: "
-                "name a model of the anchor's shape"
-            )
-        group = group_of(name)
-        for old_piece, new_piece in zip(_pieces(old), _pieces(new), strict=True):
-            change = new_piece - old_piece
-            pairs = ((change, change), (old_piece, old_piece), (new_piece, new_piece), (old_piece, new_piece))
-            found = torch.tensor([float(torch.dot(a, b)) for a, b in pairs], dtype=torch.float64)
-            sums[group] = sums.get(group, 0) + found
+    for difference in found:
+        sums[difference.group] = sums.get(difference.group, 0) + difference.sums
     return {group: _moved(*sums[group].tolist()) for group in _in_order(sums)}
 
 
 def group_of(name: str) -> str:
     """Which of GROUPS tensor `name` belongs to."""
     return "mlp" if is_mlp(name) else part_of(name)
+
+
+def outside(moved: Mapping[str, Moved]) -> float:
+    """The largest distance outside the MLPs, which a merge does not keep."""
+    return max((found.distance for group, found in moved.items() if group != "mlp"), default=0.0)
+
+
+def strength(moved: Mapping[str, Moved]) -> str:
+    """How far an expert has moved outside its MLPs: anchored (not at all), light, medium or strong."""
+    distance = outside(moved)
+    if distance == 0:
+        return "anchored"
+    return "light" if distance < LIGHT_DRIFT else "medium" if distance < STRONG_DRIFT else "strong"
+
+
+def chance(moved: Mapping[str, Moved]) -> str:
+    """Whether a merge has a chance with such an expert, in a sentence."""
+    return {
+        "anchored": "anchored: it has the anchor's shared parts, and loses nothing in the merge under right routing",
+        "light": "light drift: merged as they are, such experts kept all of their gain",
+        "medium": "medium drift: merged as they are, such experts kept about four fifths of their gain; give it an "
+        "'anchor' section, or use `shared: auto`",
+        "strong": "strong drift: merged as they are, such experts kept about half of their gain; give it an 'anchor' "
+        "section, which kept 0.97 of it",
+    }[strength(moved)]
 
 
 def sentence(moved: Mapping[str, Moved]) -> str:
@@ -76,12 +237,47 @@ def as_plain(moved: Mapping[str, Moved]) -> dict[str, Any]:
     return {group: asdict(found) for group, found in moved.items()}
 
 
+def _place(weights: Weights, name: str, others: Sequence[Weights]) -> TensorPlace:
+    """The tensor's place, or for a bias that the model lacks another model's, for its shape."""
+    for held in [weights, *(others if is_qkv_bias(name) else ())]:
+        if name in held.places:
+            return held.places[name]
+    raise UserError(f"{weights.source.folder} has no tensor '{name}', which the anchor has")
+
+
+def _common(ours: TensorPlace, theirs: TensorPlace, expert: Weights, name: str) -> int:
+    """How many elements of a tensor are compared: all, or those of the rows that both vocabularies have."""
+    of_vocabulary = part_of(name) in ("embeddings", "head") and ours.shape[1:] == theirs.shape[1:]
+    if ours.shape != theirs.shape and not of_vocabulary:
+        raise UserError(
+            f"{name} is {theirs.shape} in {expert.source.folder}, {ours.shape} in the anchor: "
+            "name a model of the anchor's shape"
+        )
+    return min(math.prod(ours.shape), math.prod(theirs.shape))
+
+
+def _part(weights: Weights, name: str, begin: int, end: int) -> torch.Tensor:
+    return weights.part(name, begin, end) if name in weights.places else torch.zeros(end - begin)
+
+
+def _sums(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """||W - W0||^2, ||W0||^2, ||W||^2 and W.W0 of a piece."""
+    dtype = torch.promote_types(old.dtype, torch.float32)
+    if old.dtype == new.dtype and torch.equal(old, new):
+        square = _dot(old.to(dtype), old.to(dtype))
+        return torch.tensor([0.0, square, square, square], dtype=torch.float64)
+    old, new = old.to(dtype), new.to(dtype)
+    change = new - old
+    pairs = ((change, change), (old, old), (new, new), (old, new))
+    return torch.tensor([_dot(a, b) for a, b in pairs], dtype=torch.float64)
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.dot(a, b))
+
+
 def _in_order(groups: Any) -> list[str]:
     return [group for group in GROUPS if group in groups]
-
-
-def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    return (piece.float() for piece in tensor.flatten().split(PIECE))
 
 
 def _moved(change: float, old: float, new: float, product: float) -> Moved:

@@ -1,6 +1,5 @@
 """A healed checkpoint's files: written in the place of the merge's, which are kept beside it and can be put back."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from fusion.architecture import gate_tensor
-from fusion.checkpoint import Checkpoint, file_hash, read_json, staged_folder, write_json
+from fusion.checkpoint import Checkpoint, file_hash, link_file, read_json, staged_folder, write_json
 from fusion.layers import Gates
 from fusion.merge import GATES_FILE, MANIFEST, checkpoint_dtype, write_gates, write_papers
 from fusion.recipe import Recipe
@@ -25,7 +24,7 @@ def restore(folder: Path, kept: Path) -> None:
     if is_healed(folder):
         with staged_folder(folder) as aside:
             for path in folder.iterdir():
-                _link(kept / path.name if (kept / path.name).is_file() else path, aside / path.name)
+                link_file(kept / path.name if (kept / path.name).is_file() else path, aside / path.name)
     shutil.rmtree(kept, ignore_errors=True)
 
 
@@ -38,11 +37,11 @@ def write_healed(
     changed = {*shards, GATES_FILE, MANIFEST}
     with staged_folder(kept) as aside:
         for name in changed:
-            _link(folder / name, aside / name)
+            link_file(folder / name, aside / name)
     with staged_folder(folder) as aside:
         for path in folder.iterdir():
             if path.name not in changed:
-                _link(path, aside / path.name)
+                link_file(path, aside / path.name)
         for shard in sorted(shards):
             names = [name for name, file in checkpoint.weight_map.items() if file == shard]
             whole = {name: tensors[name] if name in tensors else checkpoint.tensor(name) for name in names}
@@ -59,11 +58,3 @@ def write_healed(
         }
         write_json(aside / MANIFEST, {**manifest, "healed": note})
         write_papers(recipe, aside)
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy where the disk has no such links; written files replace names."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -4,13 +4,18 @@
 
 mergekit is the engine: its MoEMergeConfig, model references and lazy loaders, with an output architecture of ours
 beside its QwenMoE, which forces in a shared expert of the dense model's size. The writer is ours: one shard group for
-the shared parts, one per expert, and one for the gates, so that new gates rewrite megabytes.
+the shared parts, one per expert, and one for the gates, so that new gates rewrite megabytes. It passes over the sources
+once, a piece in memory at a time, and goes on where it was killed.
 """
 
+import hashlib
+import json
 import logging
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,10 +30,12 @@ from mergekit.moe.router import get_gate_params
 from mergekit.options import MergeOptions
 
 from fusion.architecture import (
+    expert_of_tensor,
     expert_tensor,
     fused_config,
     gate_tensor,
     is_mlp,
+    lacking_biases,
     layer_of,
     shared_expert_tensor,
     shared_gate_tensor,
@@ -38,20 +45,25 @@ from fusion.checkpoint import (
     Checkpoint,
     file_hash,
     is_hub_id,
+    link_file,
     read_json,
     resolve_model,
-    staged_folder,
+    weight_stamps,
     write_index,
     write_json,
     write_shards,
     write_text,
 )
 from fusion.errors import UserError
+from fusion.headers import read_header
+from fusion.layers import Gates
 from fusion.model_card import model_card
-from fusion.progress import progress_bar
+from fusion.progress import bytes_bar
 from fusion.reader import Reader, reference_of
 from fusion.recipe import Recipe
 from fusion.registry_weights import ORIGIN
+from fusion.resumable import Journal, resumable_folder
+from fusion.shards import Entry, laid_out, write_shard
 from fusion.sources import (
     SHARED_NOTE,
     ModelSource,
@@ -60,8 +72,11 @@ from fusion.sources import (
     shared_expert_source,
     shared_parts,
 )
+from fusion.steps import lock
 
 GATES_FILE = "gates.safetensors"
+ROOM = 64 * 2**20  # bytes for gates, tokenizer and papers beside the shards
+LENGTH_LIMITS = ("max_new_tokens", "max_length")
 PAPERS = ("README.md", "recipe.yaml")  # about the checkpoint, not part of it
 MANIFEST = "fusion.json"
 TOKENIZER_FILES = (
@@ -75,15 +90,43 @@ TOKENIZER_FILES = (
 )
 
 
+@dataclass(frozen=True)
+class Reuse:
+    """A fused checkpoint with some experts less or more: shards that a merge would write again are linked instead."""
+
+    folder: Path
+    gates: Gates  # of the merge, {layer: `(experts, hidden)`}
+    gates_note: dict[str, Any]  # what the manifest says of them
+
+    def differs_at(self) -> dict[str, str | None]:
+        """What is known of its experts, by name."""
+        return {row["name"]: row["differs_at"] for row in read_json(self.folder / MANIFEST)["experts"]}
+
+    def sha256(self, file: str, entries: list[Entry]) -> str | None:
+        """The hash of its shard `file` where that holds tensors of just these names, dtypes and shapes."""
+        sha256: str | None = read_json(self.folder / MANIFEST)["sha256"].get(file)
+        if sha256 is None:
+            return None
+        held = {name: (place.dtype, place.shape) for name, place in read_header(self.folder / file).items()}
+        return sha256 if held == {entry.name: (entry.dtype, entry.shape) for entry in entries} else None
+
+
 @dataclass
 class QwenSparseMoE(MoEOutputArchitecture):
-    """mergekit output architecture: every expert routed, a shared one only where the merge names it."""
+    """mergekit output architecture: every expert routed, a shared one only where the merge names it.
+
+    The journal says which shards an interrupted merge has finished; these are not written again.
+    """
 
     moe_layers: tuple[int, ...] | None
     sources: dict[str, ModelSource]  # by str(ModelReference), in which mergekit's config names them
     expert_names: list[str]
-    shard_bytes: int = 2 * 2**30
-    differing: dict[str, int] = field(default_factory=dict)  # expert -> shared tensors that are not the anchor's
+    shard_bytes: int
+    journal: Journal
+    reuse: "Reuse | None" = None
+    # expert -> the first shared tensor that is not the anchor's, None where all are
+    differs_at: dict[str, str | None] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)  # of the shards but the gates'
 
     def name(self) -> str:
         """mergekit's display name."""
@@ -105,48 +148,39 @@ class QwenSparseMoE(MoEOutputArchitecture):
         router_weights: list[torch.Tensor],
         shared_router_weights: list[torch.Tensor] | None = None,
     ) -> None:
-        """Writes config, shard groups and index into `out_path`. `router_weights`: one `(experts, hidden)` a layer."""
+        """Writes config, shard groups and index into `out_path`. `router_weights`: one `(experts, hidden)` a layer.
+
+        Raises UserError where an expert's MLPs are not of the anchor's shapes, or the disk has no room.
+        """
         out = Path(out_path)
         anchor = Reader(self._source(config.base_model))
         experts = [Reader(self._source(e.source_model)) for e in config.experts]
         shared_expert = Reader(self._source(config.shared_experts[0].source_model)) if config.shared_experts else None
-
         anchor_config, names = anchor.config, anchor.names()
         dtype = getattr(torch, config.dtype or checkpoint_dtype(anchor.source.folder))
         sparse = sparse_layers(anchor_config["num_hidden_layers"], self.moe_layers)
         mlp = [name for name in names if is_mlp(name) and layer_of(name) in sparse]
         shared = [name for name in names if name not in set(mlp)]
-        steps = len(shared) + len(mlp) * (len(experts) + (1 if shared_expert else 0))
 
-        with progress_bar() as bar:
-            task = bar.add_task("merge", total=steps, unit="tensors")
-
-            def reading(reader: Reader, tensors: list[str], rename: Any = None) -> Iterator[tuple[str, torch.Tensor]]:
-                for name in tensors:
-                    yield (rename(name) if rename else name), reader.tensor(name).to(dtype)
-                    bar.advance(task)
-
-            def shared_parts() -> Iterator[tuple[str, torch.Tensor]]:
-                for name, tensor in reading(anchor, shared):
-                    for number, reader in enumerate(experts):
-                        other = reader.tensor(name)
-                        if other.shape != tensor.shape or not torch.equal(other.to(dtype), tensor):
-                            self.differing[self.expert_names[number]] = (
-                                self.differing.get(self.expert_names[number], 0) + 1
-                            )
-                    yield name, tensor
-
-            self.differing.update(dict.fromkeys(self.expert_names, 0))
-            weight_map = write_shards(out, "shared", shared_parts(), self.shard_bytes)
-            for number, reader in enumerate(experts):
-                tensors = reading(reader, mlp, lambda name, number=number: expert_tensor(name, number))
-                weight_map |= write_shards(out, f"expert-{self.expert_names[number]}", tensors, self.shard_bytes)
-            if shared_expert:
-                tensors = reading(shared_expert, mlp, shared_expert_tensor)
-                weight_map |= write_shards(out, "shared-expert", tensors, self.shard_bytes)
-            gates = {gate_tensor(layer): router_weights[layer] for layer in sparse}
-            weight_map |= write_gates(out, gates, dtype)
-        write_index(out, weight_map)
+        known = self.reuse.differs_at() if self.reuse else {}
+        named = dict(zip(self.expert_names, experts, strict=True))
+        self.differs_at.update({name: known.get(name) for name in named})
+        new = {name: reader for name, reader in named.items() if name not in known}
+        compared = _Compared(anchor, new, self.differs_at)
+        groups = {
+            "shared": [Entry(n, dtype, anchor.place(n).shape, partial(compared.pieces, n, dtype)) for n in shared]
+        }
+        for name, shape in lacking_biases(anchor_config, names).items():
+            groups["shared"].append(Entry(name, dtype, shape, partial(_zeros, shape, dtype)))
+        for number, reader in enumerate(experts):
+            entries = [_entry(reader, anchor, name, expert_tensor(name, number), dtype) for name in mlp]
+            groups[f"expert-{self.expert_names[number]}"] = entries
+        if shared_expert:
+            entries = [_entry(shared_expert, anchor, name, shared_expert_tensor(name), dtype) for name in mlp]
+            groups["shared-expert"] = entries
+        weight_map = self._write_groups(out, groups, compared)
+        gates = {gate_tensor(layer): router_weights[layer] for layer in sparse}
+        write_index(out, weight_map | write_gates(out, gates, dtype))
         write_json(
             out / "config.json",
             fused_config(
@@ -159,8 +193,85 @@ class QwenSparseMoE(MoEOutputArchitecture):
             ),
         )
 
+    def _write_groups(self, out: Path, groups: dict[str, list[Entry]], compared: "_Compared") -> dict[str, str]:
+        """Writes the groups' shards but those that are there already; returns their part of the index."""
+        files: dict[str, list[Entry]] = {}
+        for stem, entries in groups.items():
+            files |= laid_out(stem, entries, self.shard_bytes)
+        linked = {file: sha256 for file in files if self.reuse and (sha256 := self.reuse.sha256(file, files[file]))}
+        total = sum(entry.nbytes for file in files.keys() - linked.keys() for entry in files[file])
+        self.journal.check_room(total + ROOM)
+        for file in linked:
+            assert self.reuse is not None
+            link_file(self.reuse.folder / file, out / file)
+            compared.look_at([entry.name for entry in files[file]], files[file][0].dtype)
+        self.sha256 |= linked
+        with bytes_bar() as bar:
+            task = bar.add_task("merge", total=total)
+            for file in [file for file in files if file not in linked]:
+                entries, note = files[file], self.journal.verified(file)
+                if note is None:
+                    sha256 = write_shard(out / file, entries, partial(bar.advance, task))
+                    note = {"sha256": sha256, "differs_at": dict(self.differs_at)}
+                    self.journal.record(file, note)
+                else:
+                    bar.advance(task, sum(entry.nbytes for entry in entries))
+                self.differs_at.update(note["differs_at"])
+                self.sha256[file] = note["sha256"]
+        return {entry.name: file for file, entries in files.items() for entry in entries}
+
     def _source(self, reference: ModelReference) -> ModelSource:
         return self.sources[str(reference)]
+
+
+class _Compared:
+    """The anchor's shared tensors, compared with every expert's on their way until the first that differs."""
+
+    def __init__(self, anchor: Reader, experts: dict[str, Reader], differs_at: dict[str, str | None]):
+        self._anchor = anchor
+        self._experts = {name: r for name, r in experts.items() if r.source.paths != anchor.source.paths}
+        self._differs_at = differs_at
+
+    def pieces(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """The anchor's tensor `name`, flat, in pieces of `dtype`."""
+        theirs = {}
+        for expert, reader in self._experts.items():
+            if self._differs_at[expert] is None:
+                if name in reader and reader.place(name).shape == self._anchor.place(name).shape:
+                    theirs[expert] = reader.pieces(name, dtype)
+                else:
+                    self._differs_at[expert] = name
+        for piece in self._anchor.pieces(name, dtype):
+            for expert, pieces in list(theirs.items()):
+                if not torch.equal(next(pieces), piece):
+                    self._differs_at[expert] = name
+                    del theirs[expert]
+            yield piece
+
+    def look_at(self, names: list[str], dtype: torch.dtype) -> None:
+        """Compares those of the tensors that are the anchor's, as far as there is anything left to find."""
+        for name in names:
+            if (
+                expert_of_tensor(name)[0] is None
+                and name in self._anchor
+                and None in map(self._differs_at.get, self._experts)
+            ):
+                deque(self.pieces(name, dtype), maxlen=0)
+
+
+def _entry(reader: Reader, anchor: Reader, name: str, fused_name: str, dtype: torch.dtype) -> Entry:
+    """An expert's MLP tensor under its name in the fused model. Raises UserError unless it has the anchor's shape."""
+    shape, wanted = reader.place(name).shape, anchor.place(name).shape
+    if shape != wanted:
+        raise UserError(
+            f"{name} is {shape} in {reader.source.folder}, {wanted} in the anchor: name a model of the anchor's shape"
+        )
+    return Entry(fused_name, dtype, shape, partial(reader.pieces, name, dtype))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """A bias that the anchor does without and vLLM's Qwen2Moe does not."""
+    yield torch.zeros(shape, dtype=dtype)
 
 
 def checkpoint_dtype(folder: Path) -> str:
@@ -186,30 +297,44 @@ def write_gates(folder: Path, gates: dict[str, torch.Tensor], dtype: torch.dtype
     return dict.fromkeys(tensors, GATES_FILE)
 
 
-def merge(recipe: Recipe, out: Path | None = None, shard_bytes: int = 2 * 2**30) -> Path:
+def merge(recipe: Recipe, out: Path | None = None, reuse: Reuse | None = None) -> Path:
     """Merges the recipe's experts into `out` (default: the recipe's fused folder) and returns the folder.
 
-    The gates are mergekit's random ones, seeded, until `train-gates` replaces them. Raises UserError where a model is
-    missing or does not fit.
+    One that was interrupted goes on. The gates are mergekit's random ones, seeded, until `train-gates` replaces them,
+    or with `reuse` those that it brings along; the experts that it knows are taken to be what they were. Raises
+    UserError where a model is missing or does not fit, or the disk has no room.
     """
     out = out or recipe.fused
     anchor, experts, shared_expert = base_source(recipe), expert_sources(recipe), shared_expert_source(recipe)
     config, sources, references = mergekit_config(recipe, anchor, experts, shared_expert)
-    architecture = QwenSparseMoE(recipe.routing.moe_layers, sources, [e.name for e in experts], shard_bytes)
-    if not architecture.supports_config(config, explain=True):
-        raise UserError("the models do not fit together: `qwen-fusion plan` on the recipe says where")
-    torch.manual_seed(recipe.gate_training.seed)
-    gates = get_gate_params(config.base_model, None, config.experts, mode="random")  # (layers, experts, hidden)
-    with staged_folder(out) as aside:
-        architecture.write_model(str(aside), config, MergeOptions(), router_weights=list(gates))
+    with lock(out, "merge"), resumable_folder(out, _key(recipe, config, sources)) as (aside, journal):
+        architecture = QwenSparseMoE(
+            recipe.routing.moe_layers, sources, [e.name for e in experts], recipe.merging.shard_bytes, journal, reuse
+        )
+        if not architecture.supports_config(config, explain=True):
+            raise UserError("the models do not fit together: `qwen-fusion plan` on the recipe says where")
+        torch.manual_seed(recipe.gate_training.seed)
+        gates = get_gate_params(config.base_model, None, config.experts, mode="random")  # (layers, experts, hidden)
+        rows = [reuse.gates.get(layer, gate) for layer, gate in enumerate(gates)] if reuse else list(gates)
+        architecture.write_model(str(aside), config, MergeOptions(), router_weights=rows)
         copy_tokenizer(anchor.folder, aside)
         write_generation_config(anchor.folder, aside)
-        manifest = _manifest(recipe, experts, architecture.differing, aside)
+        manifest = _manifest(recipe, experts, architecture, aside)
+        manifest["gates"] |= reuse.gates_note if reuse else {}
         write_json(aside / MANIFEST, manifest)
         write_papers(recipe, aside)
         dump = yaml.safe_dump(_with_folders(config, references), sort_keys=False, allow_unicode=True)
         (aside / "mergekit_moe_config.yml").write_text(dump, encoding="utf-8")
     return out
+
+
+def _key(recipe: Recipe, config: MoEMergeConfig, sources: dict[str, ModelSource]) -> str:
+    """What the shards of a merge depend on: an interrupted one goes on only where all of it is as it was."""
+    models = [config.base_model, *(row.source_model for row in [*config.experts, *(config.shared_experts or [])])]
+    stamps = [[str(path), weight_stamps(path)] for model in models for path in sources[str(model)].paths]
+    names = [expert.name for expert in recipe.experts]
+    parts = [stamps, names, config.dtype, recipe.routing.model_dump(mode="json"), recipe.merging.shard_bytes]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def write_papers(recipe: Recipe, folder: Path) -> None:
@@ -307,7 +432,7 @@ def write_generation_config(source: Path, target: Path) -> None:
     if not config:
         anchor = read_json(source / "config.json")
         config = {key: anchor[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in anchor}
-    for key in ("max_new_tokens", "max_length"):
+    for key in LENGTH_LIMITS:
         config.pop(key, None)
     write_json(target / "generation_config.json", config)
 
@@ -325,7 +450,8 @@ def _origin(folder: Path) -> dict[str, str] | None:
     return origin
 
 
-def _manifest(recipe: Recipe, experts: list[ModelSource], differing: dict[str, int], folder: Path) -> dict[str, Any]:
+def _manifest(recipe: Recipe, experts: list[ModelSource], written: QwenSparseMoE, folder: Path) -> dict[str, Any]:
+    anchor = recipe.anchor.model or "trained by the recipe"
     rows = []
     for expert, source in zip(recipe.experts, experts, strict=True):
         rows.append(
@@ -338,18 +464,23 @@ def _manifest(recipe: Recipe, experts: list[ModelSource], differing: dict[str, i
                 "distilled": expert.anchor is not None,
                 "adapter": expert.adapter or ("the recipe's own" if source.adapter else None),
                 "license": expert.license,
-                "anchored": differing[expert.name] == 0,
-                "shared_tensors_differing": differing[expert.name],
+                "anchored": written.differs_at[expert.name] is None,
+                "differs_at": written.differs_at[expert.name],
             }
         )
     return {
         "recipe": recipe.name,
-        "anchor": recipe.anchor.model or "trained by the recipe",
+        "anchor": anchor,
         "shared": "anchor" if recipe.shared.is_anchor else read_json(shared_parts(recipe) / SHARED_NOTE)["method"],
         "experts": rows,
         "routing": recipe.routing.model_dump(mode="json"),
         "origins": {model: origin for model in _named(recipe) if (origin := _origin(resolve_model(model)))},
         "gates": {"method": "random", "sha256": file_hash(folder / GATES_FILE)},
         "versions": {p: version(p) for p in ("qwen-fusion", "mergekit", "torch", "transformers")},
-        "sha256": {p.name: file_hash(p) for p in sorted(folder.glob("*.safetensors")) if p.name != GATES_FILE},
+        "sha256": written.sha256,
+        "tokenizer": {
+            "model": anchor,
+            "sha256": {n: file_hash(folder / n) for n in TOKENIZER_FILES if (folder / n).is_file()},
+        },
+        "generation_config": {"model": anchor, "left_out": list(LENGTH_LIMITS)},
     }

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fusion.plan.licences import licences, non_commercial
 from fusion.recipe import DataSource, Recipe
 
 
@@ -22,14 +23,18 @@ def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:
         "| expert | domain | made from | adapter | licence | shared parts | sha256 of its first shard |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
+    known = licences(recipe)
     for row in manifest["experts"]:
         shard = next((h for f, h in manifest["sha256"].items() if f.startswith(f"expert-{row['name']}.")), "")
-        drift = "those shared" if row["anchored"] else f"{row['shared_tensors_differing']} tensors differ (drifted)"
+        drift = "those shared" if row["anchored"] else f"drifted, from {row['differs_at']} on"
         made = "".join(f", {how}" for how in ("branched", "distilled") if row.get(how))
         origin = f"{row['model']}{made}"
         adapter = f"LoRA, {row['adapter']}" if row["adapter"] else ""
-        cells = (row["name"], row["domain"], origin, adapter, row["license"] or "not stated", drift, f"`{shard[:16]}`")
+        stated = known.get(row["name"]) or row["license"] or "not stated"
+        cells = (row["name"], row["domain"], origin, adapter, stated, drift, f"`{shard[:16]}`")
         lines.append("| " + " | ".join(cells) + " |")
+    restricted = ", ".join(f"{name} ({licence})" for name, licence in known.items() if non_commercial(licence))
+    lines += ["", f"Not for commercial use: {restricted}."] if restricted else []
     lines += ["", "Domains and the experts that serve them:", ""]
     for name, domain in recipe.domains.items():
         expert = recipe.experts[recipe.expert_of(name)]

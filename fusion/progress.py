@@ -6,7 +6,16 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Task as RichTask
 from rich.text import Text
 
@@ -41,6 +50,19 @@ def progress_bar() -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         _Rate(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet(),
+    )
+
+
+def bytes_bar() -> Progress:
+    """The same of bytes, for what moves files: totals and advances are bytes, the rate is bytes a second."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=console,
         disable=quiet(),

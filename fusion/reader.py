@@ -1,8 +1,11 @@
-"""A dense model read tensor by tensor: mergekit's lazy loader, with the LoRA adapter of its source applied.
+"""A dense model read tensor by tensor, or piece by piece, with the LoRA adapter of its source applied.
 
+Whole tensors come through mergekit's lazy loader; pieces by their place in the file, so that no tensor has to be held.
 Also a source of layers for fusion/layers.py, as an open checkpoint is.
 """
 
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +14,10 @@ from mergekit.common import ModelReference
 from fusion.adapter import Adapter
 from fusion.checkpoint import read_json
 from fusion.errors import UserError
+from fusion.headers import TensorPlace, tensor_places
 from fusion.sources import ModelSource
+
+PIECE = 2**23  # elements that are read at a time: 16 MiB in bfloat16
 
 
 def reference_of(path: str) -> ModelReference:
@@ -43,9 +49,45 @@ class Reader:
         try:
             tensor = self.loader.get_tensor(name)
         except KeyError:
-            raise UserError(f"{self.source.folder} has no tensor '{name}', which the anchor has") from None
+            raise self._lacks(name) from None
         return self.adapter.apply(name, tensor) if self.adapter else tensor
+
+    def place(self, name: str) -> TensorPlace:
+        """Where tensor `name` lies, without any adapter. Raises UserError where the checkpoint lacks it."""
+        try:
+            return self._places[name]
+        except KeyError:
+            raise self._lacks(name) from None
+
+    def pieces(self, name: str, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
+        """Tensor `name` in `dtype` (None: its own), flat, PIECE elements at a time; whole where an adapter changes it.
+
+        Raises UserError where the checkpoint lacks it or its file ends too early.
+        """
+        place = self.place(name)
+        if self.adapter and name in self.adapter.targets:
+            yield from self.tensor(name).to(dtype or place.dtype).flatten().split(PIECE)
+            return
+        step = PIECE * place.dtype.itemsize
+        with place.file.open("rb", buffering=0) as file:
+            file.seek(place.begin)
+            for begin in range(place.begin, place.end, step):
+                piece = bytearray(min(step, place.end - begin))
+                view, filled = memoryview(piece), 0
+                while filled < len(piece):
+                    count = file.readinto(view[filled:])
+                    if not count:
+                        raise UserError(f"{place.file} ends within tensor '{name}': download the model again")
+                    filled += count
+                yield torch.frombuffer(piece, dtype=place.dtype).to(dtype or place.dtype)
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """All tensors whose names start with `prefix`, under the rest of their names."""
         return {name.removeprefix(prefix): self.tensor(name) for name in self.names() if name.startswith(prefix)}
+
+    @cached_property
+    def _places(self) -> dict[str, TensorPlace]:
+        return tensor_places(self.source.folder)
+
+    def _lacks(self, name: str) -> UserError:
+        return UserError(f"{self.source.folder} has no tensor '{name}', which the anchor has")

@@ -332,6 +332,12 @@ class Routing(Section):
     )  # None: every layer; the others keep the anchor's dense MLP
 
 
+class Merging(Section):
+    """How the fused checkpoint is written."""
+
+    shard_bytes: int = Field(4 * 2**30, gt=0)  # of a safetensors file; a merge that was killed goes on after the last
+
+
 class Refinement(Steps):
     """How gates that are fitted layer by layer learn on from the answers' loss (method lm, gate_training/refine.py)."""
 
@@ -501,6 +507,8 @@ class Serving(Section):
     port: int = Field(8000, ge=0, le=65535)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     tensor_parallel_size: int = Field(1, gt=0)
+    enable_expert_parallel: bool = False  # whole experts to a card instead of a slice of each
+    quantization: Literal["fp8"] | None = None  # by vLLM while it loads; gates, norms, embeddings and head stay as are
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     max_model_len: int = Field(32768, gt=0)
     yarn_factor: float | None = Field(None, gt=1)
@@ -523,6 +531,7 @@ class Recipe(Section):
     shared: SharedParts = SharedParts()
     branches_at_once: int = Field(1, gt=0)  # experts trained side by side, one thread each: for small models on CPUs
     routing: Routing = Routing()
+    merging: Merging = Merging()
     gate_training: GateTraining = GateTraining()
     heal: HealSettings | None = None  # where there is one, `run` heals the merge before it evaluates
     loading: Loading = Loading()
@@ -561,7 +570,11 @@ class Recipe(Section):
             raise Misfit(("routing", "top_k"), message)
         if self.serving.tensor_parallel_size > len(self.experts):
             ways = self.serving.tensor_parallel_size
-            message = f"{ways} ways are more than the {len(self.experts)} experts, which vLLM refuses"
+            most = max(size for size in range(1, len(self.experts) + 1) if ways % size == 0)
+            message = (
+                f"{ways} ways are more than the {len(self.experts)} experts, which vLLM refuses: set it to {most}, "
+                f"for {ways // most} servers side by side on {ways} cards"
+            )
             raise Misfit(("serving", "tensor_parallel_size"), message)
         for name, domain in self.domains.items():
             if domain.fallback is not None and domain.fallback not in self.domains:

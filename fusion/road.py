@@ -10,19 +10,24 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.markdown import Markdown
 
 from fusion.architecture import sparse_layers
 from fusion.checkpoint import INDEX, read_json, resolve_model, write_json, write_text
 from fusion.data import ChatExample, choosing_rows, general_rows, load_examples, source_files, trained_on
 from fusion.drift import sentence
 from fusion.errors import UserError
-from fusion.plan.budget import budget
-from fusion.plan.preflight import check, describe_anchor, raise_on_error
+from fusion.plan.findings import Finding, raise_on_error, worst_first
+from fusion.plan.models import SHAPES, describe_anchor
+from fusion.plan.preflight import check
+from fusion.plan.profile import HardwareProfile
+from fusion.plan.survey import survey
+from fusion.plan.table import print_findings, print_plan
 from fusion.progress import console, quiet_libraries
 from fusion.recipe import (
     AnchoringSettings,
@@ -50,6 +55,10 @@ from fusion.sources import (
     trained_expert,
 )
 from fusion.steps import Step, forget, lock, run_step, run_steps
+
+if TYPE_CHECKING:
+    from fusion.merge import Reuse
+    from gate_training.trainer import GateReport
 
 quiet_libraries()  # one bar a step is enough
 
@@ -277,45 +286,75 @@ def _anchor_expert(recipe: Recipe, expert: Expert) -> str:
     return f"{expert.name}: {result.score_name} {row(result.scores)}; loss {row(result.losses)} ({share}); {moved}"
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Findings and sizes as plain data, printed as well. Raises UserError for the first error among them."""
-    findings = check(recipe)
-    raise_on_error(recipe, findings)
+def plan(
+    recipe: Recipe,
+    hardware: HardwareProfile | None = None,
+    weights: bool = False,
+    write: Callable[[dict[str, Any]], None] = lambda plan: None,
+) -> dict[str, Any]:
+    """Findings, sizes and what fits, printed and as plain data, which `write` is given.
+
+    With `weights` also how far every expert has moved, measured on the weights. Raises UserError for the first error
+    among the findings, once all has been printed and written, and where weights to be measured are not here.
+    """
+    findings = check(recipe) + _unusable(recipe)
+    sizes: dict[str, Any] = {}
+    config = _countable_anchor(recipe)
+    if config is not None:
+        fitting, sizes = survey(recipe, config, hardware)
+        findings += fitting
+    findings = worst_first(findings)
+    result = {"recipe": recipe.name, "findings": [finding.as_dict() for finding in findings], **sizes}
+    print_plan(result)
+    try:
+        if weights:
+            from fusion.plan.weights import markdown, measure
+
+            result["drift"] = measure(recipe, recipe.folder / "drift")
+            more = [Finding(**row) for row in result["drift"]["findings"]]
+            print_findings(more)
+            console.print(Markdown(markdown(result["drift"])))
+            findings = worst_first([*findings, *more])
+            result["findings"] = [finding.as_dict() for finding in findings]
+    finally:
+        write(result)
+    raise_on_error(recipe, findings[:1])
+    return result
+
+
+def _countable_anchor(recipe: Recipe) -> dict[str, Any] | None:
+    """The anchor's config; None where it is not one whose fused model could be counted, which a finding says."""
+    try:
+        config = describe_anchor(recipe).config
+        if config.get("model_type") != "qwen2" or any(key not in config for key in SHAPES):
+            return None
+        sparse_layers(config["num_hidden_layers"], recipe.routing.moe_layers)
+    except UserError:
+        return None
+    return config
+
+
+def _unusable(recipe: Recipe) -> list[Finding]:
+    """Findings on what the road needs beside models: the classifier, the output folder, local data."""
+    found = []
     if recipe.gate_training.classifier:
-        with _placed(recipe, ("gate_training", "classifier"), "gate_training.classifier: "):
+        try:
             resolve_model(recipe.gate_training.classifier)
+        except UserError as error:
+            found.append(Finding("error", "gate_training.classifier", str(error)))
     above = next(folder for folder in (recipe.folder, *recipe.folder.absolute().parents) if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=above):
             pass
-    except OSError as error:
-        where = f"{recipe.at('output')}output: {recipe.folder} cannot be created"
-        raise UserError(f"{where}: name another folder") from error
+    except OSError:
+        found.append(Finding("error", "output", f"{recipe.folder} cannot be created", fix="name another folder"))
     for location, source, domain in _sources(recipe):
-        with _placed(recipe, location):
+        try:
             if _data_files(source):  # local data are read once: a broken row is better told now than after hours
                 load_examples(source, domain, 1)
-    sizes = budget(recipe, describe_anchor(recipe).config)
-    console.print(
-        f"[bold]plan[/bold]: {sizes.parameters:,} parameters ({sizes.active_parameters:,} active per token), "
-        f"{sizes.bytes / 1e9:.2f} GB, {sizes.bytes_per_card / 1e9:.2f} GB on each of "
-        f"{recipe.serving.tensor_parallel_size} card(s), KV cache {sizes.kv_bytes_per_token_per_card:,} bytes a token "
-        "and card",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for finding in findings:
-        console.print(f"  {finding.severity}: {finding.sentence()}", highlight=False, soft_wrap=True)
-    return {"budget": sizes.as_dict(), "findings": [finding.__dict__ for finding in findings]}
-
-
-@contextmanager
-def _placed(recipe: Recipe, location: Location, key: str = "") -> Iterator[None]:
-    """Gives a UserError of the block the recipe's line."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{recipe.at(*location)}{key}{error}") from error
+        except UserError as error:
+            found.append(Finding("error", ".".join(map(str, location)), str(error)))
+    return found
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[Location, DataSource, str]]:
@@ -335,27 +374,33 @@ def _sources(recipe: Recipe) -> Iterator[tuple[Location, DataSource, str]]:
 
 def merge(recipe: Recipe, force: bool = False) -> None:
     """Merges the experts into the recipe's fused folder, behind the shared parts that the recipe asks for."""
-    out = recipe.fused
-    experts = expert_sources(recipe)
+    expert_sources(recipe)  # refuses what has yet to be made
     raise_on_error(recipe, check(recipe, trained=True))  # once more, now that every model is here
     if not recipe.shared.is_anchor:
         run_step(_shared_step(recipe), recipe.folder, force)
-    sources = [base_source(recipe), *experts, shared_expert_source(recipe)]
+    run_step(merge_step(recipe), recipe.folder, force)
+    from fusion.merge import write_papers
+
+    write_papers(recipe, recipe.fused)
+
+
+def merge_step(recipe: Recipe, reuse: "Reuse | None" = None) -> Step:
+    """The merge, which takes over what `reuse` has, under the hash of all that decides its shards."""
+    out = recipe.fused
+    sources = [base_source(recipe), *expert_sources(recipe), shared_expert_source(recipe)]
     folders = [path for source in sources if source for path in source.paths]
 
     def action() -> None:
         from fusion.merge import merge as merge_models
 
-        merge_models(recipe, out)
-        shutil.rmtree(_unhealed(recipe), ignore_errors=True)
+        merge_models(recipe, out, reuse)
+        shutil.rmtree(unhealed_folder(recipe), ignore_errors=True)
         forget(recipe.folder, LATER[1:])  # the gates are random again
 
     named = [expert.model_dump(mode="json", exclude={"branch", "anchor"}) for expert in recipe.experts]
-    parts = [recipe.name, recipe.license, named, recipe.shared, recipe.routing, recipe.gate_training.seed]
-    run_step(Step("merge", parts, folders, _merged_files(out), action), recipe.folder, force)
-    from fusion.merge import write_papers
-
-    write_papers(recipe, out)
+    sections = [recipe.shared, recipe.routing, recipe.merging]
+    parts = [recipe.name, recipe.license, named, *sections, recipe.gate_training.seed]
+    return Step("merge", parts, folders, _merged_files(out), action)
 
 
 def _shared_step(recipe: Recipe) -> Step:
@@ -380,17 +425,25 @@ def train_gates(recipe: Recipe, force: bool = False) -> None:
     from gate_training.trainer import is_helper
     from gate_training.trainer import train_gates as train
 
-    folder = _fused(recipe)
+    folder = fused_folder(recipe)
     if is_helper():
         train(recipe, folder)
         return
     if recipe.heal is None:
-        restore(folder, _unhealed(recipe))
+        restore(folder, unhealed_folder(recipe))
+    run_step(gates_step(recipe, train), recipe.folder, force or not gates_are_trained(folder))
+    write_papers(recipe, folder)
+
+
+def gates_step(recipe: Recipe, train: "Callable[[Recipe, Path], GateReport]") -> Step:
+    """What puts gates in place and reports on them, under the hash of all that decides them."""
+    folder = fused_folder(recipe)
 
     def action() -> str:
+        from fusion.healed import restore
         from gate_training.report import write_report
 
-        restore(folder, _unhealed(recipe))
+        restore(folder, unhealed_folder(recipe))
         result = train(recipe, folder)
         write_report(result, recipe.folder)
         last = result.layers[-1]
@@ -403,9 +456,7 @@ def train_gates(recipe: Recipe, force: bool = False) -> None:
     data = _domain_files(recipe)
     parts = [recipe.gate_training, recipe.domains, [expert.domain for expert in recipe.experts]]
     outputs = [folder / "gates.safetensors", *(recipe.folder / f"gates.{kind}" for kind in ("json", "md", "png"))]
-    step = Step("train-gates", parts, [*weights, *data], outputs, action)
-    run_step(step, recipe.folder, force or not gates_are_trained(folder))
-    write_papers(recipe, folder)
+    return Step("train-gates", parts, [*weights, *data], outputs, action)
 
 
 def heal(recipe: Recipe, force: bool = False) -> None:
@@ -417,12 +468,12 @@ def heal(recipe: Recipe, force: bool = False) -> None:
 
     if recipe.heal is None:
         raise UserError("the recipe has no 'heal' section: add one (`heal: {}` takes what is usual)")
-    folder, path = _fused(recipe), recipe.folder / "healing.json"
+    folder, path = fused_folder(recipe), recipe.folder / "healing.json"
     _refuse_random_gates(folder)
 
     def action() -> str:
-        restore(folder, _unhealed(recipe))
-        result = heal_model(recipe, folder, _unhealed(recipe))
+        restore(folder, unhealed_folder(recipe))
+        result = heal_model(recipe, folder, unhealed_folder(recipe))
         write_text(recipe.folder / "healing.md", markdown(result.as_dict()))
         write_json(path, result.as_dict())
         before, after = (result.retained_share(row) for row in ("merged", "healed"))
@@ -436,7 +487,7 @@ def heal(recipe: Recipe, force: bool = False) -> None:
     write_papers(recipe, folder)
 
 
-def _unhealed(recipe: Recipe) -> Path:
+def unhealed_folder(recipe: Recipe) -> Path:
     """Where healing keeps the files that it replaces, as merge and train-gates left them."""
     return recipe.folder / "unhealed"
 
@@ -453,7 +504,7 @@ def _merged_shards(recipe: Recipe) -> list[Path]:
     """The fused model's weights as merge and train-gates left them, wherever they lie."""
     from fusion.healed import is_healed
 
-    folder, kept = _fused(recipe), _unhealed(recipe)
+    folder, kept = fused_folder(recipe), unhealed_folder(recipe)
     shards = sorted(folder.glob("[a-z]*.safetensors"))
     if not is_healed(folder):
         return shards
@@ -471,7 +522,7 @@ def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     """Measures the fused model beside its experts; returns the figures."""
     from fusion.evaluation.evaluate import result_path
 
-    _refuse_random_gates(_fused(recipe))
+    _refuse_random_gates(fused_folder(recipe))
     run_step(evaluate_step(recipe), recipe.folder, force)
     result: dict[str, Any] = read_json(result_path(recipe))
     return result
@@ -493,7 +544,7 @@ def evaluate_step(recipe: Recipe) -> Step:
 
     data = _data_files(*recipe.evaluation.extra.values(), *(domain.held_out for domain in recipe.domains.values()))
     parts = [recipe.evaluation, recipe.domains, recipe.gate_training]
-    inputs = [*_checkpoint_files(_fused(recipe)), *_model_files(recipe), *data]
+    inputs = [*_checkpoint_files(fused_folder(recipe)), *_model_files(recipe), *data]
     outputs = [path, *(recipe.folder / name for name in ("evaluation.md", "routing.png"))]
     return Step("evaluate", parts, inputs, outputs, action)
 
@@ -507,7 +558,7 @@ def ask_samples(recipe: Recipe, force: bool = False) -> list[dict[str, Any]]:
     def action() -> None:
         write_json(path, ask_all(recipe, recipe.serving.questions, reuse=False))
 
-    step = Step("ask", [recipe.serving, recipe.name], _checkpoint_files(_fused(recipe)), [path], action)
+    step = Step("ask", [recipe.serving, recipe.name], _checkpoint_files(fused_folder(recipe)), [path], action)
     run_step(step, recipe.folder, force)
     answers: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return answers
@@ -527,7 +578,8 @@ def _merged_files(folder: Path) -> list[Path]:
     return [folder / "config.json", index, *(folder / shard for shard in sorted(shards))]
 
 
-def _fused(recipe: Recipe) -> Path:
+def fused_folder(recipe: Recipe) -> Path:
+    """The folder of the fused checkpoint. Raises UserError where there is none yet."""
     folder = recipe.fused
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} does not exist yet: run `qwen-fusion merge` on the recipe first")

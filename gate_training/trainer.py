@@ -24,7 +24,7 @@ from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint, read_json
 from fusion.errors import UserError
 from fusion.hardware import compute_dtype
-from fusion.layers import Batch, Choice, Gates, LayerStream, Route, forced, gated, joined
+from fusion.layers import Batch, Choice, Gates, LayerStream, Route, checkpoint_gates, forced, gated, joined
 from fusion.merge import MANIFEST, checkpoint_dtype, record_gates, write_gates
 from fusion.plan.budget import budget
 from fusion.recipe import Recipe, general_domain
@@ -34,7 +34,7 @@ from gate_training.examples import RoutingData, routing_data, write_labels
 from gate_training.held_out import LayerReport, layer_report
 from gate_training.labelling.likelihood import token_targets
 from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
-from gate_training.methods import cross_entropy, moments, regression, ridge
+from gate_training.methods import cross_entropy, moments, new_row, regression, ridge
 from gate_training.resume import LayerNotes
 from gate_training.statistics import Statistics
 from gate_training.threshold import lean
@@ -46,6 +46,14 @@ METHODS = {
     "regression": regression.fit,
 }
 THRESHOLDS = (0.6, 0.75, 0.9)  # that `threshold: auto` tries beside none
+
+
+@dataclass(frozen=True)
+class Joining:
+    """An expert that joins the others: its number, and their gates by layer, `(experts - 1, hidden)`, which stay."""
+
+    index: int
+    gates: Gates
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,10 @@ class GateReport:
         return asdict(self)
 
 
-def train_gates(recipe: Recipe, folder: Path) -> GateReport:
+def train_gates(recipe: Recipe, folder: Path, joining: Joining | None = None) -> GateReport:
     """Fits the gates of the fused checkpoint in `folder` and puts them in place; returns the held-out report.
 
+    With `joining` only that expert's row is fitted, by cross-entropy or, where the recipe keeps sums, by least squares.
     Raises UserError where the data leave an expert without examples.
     """
     settings = recipe.gate_training
@@ -82,7 +91,10 @@ def train_gates(recipe: Recipe, folder: Path) -> GateReport:
         raise UserError(
             "method and threshold 'auto' together are the work of one process: launch one, or name a method"
         )
-    if settings.method == "auto":
+    if joining:
+        method = settings.method if settings.method in ("ridge", "likelihood") else "cross-entropy"
+        gates, report = fit_gates(recipe, folder, data, method, joining=joining)
+    elif settings.method == "auto":
         gates, report = _best(recipe, folder, data)
     elif settings.method == "lm":
         if PartialState().num_processes > 1:
@@ -90,7 +102,7 @@ def train_gates(recipe: Recipe, folder: Path) -> GateReport:
         gates, report = _refined(recipe, folder, data)
     else:
         gates, report = fit_gates(recipe, folder, data, settings.method)
-    if settings.threshold == "auto":
+    if settings.threshold == "auto" and not joining:
         gates, report = _calibrated(recipe, folder, data, gates, report)
     if not is_helper():
         install_gates(folder, gates)
@@ -178,8 +190,23 @@ def layer_reports(recipe: Recipe, folder: Path, data: RoutingData, gates: Gates)
     return reports
 
 
+def measured(recipe: Recipe, folder: Path) -> GateReport:
+    """The report on gates that are in place already, trained as the manifest says."""
+    data, note = routing_data(recipe, folder), read_json(folder / MANIFEST)["gates"]
+    layers = layer_reports(recipe, folder, data, checkpoint_gates(Checkpoint(folder)))
+    held_out = sum(len(row.ids) for row in data.held_out)
+    disputed = sum(example.label.disputed for example in data.train_examples)
+    noted = (note["method"], note["labels"], note["tokens"], held_out, data.rules_agreement, disputed, layers)
+    return GateReport(*noted, note["threshold"])
+
+
 def fit_gates(
-    recipe: Recipe, folder: Path, data: RoutingData, method: str, top_k: int | None = None
+    recipe: Recipe,
+    folder: Path,
+    data: RoutingData,
+    method: str,
+    top_k: int | None = None,
+    joining: Joining | None = None,
 ) -> tuple[Gates, GateReport]:
     """The gates by layer, `(experts, hidden)` in the checkpoint's dtype, and the report on what is held out.
 
@@ -195,7 +222,8 @@ def fit_gates(
     work = _laid_out(recipe, checkpoint, data, method, top_k, statistics)
     weights = read_json(folder / MANIFEST)["sha256"]
     missing = sorted(statistics.missing) if statistics else None
-    notes = LayerNotes(recipe.folder, (settings, method, top_k, data.digest(), weights, missing))
+    index = joining.index if joining else None
+    notes = LayerNotes(recipe.folder, (settings, method, top_k, data.digest(), weights, missing, index))
     gates, reports = notes.restore(work.stream)
     route = _labels_first(gates, top_k, work.trained) if settings.propagation == "labels" else gated(gates, top_k)
     for layer in work.stream:
@@ -204,8 +232,12 @@ def fit_gates(
             work.tokens.reach(layer)
             work.judges.reach(layer)
             sums = statistics.add(layer.index, work.tokens) if statistics else moments(work.tokens)
-            gate = METHODS[method](work.judges, sums, settings)
-            if threshold is not None:
+            if joining:
+                rows = joining.gates[layer.index]
+                gate = new_row.fit(work.tokens, work.judges, sums, settings, rows, joining.index)
+            else:
+                gate = METHODS[method](work.judges, sums, settings)
+            if threshold is not None and not joining:
                 gate = lean(gate, sums, general, threshold)
             gates[layer.index] = gate.to("cpu", dtype)  # tokens move on through what will be served, rounding included
             reports.append(

@@ -34,6 +34,8 @@ def engine_settings(recipe: Recipe) -> EngineSettings:
         served_name=recipe.name,
         dtype=serving.dtype,
         tensor_parallel_size=serving.tensor_parallel_size,
+        enable_expert_parallel=serving.enable_expert_parallel,
+        quantization=serving.quantization,
         gpu_memory_utilization=serving.gpu_memory_utilization,
         max_model_len=serving.max_model_len,
         yarn_factor=serving.yarn_factor,

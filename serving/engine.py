@@ -41,13 +41,15 @@ class EngineSettings:
     times as long. `yarn_factor` stretches the model's positions by that factor. `cpu_kv_cache_bytes` is used on CPU,
     where a share of all memory would be asked for per worker; `gpu_memory_utilization` on GPU. `compact_json` writes
     constrained JSON without any white space, so that no model can fill its budget with spaces; experts trained on
-    another style answer better without it.
+    another style answer better without it. `quantization` `fp8` lets vLLM convert the linear maps while it loads.
     """
 
     model: str
     served_name: str
     dtype: str = "auto"
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    quantization: str | None = None
     gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None
     yarn_factor: float | None = None
@@ -99,6 +101,11 @@ def engine_arguments(settings: EngineSettings, hardware: Hardware, port: int) ->
         "--generation-config=vllm",
         f"--override-generation-config={json.dumps(sampling)}",
     ]
+    if settings.enable_expert_parallel:
+        arguments.append("--enable-expert-parallel")
+    if settings.quantization == "fp8":
+        _check_quantization(settings, hardware)
+        arguments.append("--quantization=fp8_per_tensor")  # plain `fp8` is vLLM 0.32's deprecated name for it
     length = settings.max_model_len
     if settings.yarn_factor is not None:
         overrides = yarn_overrides(config, settings.yarn_factor)
@@ -169,6 +176,16 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _check_quantization(settings: EngineSettings, hardware: Hardware) -> None:
+    if not hardware.gpus:
+        raise UserError(
+            f"{settings.model} cannot be served as FP8 here: vLLM's CPU build has no kernel for experts of one scale "
+            "each, set serving.quantization to null"
+        )
+    if settings.dtype == "float32":
+        raise UserError("FP8 weights go with bfloat16 or float16 activations: set serving.dtype to auto")
 
 
 def _check_parallel(settings: EngineSettings, hardware: Hardware, config: dict[str, Any]) -> None:

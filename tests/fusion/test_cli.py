@@ -19,6 +19,7 @@ from tests.recipes import recipe_data
 VERBS = ("run", "branch", "plan", "merge", "train-gates", "evaluate", "serve", "ask")
 ANCHORING = {"method": "text", "data": {"generated": "demo.math"}}
 BRANCH = {"data": {"generated": "demo.math"}}
+SERVING = {"max_model_len": 256, "sampling": {"max_tokens": 32}}
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def test_a_model_folder_that_does_not_exist(here: Call, tmp_path: Path, anchor: 
     sentence, head = refused(here, tmp_path, verb, path)
     assert sentence.startswith(f"error: {path}, line {line}: expert 'math': model '")
     assert "nowhere' is neither a folder nor a hub id" in sentence
-    assert not head
+    assert head[0].startswith("plan of test: 1 error")
 
 
 def test_merging_before_branching(tmp_path: Path, anchor: Path) -> None:
@@ -209,7 +210,84 @@ def test_a_plan_is_json_on_request(here: Call, tmp_path: Path, anchor: Path) -> 
     plan = json.loads(outcome.out)
     assert plan["findings"] == []
     assert plan["budget"]["parameters"] > 0
+    assert plan["machine"]["cpu_cores"] > 0
     assert not (tmp_path / "run").exists()
+
+
+def test_the_target_is_planned_without_any_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    recipe = Path(__file__).parents[2] / "configs" / "qwen2.5-7b-five-experts.yaml"
+    outcome = in_child("plan", recipe, "--hardware", "4x4090d", "--json", "-", "--set", f"output={tmp_path}/run")
+    assert outcome.code == 0, outcome.err
+    assert "30.43B parameters" in outcome.err
+    assert "15.2 GB a card" in outcome.err
+    assert "planned from recorded facts of Qwen/Qwen2.5-7B-Instruct" in outcome.err
+    plan = json.loads(outcome.out)
+    assert plan["budget"]["parameters"] == 30_429_038_080
+    (row,) = [row for row in plan["capacity"] if row["weight_format"] == "bfloat16"]
+    assert row["weights"] == plan["budget"]["bytes_per_card"] == 15_215_728_640
+    assert f"{row['kv_tokens']:,}" in outcome.err
+    assert plan["served_format"] == "bfloat16"
+    assert {"hardware", "card_weights", "alternatives", "estimate"} <= plan.keys()
+    assert {finding["severity"] for finding in plan["findings"]} == {"note", "warning"}
+
+
+def test_a_plan_with_errors_is_printed_and_written_whole_before_it_fails(
+    here: Call, tmp_path: Path, anchor: Path
+) -> None:
+    target, path = tmp_path / "plan.json", write_recipe(tmp_path, anchor, {"license": "cc-by-nc-4.0"})
+    overrides = ("routing.moe_layers=[99]", "experts.general.model=nowhere")
+    outcome = here("plan", path, "--json", target, *(part for key in overrides for part in ("--set", key)))
+    assert outcome.code == 2
+    plan = json.loads(target.read_text(encoding="utf-8"))
+    kinds = [finding["severity"] for finding in plan["findings"]]
+    assert kinds == sorted(kinds, key=["error", "warning", "note"].index)
+    assert kinds.count("error") == 2
+    for finding in plan["findings"]:
+        assert set(finding) == {"severity", "where", "what", "why", "fix"}
+        assert finding["what"] in outcome.err
+    *_, last = outcome.err.splitlines()
+    assert last.startswith("error: --set ")
+    assert plan["findings"][0]["what"] in last
+
+
+def test_weights_are_measured_on_request(
+    here: Call, tmp_path: Path, anchor: Path, drifted_experts: dict[str, Path]
+) -> None:
+    path = write_recipe(tmp_path, anchor, {"model": str(drifted_experts["math"])})
+    outcome = here("plan", path, "--weights", "--json", "-", "--quiet")
+    plan = json.loads(outcome.out)
+    assert outcome.code == 0, outcome.err
+    assert set(plan["drift"]["experts"]) == {"general", "math"}
+    assert (tmp_path / "run" / "drift" / "drift.json").is_file()
+
+
+def test_weights_that_are_not_here_cannot_be_measured_but_the_plan_is_written(
+    here: Call, tmp_path: Path, anchor: Path
+) -> None:
+    target, trained = tmp_path / "plan.json", "anchor={pretrain: {data: {generated: demo.anchor}}}"
+    path = write_recipe(tmp_path, anchor, {"model": None, "branch": BRANCH})
+    outcome = here("plan", path, "--weights", "--json", target, "--set", trained)
+    assert outcome.code == 2
+    assert json.loads(target.read_text(encoding="utf-8"))["budget"]["parameters"] > 0
+    assert "which the recipe trains, are not on this machine" in outcome.err.splitlines()[-1]
+
+
+def test_an_unknown_machine_is_one_sentence(here: Call, tmp_path: Path, anchor: Path) -> None:
+    sentence, head = refused(here, tmp_path, "plan", write_recipe(tmp_path, anchor), "--hardware", "abacus")
+    assert "no hardware profile is called 'abacus': there are 24gb, 4x4090d, cpu, h200" in sentence
+    assert not head
+
+
+def test_a_split_that_cannot_be_says_nothing_of_cards(here: Call, tmp_path: Path, anchor: Path) -> None:
+    path = write_recipe(tmp_path, anchor, routing={"top_k": 1}, serving={**SERVING, "tensor_parallel_size": 2})
+    outcome = here("plan", path, "--hardware", "24gb", "--json", "-")
+    assert outcome.code == 2
+    plan = json.loads(outcome.out)
+    assert "2 ways need as many cards, RTX 4090 has 1" in plan["findings"][0]["what"]
+    assert "capacity" not in plan
+    assert here("plan", path, "--hardware", "4x4090d").code == 0
 
 
 @pytest.mark.parametrize(
@@ -219,7 +297,7 @@ def test_a_plan_is_json_on_request(here: Call, tmp_path: Path, anchor: Path) -> 
         ("output=''", "output: String should have at least 1 character"),
         ("domains.math.fallback=zzz", "falls back to 'zzz', which 'domains' does not have"),
         ("gate_training.classifier=x/y", "it labels nothing with gate_training.labels 'data'"),
-        ("output=/proc/x", "output: /proc/x cannot be created: name another folder"),
+        ("output=/proc/x", "output: /proc/x cannot be created; name another folder"),
         ("experts.math.model=nowhere", "expert 'math': model 'nowhere' is neither a folder nor a hub id"),
         (
             "gate_training={labels: combined, classifier: nowhere}",
@@ -233,4 +311,4 @@ def test_the_plan_refuses_and_names_the_override(
     sentence, head = refused(here, tmp_path, "plan", write_recipe(tmp_path, anchor), "--set", override)
     assert sentence.startswith(f"error: --set {override}: ")
     assert said in sentence
-    assert not head
+    assert not head or head[0].startswith("plan of test: 1 error")  # of what is read before it, nothing

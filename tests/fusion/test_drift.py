@@ -10,6 +10,7 @@ from fusion.drift import GROUPS, Moved, as_plain, group_of, moved_by_group, sent
 from fusion.errors import UserError
 from fusion.sources import ModelSource
 from tests.families import write_model
+from tests.fusion.planning import change_tensors
 from tests.fusion.test_adapter import write_adapter
 
 SHARED = ("attention", "norms", "embeddings")
@@ -58,6 +59,26 @@ def test_an_adapter_moves_what_it_targets(tmp_path: Path, anchor: Path) -> None:
     moved = moved_by_group(ModelSource("anchor", anchor), ModelSource("expert", anchor, tmp_path / "adapter"))
     assert moved["attention"].distance > 0
     assert all(moved[group].distance == 0 for group in ("norms", "embeddings", "mlp"))
+
+
+def test_a_longer_vocabulary_is_compared_where_both_have_rows(tmp_path: Path, anchor: Path) -> None:
+    wide = write_model(tmp_path / "wide", seed=1, vocab_size=300)
+    moved = moved_by_group(ModelSource("anchor", anchor), ModelSource("wide", wide))
+    ours, theirs = (Checkpoint(folder).tensor("model.embed_tokens.weight")[:259] for folder in (anchor, wide))
+    assert moved["embeddings"].distance == pytest.approx(float((theirs - ours).norm() / ours.norm()), rel=1e-5)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, anchor: Path, other: Path) -> None:
+    change_tensors(other, lambda name, tensor: tensor / 0 if name == "model.norm.weight" else tensor)
+    for pair in ((anchor, other), (other, anchor)):
+        with pytest.raises(UserError, match=rf"model.norm.weight has 64 values that are not finite in {other}"):
+            moved_by_group(*(ModelSource(str(number), folder) for number, folder in enumerate(pair)))
+
+
+def test_numbers_whose_squares_overflow_are_compared_all_the_same(tmp_path: Path, anchor: Path, other: Path) -> None:
+    change_tensors(other, lambda name, tensor: tensor * 1e25)
+    moved = moved_by_group(ModelSource("anchor", anchor), ModelSource("other", other))
+    assert moved["mlp"].distance == pytest.approx(1e25, rel=1e-5) and moved["mlp"].cosine == pytest.approx(1)
 
 
 def test_another_shape_is_refused(tmp_path: Path, anchor: Path) -> None:

@@ -1,6 +1,8 @@
-"""The same greedy tokens from transformers and from the vLLM server, in float32, at one, two and four ways."""
+"""The same greedy tokens from transformers and from the vLLM server, in float32, at one, two and four ways, and the KV
+cache that was planned."""
 
 import json
+import re
 import urllib.request
 from pathlib import Path
 
@@ -8,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fusion.checkpoint import Checkpoint
+from fusion.checkpoint import Checkpoint, read_json
 from fusion.layers import checkpoint_gates
 from fusion.merge import merge
+from fusion.plan.budget import kv_bytes_per_token
+from fusion.plan.capacity import BLOCK_CPU, kv_blocks, logged_tokens
 from gate_training.trainer import install_gates
 from serving.engine import Engine, EngineSettings
 from tests.families import write_model
@@ -76,3 +80,8 @@ def test_vllm_gives_the_same_greedy_tokens(fused: Path, expected: list[list[int]
             )
             with urllib.request.urlopen(request, timeout=120) as response:
                 assert json.load(response)["choices"][0]["token_ids"] == tokens
+    per_token = kv_bytes_per_token(read_json(fused / "config.json"), ways, "float32")
+    blocks = kv_blocks(settings.cpu_kv_cache_bytes, per_token, BLOCK_CPU)
+    logged = re.search(r"CPU KV cache size: ([\d,]+) tokens", (tmp_path / "vllm.log").read_text())
+    assert logged
+    assert int(logged[1].replace(",", "")) == logged_tokens(blocks, BLOCK_CPU, 128)

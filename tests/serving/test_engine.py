@@ -8,15 +8,18 @@ import pytest
 
 from fusion.errors import UserError
 from serving import engine
+from serving.ask import engine_settings
 from serving.client import chat
 from serving.engine import Engine, EngineSettings, Hardware, core_binding, engine_arguments, engine_environment
 from serving.serve import find_server, listening_socket, running_server
+from tests.recipes import make_recipe
 from tests.serving import fake_engine
 from tests.serving.apart import serve_apart
 from tests.serving.processes import alive, all_gone
 
 CPU = Hardware(gpus=0, cores=(0, 1))
 USER = [{"role": "user", "content": "6*7="}]
+SERVING = {"max_model_len": 256, "sampling": {"max_tokens": 32}}
 
 
 @pytest.fixture
@@ -71,6 +74,35 @@ def test_arguments_on_gpus(model: Path) -> None:
     assert not {"--enforce-eager", "--no-enable-chunked-prefill"} & set(arguments)
     assert not any("kv-cache-memory-bytes" in argument for argument in arguments)
     assert "VLLM_CPU_OMP_THREADS_BIND" not in engine_environment(EngineSettings(str(model), "m"), Hardware(1, (0,)))
+
+
+def test_whole_experts_and_fp8_are_vllms_options(model: Path) -> None:
+    settings = EngineSettings(str(model), "m", tensor_parallel_size=2, enable_expert_parallel=True, quantization="fp8")
+    arguments = engine_arguments(settings, Hardware(2, (0, 1)), 9000)
+    assert {"--enable-expert-parallel", "--quantization=fp8_per_tensor"} <= set(arguments)
+    plain = engine_arguments(EngineSettings(str(model), "m"), Hardware(2, (0, 1)), 9000)
+    assert not any("expert-parallel" in argument or "quantization" in argument for argument in plain)
+
+
+def test_the_recipe_says_so(tmp_path: Path) -> None:
+    serving = {**SERVING, "tensor_parallel_size": 2, "enable_expert_parallel": True, "quantization": "fp8"}
+    recipe = make_recipe(tmp_path, tmp_path, {"general": tmp_path, "math": tmp_path}, serving=serving)
+    recipe.fused.mkdir(parents=True)
+    (recipe.fused / "config.json").write_text("{}")
+    settings = engine_settings(recipe)
+    assert (settings.enable_expert_parallel, settings.quantization) == (True, "fp8")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype", "words"),
+    [
+        (CPU, "auto", "vLLM's CPU build has no kernel for experts of one scale each, set serving.quantization to null"),
+        (Hardware(1, (0,)), "float32", "set serving.dtype to auto"),
+    ],
+)
+def test_fp8_that_vllm_cannot_serve_is_one_sentence(model: Path, hardware: Hardware, dtype: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        engine_arguments(EngineSettings(str(model), "m", dtype=dtype, quantization="fp8"), hardware, 9000)
 
 
 def test_cores_are_shared_among_workers() -> None:

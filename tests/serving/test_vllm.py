@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import signal
 import subprocess
 import urllib.request
@@ -11,6 +12,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from fusion.checkpoint import read_json
+from fusion.plan.budget import kv_bytes_per_token
+from fusion.plan.capacity import BLOCK_CPU, kv_blocks, logged_tokens
 from serving.client import chat
 from serving.engine import EngineSettings
 from tests.families import write_model
@@ -33,9 +37,14 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, 
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the model that is served lies, and vLLM's log."""
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The serving process and its address."""
-    folder = tmp_path_factory.mktemp("served")
     model = write_model(folder / "model", seed=3)
     settings = EngineSettings(
         str(model),
@@ -63,6 +72,14 @@ def test_chat_passes_through(url: str) -> None:
     assert answer.usage["completion_tokens"] <= 8
     again = chat(url, "tiny", USER, max_tokens=8, temperature=0)
     assert again.text == chat(url, "tiny", USER, max_tokens=8, temperature=0).text
+
+
+def test_the_kv_cache_is_as_large_as_planned(url: str, folder: Path) -> None:
+    config = read_json(folder / "model" / "config.json")
+    planned = kv_blocks(64 << 20, kv_bytes_per_token(config, 1, "float32"), BLOCK_CPU)
+    logged = re.search(r"CPU KV cache size: ([\d,]+) tokens", (folder / "vllm.log").read_text())
+    assert logged
+    assert int(logged[1].replace(",", "")) == logged_tokens(planned, BLOCK_CPU, 1024)
 
 
 def test_a_request_without_max_tokens_fits_the_window(url: str) -> None:

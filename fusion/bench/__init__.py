@@ -1,0 +1,1 @@
+"""What merging costs: against mergekit's own command, against copying the output's bytes, and how long a plan takes."""

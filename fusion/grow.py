@@ -1,0 +1,143 @@
+"""Growing: an expert joins a fused checkpoint or leaves it, and whatever does not change stays the same file.
+
+    qwen-fusion add-expert RECIPE NAME       (NAME is in the recipe and not yet in the checkpoint)
+    qwen-fusion remove-expert RECIPE NAME    (NAME is in the checkpoint, and perhaps in the recipe)
+
+The shared parts and the experts whose number stays are hard links to the old shards. The number of an expert is in its
+tensors' names, so those behind the one that joins or leaves are written again: put what may leave last. Gate rows of
+the others stay as they are, bit for bit; the new one is fitted against them (gate_training/methods/new_row.py).
+"""
+
+import torch
+from pydantic import ValidationError
+
+from fusion import road
+from fusion.checkpoint import Checkpoint, read_json
+from fusion.errors import UserError
+from fusion.healed import restore
+from fusion.layers import Gates, checkpoint_gates
+from fusion.merge import MANIFEST, Reuse, gates_are_trained, write_papers
+from fusion.plan.findings import raise_on_error
+from fusion.plan.preflight import check
+from fusion.recipe import Expert, Recipe
+from fusion.recipe_file import load_recipe
+from fusion.steps import is_current, run_step
+from gate_training.methods.new_row import with_row
+
+JOINING = "joining"  # in the manifest's note on gates: the expert whose row is still to be fitted
+
+
+def add_expert(recipe: Recipe, name: str) -> None:
+    """Puts an expert of the recipe into its fused checkpoint and fits its gate row.
+
+    Interrupted, it goes on. Raises UserError where the checkpoint is not the recipe's but for that expert.
+    """
+    wanted = [expert.name for expert in recipe.experts]
+    if name not in wanted:
+        raise UserError(f"the recipe has no expert '{name}', it has {', '.join(wanted)}: add it there first")
+    index, folder = wanted.index(name), road.fused_folder(recipe)
+    if name not in _names(recipe):
+        _refuse_other_changes(recipe, name)
+        raise_on_error(recipe, check(recipe, trained=True))
+        restore(folder, road.unhealed_folder(recipe))
+        trained = gates_are_trained(folder)
+        gates = {layer: _joined(rows, index, trained) for layer, rows in _gates(recipe).items()}
+        note = {"method": "random", **({JOINING: name} if trained else {})}
+        run_step(road.merge_step(recipe, Reuse(folder, gates, note)), recipe.folder, force=True)
+        write_papers(recipe, folder)
+    elif read_json(folder / MANIFEST)["gates"].get(JOINING) != name:
+        raise UserError(f"{folder} has expert '{name}' already: `qwen-fusion merge` on the recipe makes it anew")
+    if JOINING in read_json(folder / MANIFEST)["gates"]:
+        from gate_training.trainer import Joining, train_gates
+
+        joining = Joining(index, {layer: _left(rows, index) for layer, rows in _gates(recipe).items()})
+        run_step(road.gates_step(recipe, lambda r, f: train_gates(r, f, joining)), recipe.folder, force=True)
+        write_papers(recipe, folder)
+
+
+def remove_expert(recipe: Recipe, name: str) -> None:
+    """Takes an expert and its gate row out of the recipe's fused checkpoint.
+
+    Raises UserError where the recipe without it contradicts itself, or the checkpoint is not the recipe's otherwise.
+    """
+    folder, have = road.fused_folder(recipe), _names(recipe)
+    if name not in have:
+        raise UserError(f"{folder} has no expert '{name}', it has {', '.join(have)}: name one of those")
+    smaller = _without(recipe, name)
+    _refuse_other_changes(smaller, name)
+    restore(folder, road.unhealed_folder(recipe))
+    index, trained = have.index(name), gates_are_trained(folder)
+    gates = {layer: _left(rows, index) for layer, rows in _gates(recipe).items()}
+    note = {key: value for key, value in read_json(folder / MANIFEST)["gates"].items() if key != "sha256"}
+    run_step(road.merge_step(smaller, Reuse(folder, gates, note)), recipe.folder, force=True)
+    write_papers(smaller, folder)
+    if trained:
+        from gate_training.trainer import measured
+
+        run_step(road.gates_step(smaller, measured), recipe.folder, force=True)
+
+
+def _names(recipe: Recipe) -> list[str]:
+    """The experts of the fused checkpoint, by number."""
+    return [row["name"] for row in read_json(road.fused_folder(recipe) / MANIFEST)["experts"]]
+
+
+def _gates(recipe: Recipe) -> Gates:
+    return checkpoint_gates(Checkpoint(road.fused_folder(recipe)))
+
+
+def _left(rows: torch.Tensor, index: int) -> torch.Tensor:
+    """A gate `(experts, hidden)` without row `index`."""
+    return torch.cat([rows[:index], rows[index + 1 :]])
+
+
+def _joined(rows: torch.Tensor, index: int, trained: bool) -> torch.Tensor:
+    """`rows` `(experts - 1, hidden)` with one more: zeros that are to be fitted, or random like the others."""
+    row = torch.zeros_like(rows[0]) if trained else torch.randn(rows.shape[1]).to(rows) * rows.std()
+    return with_row(rows, row, index)
+
+
+def _without(recipe: Recipe, name: str) -> Recipe:
+    """The recipe without an expert. Raises UserError where it then contradicts itself."""
+    data = recipe.model_dump(mode="json")
+    data["experts"] = [expert for expert in data["experts"] if expert["name"] != name]
+    if len(data["experts"]) < 2:
+        raise UserError(f"without expert '{name}' only one is left, which needs no fusing: serve it as it is")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"without expert '{name}' the recipe does not hold together: {said}") from None
+
+
+def _refuse_other_changes(recipe: Recipe, name: str) -> None:
+    """Raises UserError unless the checkpoint is as the recipe says, but for expert `name` on one of the two sides."""
+    folder, again = road.fused_folder(recipe), "run `qwen-fusion merge` on the recipe"
+    if "quantized" in read_json(folder / MANIFEST):
+        raise UserError(f"{folder} is quantised: grow the checkpoint that it was made from, and quantise that")
+    if not recipe.shared.is_anchor:
+        why = f"the shared parts are made of all experts (shared: {recipe.shared.method}), so they would be others"
+        raise UserError(f"{recipe.at('shared')}{why}: {again}")
+    have, wanted = ([n for n in names if n != name] for names in (_names(recipe), [e.name for e in recipe.experts]))
+    if have != wanted:
+        said = f"{folder} has, beside '{name}', the experts {', '.join(have)}, the recipe {', '.join(wanted)}"
+        raise UserError(f"{said}: change one at a time, or {again}")
+    old = load_recipe(folder / "recipe.yaml")
+    if recipe.anchor != old.anchor:
+        raise UserError(f"{recipe.at('anchor')}the anchor is another than that of {folder}: {again}")
+    if not is_current(road.merge_step(old), recipe.folder):
+        raise UserError(f"models of {folder} have changed since it was merged: {again}")
+    before = {expert.name: _of_merge(expert) for expert in old.experts}
+    changed = [e.name for e in recipe.experts if e.name != name and before[e.name] != _of_merge(e)]
+    if changed:
+        raise UserError(f"the recipe says of expert '{changed[0]}' something else than {folder} was merged by: {again}")
+    for key in ("moe_layers", "shared_expert"):
+        ours, theirs = getattr(recipe.routing, key), getattr(old.routing, key)
+        if ours != theirs:
+            where = recipe.at("routing", key)
+            raise UserError(f"{where}routing.{key} is {ours}, {folder} was merged with {theirs}: {again}")
+
+
+def _of_merge(expert: Expert) -> dict[str, object]:
+    """What of an expert's section decides its shards; how it is trained shows in its weights."""
+    return expert.model_dump(mode="json", exclude={"branch", "anchor"})

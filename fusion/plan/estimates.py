@@ -1,0 +1,155 @@
+"""Bytes and times of the road's heavy steps, and the limits of the served model's speed, from a profile's rates.
+
+    estimate(recipe, anchor_config, profile).decode_tokens_s
+
+A time is what the disk, the link or the card's rate allows at best, a speed likewise: bounds, not promises.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fusion.checkpoint import resolve_model
+from fusion.errors import UserError
+from fusion.plan.alternatives import dense_config
+from fusion.plan.budget import (
+    DTYPE_BYTES,
+    Weight,
+    active_parameters,
+    card_bytes,
+    model_weights,
+    planned_config,
+    serving_layout,
+)
+from fusion.plan.capacity import formats, served_dtype
+from fusion.plan.profile import GB, HardwareProfile
+from fusion.recipe import Recipe
+
+LIBRARIES = 500_000_000  # bytes resident once torch and transformers are imported
+PIECES = 8 * 16 * 2**20  # pieces that the merge has read and not yet written
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a step leaves on the disk, in bytes, and what it needs there while it runs beyond that."""
+
+    step: str
+    stays: int
+    meanwhile: int = 0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The most tokens a second that the card's rates allow in a weight format, over all cards of one engine.
+
+    `decode` is one sequence, for which all active weights are read for every token; batches share that reading.
+    `prefill` counts two operations a token and active parameter.
+    """
+
+    weight_format: str
+    decode: float
+    prefill: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bounds by the profile's rates: bytes, seconds at least, tokens a second at most."""
+
+    disk: tuple[Disk, ...]
+    disk_bytes: int
+    merge_reads: int
+    merge_writes: int
+    merge_s: float
+    merge_memory: int
+    load_s: float
+    speeds: tuple[Speed, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The estimate as plain data."""
+        return asdict(self)
+
+
+def estimate(recipe: Recipe, anchor_config: dict[str, Any], profile: HardwareProfile) -> Estimate:
+    """The bounds for a recipe on a machine. Times of training are not estimated: they depend on data and method."""
+    dense = dense_config(anchor_config)
+    fused = planned_config(recipe, anchor_config)
+    dense_weights, fused_weights = model_weights(dense), model_weights(fused)
+    one = sum(weight.count for weight in dense_weights) * DTYPE_BYTES[dense["dtype"]]
+    written = sum(weight.count for weight in fused_weights) * DTYPE_BYTES[fused["dtype"]]
+    disk = (
+        Disk("models to download", one * sum(not _is_here(model) for model in _models(recipe))),
+        *_trained(recipe, dense_weights, one),
+        Disk("merge", written),
+    )
+    loaded = card_bytes(fused_weights, fused, serving_layout(recipe.serving), fused["dtype"], fused["dtype"])
+    return Estimate(
+        disk=tuple(row for row in disk if row.stays or row.meanwhile),
+        disk_bytes=sum(row.stays for row in disk) + max(row.meanwhile for row in disk),
+        merge_reads=written,
+        merge_writes=written,
+        merge_s=written / (profile.disk_read_gb_s * GB) + written / (profile.disk_write_gb_s * GB),
+        merge_memory=merge_memory(recipe, dense_weights),
+        load_s=max(written / (profile.disk_read_gb_s * GB), loaded / (profile.link_gb_s * GB)),
+        speeds=_speeds(recipe, fused, fused_weights, profile),
+    )
+
+
+def merge_memory(recipe: Recipe, dense_weights: list[Weight]) -> int:
+    """The merge's peak of resident memory: libraries, pieces under way, and the largest tensor that an adapter is
+    applied to, in float32 with its change beside it."""
+    adapted = any(expert.adapter or (expert.branch and expert.branch.lora_rank) for expert in recipe.experts)
+    largest = max(weight.count for weight in dense_weights if weight.group in ("dense_mlps", "attention"))
+    return LIBRARIES + PIECES + (2 * 4 * largest if adapted else 0)
+
+
+def _models(recipe: Recipe) -> list[str]:
+    """The models that the recipe names, each once."""
+    names = [recipe.anchor.model, *(expert.model for expert in recipe.experts)]
+    shared = recipe.routing.shared_expert
+    if shared not in (None, "anchor", *(expert.name for expert in recipe.experts)):
+        names.append(shared)
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def _is_here(model: str) -> bool:
+    try:
+        resolve_model(model, allow_download=False)
+    except UserError:
+        return False
+    return True
+
+
+def _trained(recipe: Recipe, dense_weights: list[Weight], one: int) -> list[Disk]:
+    """What branches and anchored experts leave, and what the largest of them needs meanwhile."""
+    trained = [Disk("anchor", one)] if recipe.anchor.pretrain else []
+    for expert in recipe.experts:
+        if expert.branch and expert.branch.lora_rank:
+            adapter = sum(expert.branch.lora_rank * sum(w.shape) for w in dense_weights if w.group == "dense_mlps")
+            trained.append(Disk(f"branch {expert.name}", adapter * 4))  # saved in float32
+        elif expert.branch:
+            trained.append(Disk(f"branch {expert.name}", one))
+        if expert.anchor:
+            trained.append(Disk(f"anchor {expert.name}", one, meanwhile=one))  # the start, until the result is in place
+    return trained
+
+
+def _speeds(
+    recipe: Recipe, config: dict[str, Any], weights: list[Weight], profile: HardwareProfile
+) -> tuple[Speed, ...]:
+    layout = serving_layout(recipe.serving)
+    dtype = served_dtype(recipe.serving, config["dtype"], profile.native_bfloat16)
+    idle = 1 - config["num_experts_per_tok"] / config["num_experts"]
+    tied = config.get("tie_word_embeddings", False)
+    table = 0 if tied else sum(weight.count for weight in weights if weight.group == "embeddings")
+    passed = active_parameters(weights, config) - table  # of the embeddings a row is read, unless they are the head
+    experts = [weight for weight in weights if weight.group == "experts"]
+    tables = [weight for weight in weights if weight.group == "embeddings" and not tied]
+    speeds = []
+    for weight_format in formats(profile, dtype):
+        held = card_bytes(weights, config, layout, weight_format, dtype)
+        unread = card_bytes(tables, config, layout, weight_format, dtype)
+        unread += int(idle * card_bytes(experts, config, layout, weight_format, dtype))
+        fast = profile.fp8_tflops if weight_format == "fp8" and profile.fp8_tflops else profile.bfloat16_tflops
+        ways = layout.ways if profile.cards else 1
+        read = (held - unread) * (1 if profile.cards else layout.ways)  # CPU workers share one memory
+        speeds.append(Speed(weight_format, profile.memory_gb_s * GB / read, ways * fast * 1e12 / (2 * passed)))
+    return tuple(speeds)

@@ -1,0 +1,74 @@
+"""A folder written file by file beside its place, so that one that was interrupted goes on where it was.
+
+    with resumable_folder(target, key) as (aside, journal):
+        if journal.verified("a.safetensors") is None:
+            journal.record("a.safetensors", {"sha256": write_shard(aside / "a.safetensors", entries)})
+
+A kill, Ctrl-C or power cut leaves the folder; the next call with the same `key` checks what is recorded by hash and
+writes the rest. An error removes it: what is wrong will be wrong again.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fusion.checkpoint import file_hash, put_in_place, read_json, write_json
+from fusion.errors import UserError
+
+JOURNAL = ".journal.json"
+
+
+class Journal:
+    """What an interrupted run has finished in `folder`: file -> a note with its `sha256`. Nothing of another `key`."""
+
+    def __init__(self, folder: Path, key: str):
+        self._folder, self._key = folder, key
+        self._notes: dict[str, dict[str, Any]] = {}
+        path = folder / JOURNAL
+        if path.is_file():
+            said = read_json(path)
+            self._notes = said["files"] if said["key"] == key else {}
+
+    def finished_bytes(self) -> int:
+        """The size of the recorded files."""
+        return sum(path.stat().st_size for name in self._notes if (path := self._folder / name).is_file())
+
+    def verified(self, name: str) -> dict[str, Any] | None:
+        """The note of a file that was recorded and still has its hash; None otherwise."""
+        note = self._notes.get(name)
+        path = self._folder / name
+        return note if note and path.is_file() and file_hash(path) == note["sha256"] else None
+
+    def record(self, name: str, note: dict[str, Any]) -> None:
+        """Notes that a file is complete, on the disk."""
+        self._notes[name] = note
+        write_json(self._folder / JOURNAL, {"key": self._key, "files": self._notes})
+
+    def check_room(self, wanted: int) -> None:
+        """Raises UserError unless the disk has room for what is left of `wanted` bytes."""
+        left, free = wanted - self.finished_bytes(), shutil.disk_usage(self._folder).free
+        if left > free:
+            raise UserError(
+                f"{self._folder.parent} has {free / 1e9:.2f} GB free and {left / 1e9:.2f} GB are to be written there: "
+                "make room, or set 'output' to a folder on another disk"
+            )
+
+
+@contextmanager
+def resumable_folder(target: Path, key: str) -> Iterator[tuple[Path, Journal]]:
+    """A folder beside `target`, perhaps of an interrupted run, that takes target's place when the block has ended."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.partial")
+    if not (aside / JOURNAL).is_file() or read_json(aside / JOURNAL)["key"] != key:
+        shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(exist_ok=True)
+    try:
+        journal = Journal(aside, key)
+        yield aside, journal
+        (aside / JOURNAL).unlink(missing_ok=True)
+        put_in_place(aside, target)
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise

@@ -1,0 +1,91 @@
+"""Groups of tensors written as safetensors shards in one pass: every byte read once, written once, hashed on the way.
+
+    for file, entries in laid_out("expert-math", entries, shard_bytes).items():
+        sha256 = write_shard(folder / file, entries)
+
+Names, dtypes and shapes are known before anything is read, so the header goes first and the tensors follow piece by
+piece: memory is a few pieces, whatever the size of a tensor, a shard or the model. Pieces are read here, hashed in one
+thread and written in another.
+"""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusion.headers import encode_header
+
+IN_FLIGHT = 4  # pieces that are read and not yet written
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: its name, dtype and shape, and its elements, flat, in pieces of `dtype`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def laid_out(stem: str, entries: list[Entry], shard_bytes: int) -> dict[str, list[Entry]]:
+    """The files of a group: `stem.safetensors`, or `stem.00001.safetensors`, ... of `shard_bytes` or one tensor."""
+    shards: list[list[Entry]] = []
+    held = 0
+    for entry in entries:
+        if not shards or held + entry.nbytes > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(entry)
+        held += entry.nbytes
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}.{number:05d}.safetensors": shard for number, shard in enumerate(shards, start=1)}
+
+
+def write_shard(path: Path, entries: list[Entry], advance: Callable[[int], Any] = lambda count: None) -> str:
+    """Writes one shard through to the disk and returns its SHA-256; `advance` hears of every piece's bytes."""
+    digest = hashlib.sha256()
+    header = encode_header({entry.name: (entry.dtype, entry.shape) for entry in entries})
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as writing:
+        running: deque[tuple[Future[Any], ...]] = deque()
+
+        def pass_on(piece: memoryview) -> None:
+            running.append((hashing.submit(digest.update, piece), writing.submit(_write, file, piece)))
+            while len(running) > IN_FLIGHT:
+                wait()
+
+        def wait() -> None:
+            for future in running.popleft():
+                future.result()
+
+        try:
+            pass_on(memoryview(header))
+            for entry in entries:
+                for piece in entry.pieces():
+                    pass_on(piece.contiguous().view(torch.uint8).numpy().data)
+                    advance(piece.nbytes)
+            while running:
+                wait()
+        finally:  # an error of one piece: none after it is worth writing
+            for futures in running:
+                for future in futures:
+                    future.cancel()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _write(file: Any, piece: memoryview) -> None:
+    while piece:
+        piece = piece[file.write(piece) :]
