@@ -154,6 +154,14 @@ def test_expert_parallelism_puts_the_remainder_on_the_first_cards_and_cuts_nothi
     assert {name for name in experts if experts[name] != cut[name]} == {"experts"}
 
 
+def test_the_bytes_are_those_of_vllms_own_parameters() -> None:
+    """Summed over the parameters of vLLM 0.32's Qwen2MoeForCausalLM on rank 0 of 4."""
+    config, weights = small()
+    assert card_bytes(weights, config, Layout(4, expert_parallel=True), "bfloat16", "bfloat16") == 552_064
+    target, target_weights = fused(*shipped())
+    assert card_bytes(target_weights, target, Layout(4), "bfloat16", "bfloat16") == 15_215_728_640
+
+
 def test_two_of_five_7b_experts_on_one_card_are_22_8_gigabytes() -> None:
     config, weights = fused(*shipped())
     held = group_card_bytes(weights, config, Layout(4, expert_parallel=True), "bfloat16", "bfloat16")
