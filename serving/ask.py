@@ -23,9 +23,10 @@ STATE = "server.json"
 
 def engine_settings(recipe: Recipe) -> EngineSettings:
     """The recipe's serving section as vLLM's settings. Raises UserError where nothing has been merged yet."""
-    folder, serving = recipe.fused, recipe.serving
+    folder, serving = served_folder(recipe), recipe.serving
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} does not exist yet: run `qwen-fusion run` on the recipe first")
+        first = "quantize" if serving.checkpoint else "run"
+        raise UserError(f"{folder} does not exist yet: run `qwen-fusion {first}` first")
     if _gates_are_random(folder):
         note = f"the gates in {folder} are random ones, and so are its answers: `qwen-fusion train-gates` comes first"
         console.print(f"[yellow]{note}[/yellow]", highlight=False, soft_wrap=True)
@@ -43,6 +44,11 @@ def engine_settings(recipe: Recipe) -> EngineSettings:
         temperature=serving.sampling.temperature,
         top_p=serving.sampling.top_p,
     )
+
+
+def served_folder(recipe: Recipe) -> Path:
+    """The folder of the checkpoint that is served."""
+    return Path(recipe.serving.checkpoint).expanduser() if recipe.serving.checkpoint else recipe.fused
 
 
 def _gates_are_random(folder: Path) -> bool:
@@ -79,8 +85,9 @@ def recipe_server(recipe: Recipe, reuse: bool = True) -> Iterator[RunningServer]
     found = find_server(recipe.folder / STATE, recipe.name) if reuse else None
     if found:
         started = (recipe.folder / STATE).stat().st_mtime
-        if any(path.stat().st_mtime > started for path in recipe.fused.glob("*.safetensors")):
-            note = f"{recipe.fused} has changed since the server at {found.url} started: restart it to serve the change"
+        folder = served_folder(recipe)
+        if any(path.stat().st_mtime > started for path in folder.glob("*.safetensors")):
+            note = f"{folder} has changed since the server at {found.url} started: restart it to serve the change"
             console.print(f"[yellow]{note}[/yellow]", highlight=False, soft_wrap=True)
         yield found
         return

@@ -184,6 +184,8 @@ def _check_quantization(settings: EngineSettings, hardware: Hardware) -> None:
             f"{settings.model} cannot be served as FP8 here: vLLM's CPU build has no kernel for experts of one scale "
             "each, set serving.quantization to null"
         )
+    if "quantization_config" in model_config(settings.model):
+        raise UserError(f"{settings.model} is quantised already: set serving.quantization to null")
     if settings.dtype == "float32":
         raise UserError("FP8 weights go with bfloat16 or float16 activations: set serving.dtype to auto")
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from fusion.checkpoint import Checkpoint, file_hash, read_json, write_json
 from fusion.encoding import encode, load_tokenizer
@@ -28,6 +30,7 @@ from fusion.quantization.loss import lost, markdown
 from fusion.quantization.needs import Need, check_room, group_size_of, needed
 from fusion.quantization.quantize import check, quantize
 from fusion.recipe import Recipe
+from fusion.verify import verify
 from tests.families import write_model
 from tests.recipes import recipe_data
 
@@ -225,6 +228,23 @@ def original_losses(recipe: Recipe, fused: Path) -> dict[str, float]:
     return answer_losses(checkpoint, batches, [name for name, _ in rows], gated(checkpoint_gates(checkpoint), 1))
 
 
+def weights_alone_losses(recipe: Recipe, made: Path) -> dict[str, float]:
+    """Nats a token of a quantised model by domain, by transformers here, which quantises no experts' activations."""
+    pytest.importorskip("compressed_tensors")
+    tokenizer, found = load_tokenizer(made), {}
+    model = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
+    for name, rows in held_out_rows(recipe, DOMAINS).items():
+        nats, tokens = 0.0, 0
+        for row in (encode(tokenizer, row) for row in rows):
+            ids = torch.tensor([row.ids])
+            with torch.no_grad():
+                logits = model(ids).logits[0, row.answer_start - 1 : -1]
+            nats += float(F.cross_entropy(logits, ids[0, row.answer_start :], reduction="sum"))
+            tokens += len(row.ids) - row.answer_start
+        found[name] = nats / tokens
+    return found
+
+
 def assert_kept(original: Path, made: Path) -> None:
     """Whatever is no linear weight is what it was, nothing is empty, and shards, index and manifest say so."""
     before, after = Checkpoint(original), Checkpoint(made)
@@ -262,6 +282,7 @@ def assert_compared(result: dict[str, Any], recipe: Recipe, fused: Path) -> None
 def test_fp8_quantises_linear_weights_alone_and_says_what_it_lost(recipe: Recipe, fused: Path, tmp_path: Path) -> None:
     result = quantize(fused, "fp8", out=tmp_path / "fp8")
     assert_kept(fused, tmp_path / "fp8")
+    assert not verify(tmp_path / "fp8").problems
     assert_compared(result, recipe, fused)
     before, after = Checkpoint(fused), Checkpoint(tmp_path / "fp8")
     linear = [name for name in before.weight_map if name.endswith("_proj.weight")]
@@ -274,6 +295,8 @@ def test_fp8_quantises_linear_weights_alone_and_says_what_it_lost(recipe: Recipe
         # 3 bits of mantissa, or a subnormal, by a scale of 8 bits
         assert (error <= before.tensor(name).float().abs() / 15 + scale.float() / 500).all()
     assert read_json(tmp_path / "fp8" / "quantization.json") == json.loads(json.dumps(result))
+    for name, loss in weights_alone_losses(recipe, tmp_path / "fp8").items():
+        assert result["loss"]["domains"][name]["quantized"] == pytest.approx(loss, rel=0.05)
     assert "## Quantised" in (tmp_path / "fp8" / "README.md").read_text(encoding="utf-8")
 
 
@@ -281,11 +304,15 @@ def test_fp8_quantises_linear_weights_alone_and_says_what_it_lost(recipe: Recipe
 def test_w4a16_calibrates_every_expert_on_its_own_domain(recipe: Recipe, fused: Path, tmp_path: Path) -> None:
     result = quantize(fused, "w4a16", out=tmp_path / "w4a16")
     assert_kept(fused, tmp_path / "w4a16")
+    assert not verify(tmp_path / "w4a16").problems
     assert_compared(result, recipe, fused)
     assert result["group_size"] == 32
     for row in result["calibration"].values():
         assert 0 < row["own_domain"] <= row["seen_at_least"]
         assert row["routed_at_least"] <= row["seen_at_least"]
+    for name, loss in weights_alone_losses(recipe, tmp_path / "w4a16").items():
+        # transformers multiplies the experts by their scales in bfloat16
+        assert result["loss"]["domains"][name]["quantized"] == pytest.approx(loss, rel=1e-3)
     after = Checkpoint(tmp_path / "w4a16")
     name = "model.layers.1.mlp.experts.2.down_proj.weight"
     assert after.shape(f"{name}_packed") == (64, 96 * 4 // 32)

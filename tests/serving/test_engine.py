@@ -105,6 +105,19 @@ def test_fp8_that_vllm_cannot_serve_is_one_sentence(model: Path, hardware: Hardw
         engine_arguments(EngineSettings(str(model), "m", dtype=dtype, quantization="fp8"), hardware, 9000)
 
 
+def test_a_quantised_checkpoint_is_served_as_it_is(tmp_path: Path) -> None:
+    made = tmp_path / "fused-w4a16"
+    serving = {**SERVING, "checkpoint": str(made)}
+    recipe = make_recipe(tmp_path, tmp_path, {"general": tmp_path, "math": tmp_path}, serving=serving)
+    with pytest.raises(UserError, match="fused-w4a16 does not exist yet: run `qwen-fusion quantize`"):
+        engine_settings(recipe)
+    made.mkdir()
+    (made / "config.json").write_text('{"quantization_config": {}, "num_experts": 2}')
+    assert engine_settings(recipe).model == str(made)
+    with pytest.raises(UserError, match="is quantised already: set serving.quantization to null"):
+        engine_arguments(EngineSettings(str(made), "m", quantization="fp8"), Hardware(1, (0,)), 9000)
+
+
 def test_cores_are_shared_among_workers() -> None:
     assert core_binding((0, 1), 1) == "0,1"
     assert core_binding((0, 1), 4) == "0|1|0|1"
