@@ -114,7 +114,7 @@ def test_a_quantised_checkpoint_is_served_as_it_is(tmp_path: Path) -> None:
     made.mkdir()
     (made / "config.json").write_text('{"quantization_config": {}, "num_experts": 2}')
     assert engine_settings(recipe).model == str(made)
-    with pytest.raises(UserError, match="is quantised already: set serving.quantization to null"):
+    with pytest.raises(UserError, match=r"is quantised already: set serving.quantization to null"):
         engine_arguments(EngineSettings(str(made), "m", quantization="fp8"), Hardware(1, (0,)), 9000)
 
 
