@@ -229,14 +229,14 @@ class _Compared:
 
     def __init__(self, anchor: Reader, experts: dict[str, Reader], differs_at: dict[str, str | None]):
         self._anchor = anchor
-        self._experts = {name: r for name, r in experts.items() if r.source.paths != anchor.source.paths}
+        self._experts = experts
         self._differs_at = differs_at
 
     def pieces(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """The anchor's tensor `name`, flat, in pieces of `dtype`."""
         theirs = {}
         for expert, reader in self._experts.items():
-            if self._differs_at[expert] is None:
+            if self._differs_at[expert] is None and not self._same_bytes(reader, name):
                 if name in reader and reader.place(name).shape == self._anchor.place(name).shape:
                     theirs[expert] = reader.pieces(name, dtype)
                 else:
@@ -247,6 +247,11 @@ class _Compared:
                     self._differs_at[expert] = name
                     del theirs[expert]
             yield piece
+
+    def _same_bytes(self, reader: Reader, name: str) -> bool:
+        """Whether tensor `name` of an expert is read from where the anchor's is: nothing to compare."""
+        changed = reader.adapter is not None and name in reader.adapter.targets
+        return reader.source.folder == self._anchor.source.folder and not changed
 
     def look_at(self, names: list[str], dtype: torch.dtype) -> None:
         """Compares those of the tensors that are the anchor's, as far as there is anything left to find."""

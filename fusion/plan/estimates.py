@@ -6,6 +6,7 @@ A time is what the disk, the link or the card's rate allows at best, a speed lik
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from fusion.checkpoint import resolve_model
@@ -22,7 +23,7 @@ from fusion.plan.budget import (
 )
 from fusion.plan.capacity import formats, served_dtype
 from fusion.plan.profile import GB, HardwareProfile
-from fusion.recipe import Recipe
+from fusion.recipe import Expert, Recipe
 
 LIBRARIES = 500_000_000  # bytes resident once torch and transformers are imported
 PIECES = 8 * 16 * 2**20  # pieces that the merge has read and not yet written
@@ -75,6 +76,9 @@ def estimate(recipe: Recipe, anchor_config: dict[str, Any], profile: HardwarePro
     dense_weights, fused_weights = model_weights(dense), model_weights(fused)
     one = sum(weight.count for weight in dense_weights) * DTYPE_BYTES[dense["dtype"]]
     written = sum(weight.count for weight in fused_weights) * DTYPE_BYTES[fused["dtype"]]
+    shared = sum(weight.count for weight in dense_weights if weight.group != "dense_mlps")
+    compared = sum(map(partial(_compared, recipe), recipe.experts))
+    read = written + compared * shared * DTYPE_BYTES[dense["dtype"]]
     disk = (
         Disk("models to download", one * sum(not _is_here(model) for model in _models(recipe))),
         *_trained(recipe, dense_weights, one),
@@ -84,9 +88,9 @@ def estimate(recipe: Recipe, anchor_config: dict[str, Any], profile: HardwarePro
     return Estimate(
         disk=tuple(row for row in disk if row.stays or row.meanwhile),
         disk_bytes=sum(row.stays for row in disk) + max(row.meanwhile for row in disk),
-        merge_reads=written,
+        merge_reads=read,
         merge_writes=written,
-        merge_s=written / (profile.disk_read_gb_s * GB) + written / (profile.disk_write_gb_s * GB),
+        merge_s=read / (profile.disk_read_gb_s * GB) + written / (profile.disk_write_gb_s * GB),
         merge_memory=merge_memory(recipe, dense_weights),
         load_s=max(written / (profile.disk_read_gb_s * GB), loaded / (profile.link_gb_s * GB)),
         speeds=_speeds(recipe, fused, fused_weights, profile),
@@ -99,6 +103,13 @@ def merge_memory(recipe: Recipe, dense_weights: list[Weight]) -> int:
     adapted = any(expert.adapter or (expert.branch and expert.branch.lora_rank) for expert in recipe.experts)
     largest = max(weight.count for weight in dense_weights if weight.group in ("dense_mlps", "attention"))
     return LIBRARIES + PIECES + (2 * 4 * largest if adapted else 0)
+
+
+def _compared(recipe: Recipe, expert: Expert) -> bool:
+    """Whether the merge reads an expert's shared parts, to say whether they are the anchor's: one of its own has them."""
+    if expert.branch and not expert.anchor:
+        return not expert.branch.lora_rank
+    return bool(expert.anchor) or expert.model != recipe.anchor.model
 
 
 def _models(recipe: Recipe) -> list[str]:
