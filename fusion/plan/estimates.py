@@ -106,7 +106,7 @@ def merge_memory(recipe: Recipe, dense_weights: list[Weight]) -> int:
 
 
 def _compared(recipe: Recipe, expert: Expert) -> bool:
-    """Whether the merge reads an expert's shared parts, to say whether they are the anchor's: one of its own has them."""
+    """Whether the merge reads an expert's shared parts too, to say whether they are the anchor's."""
     if expert.branch and not expert.anchor:
         return not expert.branch.lora_rank
     return bool(expert.anchor) or expert.model != recipe.anchor.model
