@@ -23,11 +23,12 @@ from transformers import AutoTokenizer
 
 from fusion.architecture import layer_of
 from fusion.branch import RESULT, judge, train_expert, trainable_model, training_dtype, write_full
-from fusion.checkpoint import Checkpoint, put_in_place, read_json, weight_stamps, write_index, write_json, write_shards
+from fusion.checkpoint import Checkpoint, put_in_place, read_json, weight_stamps, write_json, write_shards
 from fusion.data import ChatExample
 from fusion.drift import Moved, moved_by_group
 from fusion.encoding import encode_batches
 from fusion.errors import UserError
+from fusion.headers import write_index
 from fusion.layers import Batch
 from fusion.progress import console
 from fusion.reader import Reader

@@ -257,35 +257,6 @@ def write_shards(
     return {name: f"{stem}.{i + 1:05d}.safetensors" for i, names in enumerate(files) for name in names}
 
 
-def write_index(folder: Path, weight_map: dict[str, str]) -> None:
-    """Writes the index that transformers and vLLM read, with the total of the tensors' bytes."""
-    total = 0
-    for file in sorted(set(weight_map.values())):
-        with open_safetensors(folder / file) as shard:
-            for name in shard.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                view = shard.get_slice(name)
-                elements = 1
-                for size in view.get_shape():
-                    elements *= size
-                total += elements * _BYTES[view.get_dtype()]
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
-
-
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
     """The hex digest of a file, read in pieces."""
     with path.open("rb") as file:

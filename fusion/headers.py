@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fusion.checkpoint import Checkpoint
+from fusion.checkpoint import INDEX, Checkpoint, write_json
 from fusion.errors import UserError
 
 DTYPES = {
@@ -107,3 +107,10 @@ def encode_header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> by
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     return len(text).to_bytes(8, "little") + text
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    """Writes the index that transformers and vLLM read, with the total of the tensors' bytes."""
+    headers = {file: read_header(folder / file) for file in sorted(set(weight_map.values()))}
+    total = sum(place.nbytes for places in headers.values() for place in places.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

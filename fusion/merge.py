@@ -49,13 +49,12 @@ from fusion.checkpoint import (
     read_json,
     resolve_model,
     weight_stamps,
-    write_index,
     write_json,
     write_shards,
     write_text,
 )
 from fusion.errors import UserError
-from fusion.headers import read_header
+from fusion.headers import read_header, write_index
 from fusion.layers import Gates
 from fusion.model_card import model_card
 from fusion.progress import bytes_bar

@@ -20,11 +20,12 @@ from mergekit.merge_methods.api import merge_tensors
 from mergekit.merge_methods.karcher import karcher_merge_tensors
 
 from fusion.architecture import is_mlp, layer_of, part_of, rope_theta, sparse_layers
-from fusion.checkpoint import Checkpoint, staged_folder, write_index, write_json, write_shards
+from fusion.checkpoint import Checkpoint, staged_folder, write_json, write_shards
 from fusion.data import choosing_rows, train_rows
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.evaluation.answer_loss import answer_losses
 from fusion.grafted import Grafted
+from fusion.headers import write_index
 from fusion.layers import Batch, Layer, LayerStream, Source, forced
 from fusion.merge import checkpoint_dtype, copy_tokenizer, write_generation_config
 from fusion.progress import track

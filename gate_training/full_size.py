@@ -21,8 +21,9 @@ import torch
 from transformers import Qwen2Config, Qwen2Model
 
 from fusion.architecture import MLP_PARTS, fused_config
-from fusion.checkpoint import Checkpoint, write_index, write_json, write_shards
+from fusion.checkpoint import Checkpoint, write_json, write_shards
 from fusion.hardware import compute_dtype, peak_memory, stream_device
+from fusion.headers import write_index
 from fusion.layers import Gates, LayerStream, gated, make_batches
 from fusion.recipe import GateTraining
 from gate_training.layer_tokens import LayerTokens, label_targets, token_marks

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from fusion.architecture import shared_expert_tensor
-from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json, write_index, write_json, write_shards
-from fusion.headers import tensor_places
+from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json, write_json, write_shards
+from fusion.headers import tensor_places, write_index
 from fusion.merge import GATES_FILE, MANIFEST, TOKENIZER_FILES
 from fusion.quantization.needs import SHARD_BYTES
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fusion.checkpoint import INDEX, Checkpoint, read_json, write_index, write_json, write_shards
+from fusion.checkpoint import INDEX, Checkpoint, read_json, write_json, write_shards
+from fusion.headers import write_index
 from tests.families import write_model
 from tests.fusion.planning import change_config, change_tensors, errors, findings
 
