@@ -19,7 +19,7 @@ from fusion.adapter import Adapter
 from fusion.architecture import is_mlp, is_qkv_bias, layer_of, part_of
 from fusion.checkpoint import read_json
 from fusion.errors import UserError
-from fusion.headers import TensorPlace, tensor_places
+from fusion.headers import TensorPlace, read_part, tensor_places
 from fusion.sources import ModelSource
 
 GROUPS = ("attention", "norms", "embeddings", "head", "mlp")
@@ -96,21 +96,6 @@ class Weights:
             weight = read_part(place, 0, math.prod(place.shape)).view(place.shape)
             self._adapted = (name, self.adapter.apply(name, weight).flatten())
         return self._adapted[1][begin:end]
-
-
-def read_part(place: TensorPlace, begin: int, end: int) -> torch.Tensor:
-    """Elements `begin` to `end` of a tensor on disk, flat. Raises UserError where its file ends too early."""
-    size = place.dtype.itemsize
-    data = bytearray((end - begin) * size)
-    view, filled = memoryview(data), 0
-    with place.file.open("rb", buffering=0) as file:
-        file.seek(place.begin + begin * size)
-        while filled < len(data):
-            count = file.readinto(view[filled:])
-            if not count:
-                raise UserError(f"{place.file} ends within a tensor: download the model again")
-            filled += count
-    return torch.frombuffer(data, dtype=place.dtype) if data else torch.empty(0, dtype=place.dtype)
 
 
 def moved_by_group(anchor: ModelSource, expert: ModelSource) -> dict[str, Moved]:

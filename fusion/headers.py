@@ -2,6 +2,7 @@
 
     places = tensor_places(Path("models/Qwen2.5-7B-Instruct"))
     places["model.norm.weight"].shape
+    read_part(places["model.norm.weight"], 0, 8)
 
 Nothing but headers is read, so five full-size models take milliseconds. The format: 8 bytes with the length of a JSON
 object, the object, the tensors' bytes without holes (https://github.com/huggingface/safetensors#format).
@@ -94,6 +95,21 @@ def tensor_places(folder: Path) -> dict[str, TensorPlace]:
         if name not in headers[file]:
             raise UserError(f"{folder / file} has no tensor '{name}', which the index says: download the model again")
     return {name: headers[file][name] for name, file in weight_map.items()}
+
+
+def read_part(place: TensorPlace, begin: int, end: int) -> torch.Tensor:
+    """Elements `begin` to `end` of a tensor on disk, flat. Raises UserError where its file ends too early."""
+    size = place.dtype.itemsize
+    data = bytearray((end - begin) * size)
+    view, filled = memoryview(data), 0
+    with place.file.open("rb", buffering=0) as file:
+        file.seek(place.begin + begin * size)
+        while filled < len(data):
+            count = file.readinto(view[filled:])
+            if not count:
+                raise UserError(f"{place.file} ends within a tensor: download the model again")
+            filled += count
+    return torch.frombuffer(data, dtype=place.dtype) if data else torch.empty(0, dtype=place.dtype)
 
 
 def encode_header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:

@@ -4,6 +4,7 @@ Whole tensors come through mergekit's lazy loader; pieces by their place in the 
 Also a source of layers for fusion/layers.py, as an open checkpoint is.
 """
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,7 @@ from mergekit.common import ModelReference
 from fusion.adapter import Adapter
 from fusion.checkpoint import read_json
 from fusion.errors import UserError
-from fusion.headers import TensorPlace, tensor_places
+from fusion.headers import TensorPlace, read_part, tensor_places
 from fusion.sources import ModelSource
 
 PIECE = 2**23  # elements that are read at a time: 16 MiB in bfloat16
@@ -68,18 +69,9 @@ class Reader:
         if self.adapter and name in self.adapter.targets:
             yield from self.tensor(name).to(dtype or place.dtype).flatten().split(PIECE)
             return
-        step = PIECE * place.dtype.itemsize
-        with place.file.open("rb", buffering=0) as file:
-            file.seek(place.begin)
-            for begin in range(place.begin, place.end, step):
-                piece = bytearray(min(step, place.end - begin))
-                view, filled = memoryview(piece), 0
-                while filled < len(piece):
-                    count = file.readinto(view[filled:])
-                    if not count:
-                        raise UserError(f"{place.file} ends within tensor '{name}': download the model again")
-                    filled += count
-                yield torch.frombuffer(piece, dtype=place.dtype).to(dtype or place.dtype)
+        count = math.prod(place.shape)
+        for begin in range(0, count, PIECE):
+            yield read_part(place, begin, min(begin + PIECE, count)).to(dtype or place.dtype)
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """All tensors whose names start with `prefix`, under the rest of their names."""
