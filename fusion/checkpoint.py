@@ -197,6 +197,7 @@ def hub_config(model: str) -> dict[str, Any]:
 def staged_folder(target: Path) -> Iterator[Path]:
     """A fresh folder beside `target` to write into; it takes target's place when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    put_back(target)
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -209,7 +210,8 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 def put_in_place(aside: Path, target: Path) -> None:
     """Renames folder `aside` to `target`; an older `target` is moved away first and removed last."""
-    old = target.with_name(f".{target.name}.old")
+    put_back(target)
+    old = _moved_away(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
@@ -224,6 +226,16 @@ def link_file(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def put_back(target: Path) -> None:
+    """Undoes half of `put_in_place`: a kill between its two renames has left the older folder moved away."""
+    if not target.exists() and _moved_away(target).is_dir():
+        _moved_away(target).rename(target)
+
+
+def _moved_away(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
 
 
 def write_shards(

@@ -14,14 +14,16 @@ from pydantic import ValidationError
 from fusion import road
 from fusion.checkpoint import Checkpoint, read_json
 from fusion.errors import UserError
-from fusion.healed import restore
+from fusion.healed import is_healed, restore
 from fusion.layers import Gates, checkpoint_gates
-from fusion.merge import MANIFEST, Reuse, gates_are_trained, write_papers
+from fusion.merge import MANIFEST, Reuse, gates_are_trained, source_stamp, write_papers
 from fusion.plan.findings import raise_on_error
 from fusion.plan.preflight import check
+from fusion.progress import console
 from fusion.recipe import Expert, Recipe
 from fusion.recipe_file import load_recipe
-from fusion.steps import is_current, run_step
+from fusion.sources import base_source, expert_source
+from fusion.steps import run_step
 from gate_training.methods.new_row import with_row
 
 JOINING = "joining"  # in the manifest's note on gates: the expert whose row is still to be fitted
@@ -39,7 +41,7 @@ def add_expert(recipe: Recipe, name: str) -> None:
     if name not in _names(recipe):
         _refuse_other_changes(recipe, name)
         raise_on_error(recipe, check(recipe, trained=True))
-        restore(folder, road.unhealed_folder(recipe))
+        _take_healing_back(recipe)
         trained = gates_are_trained(folder)
         gates = {layer: _joined(rows, index, trained) for layer, rows in _gates(recipe).items()}
         note = {"method": "random", **({JOINING: name} if trained else {})}
@@ -65,7 +67,7 @@ def remove_expert(recipe: Recipe, name: str) -> None:
         raise UserError(f"{folder} has no expert '{name}', it has {', '.join(have)}: name one of those")
     smaller = _without(recipe, name)
     _refuse_other_changes(smaller, name)
-    restore(folder, road.unhealed_folder(recipe))
+    _take_healing_back(recipe)
     index, trained = have.index(name), gates_are_trained(folder)
     gates = {layer: _left(rows, index) for layer, rows in _gates(recipe).items()}
     note = {key: value for key, value in read_json(folder / MANIFEST)["gates"].items() if key != "sha256"}
@@ -75,6 +77,17 @@ def remove_expert(recipe: Recipe, name: str) -> None:
         from gate_training.trainer import measured
 
         run_step(road.gates_step(smaller, measured), recipe.folder, force=True)
+
+
+def _take_healing_back(recipe: Recipe) -> None:
+    """Puts the plain merge back where it was healed. Raises UserError where its files are gone."""
+    folder, kept = road.fused_folder(recipe), road.unhealed_folder(recipe)
+    if is_healed(folder):
+        if not kept.is_dir():
+            raise UserError(f"{folder} is healed, and {kept} with what that replaced is gone: merge it again")
+        restore(folder, kept)
+        said = "healing is taken back, as it was of other experts: run `qwen-fusion heal` on the recipe afterwards"
+        console.print(said, highlight=False, soft_wrap=True)
 
 
 def _names(recipe: Recipe) -> list[str]:
@@ -107,7 +120,8 @@ def _without(recipe: Recipe, name: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         said = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"without expert '{name}' the recipe does not hold together: {said}") from None
+        fix = "mend the recipe, or take the expert out of it, before it leaves the checkpoint"
+        raise UserError(f"without expert '{name}' the recipe does not hold together ({said}): {fix}") from None
 
 
 def _refuse_other_changes(recipe: Recipe, name: str) -> None:
@@ -125,8 +139,12 @@ def _refuse_other_changes(recipe: Recipe, name: str) -> None:
     old = load_recipe(folder / "recipe.yaml")
     if recipe.anchor != old.anchor:
         raise UserError(f"{recipe.at('anchor')}the anchor is another than that of {folder}: {again}")
-    if not is_current(road.merge_step(old), recipe.folder):
-        raise UserError(f"models of {folder} have changed since it was merged: {again}")
+    left = [expert for expert in old.experts if expert.name != name]
+    sources = {"shared": base_source(old), **{expert.name: expert_source(old, expert) for expert in left}}
+    noted = read_json(folder / MANIFEST).get("sources", {})
+    moved = [n for n, source in sources.items() if noted.get(n) != source_stamp(source)]
+    if moved:
+        raise UserError(f"the model of '{moved[0]}' in {folder} has changed since it was merged: {again}")
     before = {expert.name: _of_merge(expert) for expert in old.experts}
     changed = [e.name for e in recipe.experts if e.name != name and before[e.name] != _of_merge(e)]
     if changed:

@@ -112,6 +112,14 @@ def read_part(place: TensorPlace, begin: int, end: int) -> torch.Tensor:
     return torch.frombuffer(data, dtype=place.dtype) if data else torch.empty(0, dtype=place.dtype)
 
 
+def all_finite(piece: torch.Tensor) -> bool:
+    """Whether a piece holds neither NaN nor infinity; by its sum, which is quick, and in doubt one by one."""
+    if not piece.dtype.is_floating_point:
+        return True
+    wide = piece.float() if piece.dtype.itemsize == 1 else piece  # torch adds up no numbers of 8 bits
+    return bool(wide.sum(dtype=torch.float32).isfinite() or wide.isfinite().all())
+
+
 def encode_header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
     """The header of a file that holds `tensors`, {name: (dtype, shape)}, in their order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -54,7 +54,7 @@ from fusion.checkpoint import (
     write_text,
 )
 from fusion.errors import UserError
-from fusion.headers import read_header, write_index
+from fusion.headers import all_finite, read_header, write_index
 from fusion.layers import Gates
 from fusion.model_card import model_card
 from fusion.progress import bytes_bar
@@ -71,11 +71,12 @@ from fusion.sources import (
     shared_expert_source,
     shared_parts,
 )
-from fusion.steps import lock
+from fusion.steps import lock, taken
 
 GATES_FILE = "gates.safetensors"
 ROOM = 64 * 2**20  # bytes for gates, tokenizer and papers beside the shards
 LENGTH_LIMITS = ("max_new_tokens", "max_length")
+CONFIGS = ("config.json", "adapter_config.json")
 PAPERS = ("README.md", "recipe.yaml")  # about the checkpoint, not part of it
 MANIFEST = "fusion.json"
 TOKENIZER_FILES = (
@@ -87,6 +88,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+SMALL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,7 @@ class Reuse:
         sha256: str | None = read_json(self.folder / MANIFEST)["sha256"].get(file)
         if sha256 is None:
             return None
-        held = {name: (place.dtype, place.shape) for name, place in read_header(self.folder / file).items()}
-        return sha256 if held == {entry.name: (entry.dtype, entry.shape) for entry in entries} else None
+        return sha256 if _holds(self.folder / file, entries) else None
 
 
 @dataclass
@@ -209,6 +210,8 @@ class QwenSparseMoE(MoEOutputArchitecture):
             task = bar.add_task("merge", total=total)
             for file in [file for file in files if file not in linked]:
                 entries, note = files[file], self.journal.verified(file)
+                if note and not _holds(out / file, entries):
+                    note = None
                 if note is None:
                     sha256 = write_shard(out / file, entries, partial(bar.advance, task))
                     note = {"sha256": sha256, "differs_at": dict(self.differs_at)}
@@ -221,6 +224,21 @@ class QwenSparseMoE(MoEOutputArchitecture):
 
     def _source(self, reference: ModelReference) -> ModelSource:
         return self.sources[str(reference)]
+
+
+def _holds(path: Path, entries: list[Entry]) -> bool:
+    """Whether a shard has tensors of just these names, dtypes and shapes."""
+    held = {name: (place.dtype, place.shape) for name, place in read_header(path).items()}
+    return held == {entry.name: (entry.dtype, entry.shape) for entry in entries}
+
+
+def _finite(reader: Reader, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """A source's tensor in pieces. Raises UserError where it holds NaN or infinity, also by its cast to `dtype`."""
+    for piece in reader.pieces(name, dtype):
+        if not all_finite(piece):
+            what = f"{reader.source.folder}: {name} holds NaN or infinity in {str(dtype).removeprefix('torch.')}"
+            raise UserError(f"{what}, and so would every answer: make or download the model again")
+        yield piece
 
 
 class _Compared:
@@ -240,7 +258,7 @@ class _Compared:
                     theirs[expert] = reader.pieces(name, dtype)
                 else:
                     self._differs_at[expert] = name
-        for piece in self._anchor.pieces(name, dtype):
+        for piece in _finite(self._anchor, name, dtype):
             for expert, pieces in list(theirs.items()):
                 if not torch.equal(next(pieces), piece):
                     self._differs_at[expert] = name
@@ -270,7 +288,7 @@ def _entry(reader: Reader, anchor: Reader, name: str, fused_name: str, dtype: to
         raise UserError(
             f"{name} is {shape} in {reader.source.folder}, {wanted} in the anchor: name a model of the anchor's shape"
         )
-    return Entry(fused_name, dtype, shape, partial(reader.pieces, name, dtype))
+    return Entry(fused_name, dtype, shape, partial(_finite, reader, name, dtype))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -311,7 +329,8 @@ def merge(recipe: Recipe, out: Path | None = None, reuse: Reuse | None = None) -
     out = out or recipe.fused
     anchor, experts, shared_expert = base_source(recipe), expert_sources(recipe), shared_expert_source(recipe)
     config, sources, references = mergekit_config(recipe, anchor, experts, shared_expert)
-    with lock(out, "merge"), resumable_folder(out, _key(recipe, config, sources)) as (aside, journal):
+    busy = f"another merge is at work on {out}: waiting for it"
+    with taken(lock(out, "merge"), busy), resumable_folder(out, _key(recipe, config, sources)) as (aside, journal):
         architecture = QwenSparseMoE(
             recipe.routing.moe_layers, sources, [e.name for e in experts], recipe.merging.shard_bytes, journal, reuse
         )
@@ -323,7 +342,10 @@ def merge(recipe: Recipe, out: Path | None = None, reuse: Reuse | None = None) -
         architecture.write_model(str(aside), config, MergeOptions(), router_weights=rows)
         copy_tokenizer(anchor.folder, aside)
         write_generation_config(anchor.folder, aside)
+        made_of = {"shared": anchor, **({"shared-expert": shared_expert} if shared_expert else {})}
+        made_of |= {expert.name: source for expert, source in zip(recipe.experts, experts, strict=True)}
         manifest = _manifest(recipe, experts, architecture, aside)
+        manifest["sources"] = {name: source_stamp(source) for name, source in made_of.items()}
         manifest["gates"] |= reuse.gates_note if reuse else {}
         write_json(aside / MANIFEST, manifest)
         write_papers(recipe, aside)
@@ -335,10 +357,19 @@ def merge(recipe: Recipe, out: Path | None = None, reuse: Reuse | None = None) -
 def _key(recipe: Recipe, config: MoEMergeConfig, sources: dict[str, ModelSource]) -> str:
     """What the shards of a merge depend on: an interrupted one goes on only where all of it is as it was."""
     models = [config.base_model, *(row.source_model for row in [*config.experts, *(config.shared_experts or [])])]
-    stamps = [[str(path), weight_stamps(path)] for model in models for path in sources[str(model)].paths]
+    stamps = [source_stamp(sources[str(model)]) for model in models]
     names = [expert.name for expert in recipe.experts]
     parts = [stamps, names, config.dtype, recipe.routing.model_dump(mode="json"), recipe.merging.shard_bytes]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def source_stamp(source: ModelSource) -> str:
+    """Tells that a source's weights, config or adapter are others, without reading the weights."""
+    told = [
+        [weight_stamps(path), [file_hash(path / name) for name in CONFIGS if (path / name).is_file()]]
+        for path in source.paths
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
 
 def write_papers(recipe: Recipe, folder: Path) -> None:
@@ -482,9 +513,7 @@ def _manifest(recipe: Recipe, experts: list[ModelSource], written: QwenSparseMoE
         "gates": {"method": "random", "sha256": file_hash(folder / GATES_FILE)},
         "versions": {p: version(p) for p in ("qwen-fusion", "mergekit", "torch", "transformers")},
         "sha256": written.sha256,
-        "tokenizer": {
-            "model": anchor,
-            "sha256": {n: file_hash(folder / n) for n in TOKENIZER_FILES if (folder / n).is_file()},
-        },
-        "generation_config": {"model": anchor, "left_out": list(LENGTH_LIMITS)},
+        "tokenizer_of": anchor,
+        "generation_config_of": {"model": anchor, "left_out": list(LENGTH_LIMITS)},
+        "files": {name: file_hash(folder / name) for name in SMALL_FILES if (folder / name).is_file()},
     }

@@ -32,23 +32,22 @@ class Reader:
     def __init__(self, source: ModelSource):
         self.source = source
         self.config: dict[str, Any] = read_json(source.folder / "config.json")
-        self.loader = reference_of(str(source.folder)).lazy_loader(lazy_unpickle=False)
         self.adapter = Adapter(source.adapter) if source.adapter else None
         if self.adapter:
             self.adapter.check_targets(self.names())
 
     def names(self) -> list[str]:
         """The tensor names of the dense checkpoint, without a head that is tied to the embeddings."""
-        tied = self.config.get("tie_word_embeddings")
-        return [name for name in self.loader.index.tensor_paths if not (tied and name == "lm_head.weight")]
+        return [name for name in self._places if name in self]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.names()
+        tied = name == "lm_head.weight" and self.config.get("tie_word_embeddings")
+        return name in self._places and not tied
 
     def tensor(self, name: str) -> torch.Tensor:
         """Tensor `name` with the adapter's update. Raises UserError where the checkpoint lacks it."""
         try:
-            tensor = self.loader.get_tensor(name)
+            tensor = self._loader.get_tensor(name)
         except KeyError:
             raise self._lacks(name) from None
         return self.adapter.apply(name, tensor) if self.adapter else tensor
@@ -76,6 +75,10 @@ class Reader:
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """All tensors whose names start with `prefix`, under the rest of their names."""
         return {name.removeprefix(prefix): self.tensor(name) for name in self.names() if name.startswith(prefix)}
+
+    @cached_property
+    def _loader(self) -> Any:
+        return reference_of(str(self.source.folder)).lazy_loader(lazy_unpickle=False)
 
     @cached_property
     def _places(self) -> dict[str, TensorPlace]:

@@ -24,6 +24,7 @@ NAME = r"^[a-z0-9][a-z0-9_-]*$"
 ScoreName = Literal["exact_match", "exact_values", "number", "tests_passed", "chrf"]  # fusion/evaluation/scores.py
 Detector = Literal["secrets", "email", "phone", "cn_identity", "bank_card"]  # serving/guard/detectors.py
 SharedMethod = Literal["anchor", "mean", "multislerp", "karcher", "regmean"]
+RESERVED = {"anchor": "the anchor", "shared": "the shared parts", "shared-expert": "the shared expert"}
 SCORE_NAMES: tuple[str, ...] = get_args(ScoreName)
 
 
@@ -556,8 +557,9 @@ class Recipe(Section):
             if name not in names:
                 raise Misfit(("shared", "weights", name), f"the recipe has no expert '{name}'")
         for i, expert in enumerate(self.experts):
-            if expert.name == "anchor":
-                raise Misfit(("experts", i, "name"), "'anchor' names the anchor: give the expert another name")
+            if expert.name in RESERVED:
+                message = f"'{expert.name}' names {RESERVED[expert.name]}: give the expert another name"
+                raise Misfit(("experts", i, "name"), message)
             if expert.name in names[:i]:
                 raise Misfit(("experts", i, "name"), f"two experts are called '{expert.name}'")
             if expert.domain in [other.domain for other in self.experts[:i]]:

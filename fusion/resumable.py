@@ -4,8 +4,8 @@
         if journal.verified("a.safetensors") is None:
             journal.record("a.safetensors", {"sha256": write_shard(aside / "a.safetensors", entries)})
 
-A kill, Ctrl-C or power cut leaves the folder; the next call with the same `key` checks what is recorded by hash and
-writes the rest. An error removes it: what is wrong will be wrong again.
+A kill, Ctrl-C, power cut or full disk leaves the folder; the next call with the same `key` checks what is recorded by
+hash and writes the rest. Any other error removes it: what is wrong will be wrong again.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fusion.checkpoint import file_hash, put_in_place, read_json, write_json
+from fusion.checkpoint import file_hash, put_back, put_in_place, read_json, write_json
 from fusion.errors import UserError
 
 JOURNAL = ".journal.json"
@@ -60,6 +60,7 @@ class Journal:
 def resumable_folder(target: Path, key: str) -> Iterator[tuple[Path, Journal]]:
     """A folder beside `target`, perhaps of an interrupted run, that takes target's place when the block has ended."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    put_back(target)
     aside = target.with_name(f".{target.name}.partial")
     if not (aside / JOURNAL).is_file() or read_json(aside / JOURNAL)["key"] != key:
         shutil.rmtree(aside, ignore_errors=True)
@@ -67,8 +68,11 @@ def resumable_folder(target: Path, key: str) -> Iterator[tuple[Path, Journal]]:
     try:
         journal = Journal(aside, key)
         yield aside, journal
-        (aside / JOURNAL).unlink(missing_ok=True)
         put_in_place(aside, target)
+        (target / JOURNAL).unlink(missing_ok=True)
+    except OSError as error:  # a full disk, say
+        what = f"{target}: {(error.strerror or str(error)).lower()}"
+        raise UserError(f"{what}; what is written so far is kept in {aside.name}, and the next try goes on") from error
     except Exception:
         shutil.rmtree(aside, ignore_errors=True)
         raise

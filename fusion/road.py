@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markdown import Markdown
 
 from fusion.architecture import sparse_layers
-from fusion.checkpoint import INDEX, read_json, resolve_model, write_json, write_text
+from fusion.checkpoint import INDEX, put_back, read_json, resolve_model, write_json, write_text
 from fusion.data import ChatExample, choosing_rows, general_rows, load_examples, source_files, trained_on
 from fusion.drift import sentence
 from fusion.errors import UserError
@@ -581,6 +581,7 @@ def _merged_files(folder: Path) -> list[Path]:
 def fused_folder(recipe: Recipe) -> Path:
     """The folder of the fused checkpoint. Raises UserError where there is none yet."""
     folder = recipe.fused
+    put_back(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} does not exist yet: run `qwen-fusion merge` on the recipe first")
     return folder

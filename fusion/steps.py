@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from fusion.checkpoint import file_hash, write_json
 from fusion.errors import UserError
@@ -136,8 +136,22 @@ def _read(folder: Path) -> dict[str, str]:
 
 def lock(folder: Path, name: str) -> FileLock:
     """Held by one of the commands at work on `folder` at a time; the file lies with this machine's temporary ones."""
-    place = hashlib.sha256(f"{folder.absolute()} {name}".encode()).hexdigest()[:32]
+    place = hashlib.sha256(f"{folder.resolve()} {name}".encode()).hexdigest()[:32]
     return FileLock(Path(tempfile.gettempdir()) / f"qwen-fusion-{place}.lock")
+
+
+@contextmanager
+def taken(held: FileLock, busy: str) -> Iterator[None]:
+    """Holds a lock, and says that it is `busy` where that takes waiting."""
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        console.print(busy, highlight=False, soft_wrap=True)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from fusion.architecture import expert_of_tensor, is_mlp, lacking_biases
-from fusion.checkpoint import INDEX, Checkpoint, read_json, resolve_model
+from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json, resolve_model
 from fusion.errors import UserError
-from fusion.headers import TensorPlace, read_header
+from fusion.headers import TensorPlace, all_finite, read_header
 from fusion.merge import GATES_FILE, MANIFEST
 from fusion.progress import bytes_bar, quiet_libraries
 from fusion.reader import PIECE, Reader
@@ -60,6 +60,13 @@ def verify(folder: Path) -> Verified:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} has no {MANIFEST}: name the folder of a fused checkpoint, as `merge` leaves it")
     manifest, found = read_json(folder / MANIFEST), Verified()
+    if not isinstance(manifest, dict) or not manifest.keys() >= {"sha256", "gates", "experts", "routing"}:
+        raise UserError(f"{folder / MANIFEST} is not what `merge` writes: merge again, or copy the folder again")
+    for name, wanted in manifest.get("files", {}).items():
+        if not (folder / name).is_file():
+            found.problems.append(f"{name}: is not there, though the manifest knows it")
+        elif file_hash(folder / name) != wanted:
+            found.problems.append(f"{name}: is not what the merge has written")
     headers = _headers(folder, found)
     hashes = {**manifest["sha256"], GATES_FILE: manifest["gates"]["sha256"]}
     found.problems += [
@@ -133,7 +140,9 @@ def _sources(folder: Path, manifest: dict[str, Any], found: Verified) -> Sources
             if name not in makers:
                 raise UserError("recipe.yaml beside it has no such expert")
             _refuse_downloads(recipe, name)
-            sources[name] = Reader(makers[name]())
+            reader = Reader(makers[name]())
+            reader.names()  # refuses files that are missing or broken
+            sources[name] = reader
         except UserError as error:
             found.not_compared[name] = str(error)
     return sources
@@ -174,7 +183,7 @@ class _Checks:
 
         def check(piece: torch.Tensor) -> None:
             nonlocal finite, theirs
-            if finite and piece.dtype.is_floating_point and not _finite(piece):
+            if finite and not all_finite(piece):
                 finite = False
                 self.found.problems.append(f"{name}: holds NaN or infinity")
             if theirs is not None and not _same(next(theirs), piece):
@@ -191,11 +200,6 @@ class _Checks:
         if ".mlp.shared_expert." in name:
             return "shared-expert", name.replace(".mlp.shared_expert.", ".mlp.")
         return ("" if is_mlp(name) and name.endswith("gate.weight") else "shared"), name
-
-
-def _finite(piece: torch.Tensor) -> bool:
-    """Whether no number is NaN or infinity; torch has no such kernel for 8 bits."""
-    return bool(torch.isfinite(piece.float() if piece.dtype.itemsize == 1 else piece).all())
 
 
 def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -89,7 +89,8 @@ def write_manifest(checkpoint: Path, out: Path, made: dict[str, Any]) -> None:
         "manifest_sha256": file_hash(checkpoint / MANIFEST),
         "sha256": {**manifest["sha256"], GATES_FILE: manifest["gates"]["sha256"]},
     }
-    changed = {"gates": gates, "sha256": hashes, "quantized": {**made, "original": original}}
+    files = {**manifest["files"], "config.json": file_hash(out / "config.json")}
+    changed = {"gates": gates, "sha256": hashes, "files": files, "quantized": {**made, "original": original}}
     write_json(out / MANIFEST, {**manifest, **changed})
 
 

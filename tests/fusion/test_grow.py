@@ -183,6 +183,39 @@ def test_interrupted_before_its_row_is_fitted_it_goes_on(
         add_expert(recipe, "coding")
 
 
+class Stop(BaseException):
+    """As a kill."""
+
+
+@pytest.mark.parametrize("change", ["join", "leave"])
+def test_killed_while_shards_are_written_it_goes_on(
+    tmp_path: Path, anchor: Path, experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    whole, part = (recipe_of(tmp_path, anchor, experts, names) for names in (NAMES, ("general", "coding")))
+    domains = {
+        n: d.model_copy(update={"fallback": "general" if n == "math" else None}) for n, d in whole.domains.items()
+    }
+    whole, part = (recipe.model_copy(update={"domains": domains}) for recipe in (whole, part))
+    before, after = (part, whole) if change == "join" else (whole, part)
+    road.merge(before)
+    road.train_gates(before)
+    gates = checkpoint_gates(Checkpoint(before.fused))
+    step = (lambda: add_expert(whole, "math")) if change == "join" else (lambda: remove_expert(whole, "math"))
+
+    def stop(*_: object) -> str:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr("fusion.merge.write_shard", stop)
+        step()
+    assert not verify(before.fused).problems  # still the one of before
+    step()
+    assert not verify(after.fused).problems and gates_are_trained(after.fused)
+    kept = [0, 2] if change == "join" else [0, 1]
+    rows = [0, 1] if change == "join" else [0, 2]
+    assert torch.equal(checkpoint_gates(Checkpoint(after.fused))[0][kept], gates[0][rows])
+
+
 def test_a_drifted_expert_that_joins_is_noted_as_such(tmp_path: Path, anchor: Path, experts: dict[str, Path]) -> None:
     drifted = {**experts, "coding": write_model(tmp_path / "drifted", seed=7, anchor=anchor, drift=True)}
     road.merge(recipe_of(tmp_path, anchor, drifted, ("general", "math")))
@@ -218,7 +251,7 @@ def test_what_has_changed_otherwise_is_refused(tmp_path: Path, anchor: Path, exp
     with pytest.raises(UserError, match="says of expert 'math' something else"):
         add_expert(moved, "coding")
     shutil.copy(anchor / "model.safetensors", experts["math"] / "model.safetensors")
-    with pytest.raises(UserError, match="have changed since it was merged"):
+    with pytest.raises(UserError, match=r"the model of 'math' in .* has changed since it was merged"):
         add_expert(recipe, "coding")
     assert hashes(recipe.fused) == before
 

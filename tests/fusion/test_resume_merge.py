@@ -7,15 +7,23 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from fusion import merge as merging
-from fusion.checkpoint import file_hash, read_json
+from fusion.checkpoint import file_hash, read_json, write_json
+from fusion.cli import main
 from fusion.errors import UserError
 from fusion.merge import MANIFEST, merge
 from fusion.recipe import Recipe
 from fusion.resumable import JOURNAL
+from fusion.road import fused_folder
+from fusion.steps import lock
 from fusion.verify import verify
 from tests.families import write_model
 from tests.recipes import make_recipe
@@ -106,6 +114,22 @@ def test_finished_shards_are_not_written_again(recipe: Recipe, tmp_path: Path, m
     assert hashes(recipe.fused) == whole
 
 
+def test_an_adapter_that_has_changed_is_not_mixed_with_what_it_was(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "anchor", dtype=torch.float32)
+    config = LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    experts = tuple(e.model_copy(update={"adapter": str(tmp_path / "adapter")}) for e in recipe.experts)
+    recipe = recipe.model_copy(update={"experts": experts})
+    interrupted(recipe, monkeypatch, after=8)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    write_json(path, {**read_json(path), "lora_alpha": 64})
+    merge(recipe)
+    found = verify(recipe.fused)
+    assert not found.problems and len(found.equal) == 4
+
+
 @pytest.mark.parametrize("change", ["source", "order", "shard_bytes"])
 def test_an_interrupted_merge_of_something_else_is_begun_again(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
@@ -149,16 +173,74 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing(
     recipe: Recipe, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merging.Journal, "check_room", lambda self, wanted: None)  # somebody else fills it later
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="fused: no space left on device; what is written so far is kept"):
         merge(recipe, small_disk / "fused")
-    assert not list(small_disk.iterdir())
+    assert [path.name for path in small_disk.iterdir()] == [".fused.partial"]
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    kept = shards(small_disk / ".fused.partial")
+    again = shards(merge(recipe, small_disk / "fused"))
+    assert sum(again[name] == stamp for name, stamp in kept.items()) >= len(kept) - 1 > 0  # but the one it broke off in
+    assert not verify(small_disk / "fused").problems
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(recipe: Recipe, tmp_path: Path) -> None:
-    place = tmp_path / "file"
-    place.write_text("", encoding="utf-8")
-    with pytest.raises(OSError, match="file"):
-        merge(recipe, place / "fused")
+def test_a_folder_that_cannot_be_written_is_one_sentence(
+    recipe: Recipe,
+    small_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = recipe.model_copy(update={"output": str(small_disk / "run")})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    monkeypatch.setattr("sys.argv", ["qwen-fusion", "merge", str(file), "-q"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and f"output: {small_disk / 'run'} cannot be created" in said
+
+
+def test_a_checkpoint_that_is_replaced_is_whole_whenever_it_is_killed(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(recipe)
+    before = hashes(recipe.fused)
+    rename = Path.rename
+
+    def stop(path: Path, target: Path) -> Path:
+        if path.name == ".fused.partial":
+            raise Stop
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Path, "rename", stop)
+        merge(recipe)
+    assert not recipe.fused.exists()  # moved away, the new one not yet in its place
+    assert hashes(fused_folder(recipe)) == before
+    stamps = shards(recipe.fused.with_name(".fused.partial"))
+    merge(recipe)
+    assert hashes(recipe.fused) == before
+    del stamps["gates.safetensors"]
+    assert stamps.items() <= shards(recipe.fused).items()  # what was complete was not written again
+    assert [path.name for path in recipe.folder.iterdir()] == ["fused"]
+
+
+def test_a_second_merge_waits_and_says_so(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "link").symlink_to(recipe.folder)
+    recipe.folder.mkdir()
+    held = Event()
+
+    def hold() -> None:
+        with lock(tmp_path / "link" / "fused", "merge"):  # another name of the same place
+            held.set()
+            time.sleep(0.5)
+
+    Thread(target=hold).start()
+    held.wait()
+    merge(recipe)
+    assert "another merge is at work" in capsys.readouterr().err
 
 
 def test_the_manifest_is_of_all_shards_after_a_resumed_merge(

@@ -113,12 +113,19 @@ def test_nan_is_found(fused: Path) -> None:
     assert verify(fused).problems == [f"{gate_tensor(1)}: holds NaN or infinity"]
 
 
-def test_an_expert_with_nan_is_merged_as_it_is_and_found(tmp_path: Path, anchor: Path) -> None:
+@pytest.mark.parametrize("whose", ["anchor", "expert"])
+@pytest.mark.parametrize("name", [UP, "model.norm.weight"])
+def test_nan_is_not_merged(tmp_path: Path, anchor: Path, whose: str, name: str) -> None:
     broken = Path(shutil.copytree(anchor, tmp_path / "broken"))
-    change(broken / "model.safetensors", UP, lambda tensor: torch.full_like(tensor, float("inf")))
-    found = verify(merge(make_recipe(tmp_path, anchor, {"general": anchor, "math": broken})))
-    assert found.problems == [f"{expert_tensor(UP, 1)}: holds NaN or infinity"]
-    assert found.equal == ["shared", "general", "math"]  # bit for bit, NaN included
+    change(broken / "model.safetensors", name, lambda tensor: torch.full_like(tensor, float("nan")))
+    models = (broken, anchor) if whose == "anchor" else (anchor, broken)
+    recipe = make_recipe(tmp_path, models[0], {"general": models[0], "math": models[1]})
+    if whose == "expert" and name != UP:  # its norms are not merged
+        assert read_json(merge(recipe) / MANIFEST)["experts"][1]["differs_at"] == name
+        return
+    with pytest.raises(UserError, match=f"broken: {name} holds NaN or infinity"):
+        merge(recipe)
+    assert not recipe.folder.exists() or not list(recipe.folder.iterdir())
 
 
 def test_a_file_that_is_gone_is_found(fused: Path) -> None:
@@ -174,6 +181,33 @@ def test_trained_gates_are_meant(fused: Path) -> None:
     assert [p.split(":")[0] for p in verify(fused).problems] == [GATES_FILE]
     record_gates(fused, "ridge", "data", 10, None)
     assert not verify(fused).problems
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_changed_config_or_tokenizer_is_found(fused: Path, file: str) -> None:
+    (fused / file).write_text((fused / file).read_text(encoding="utf-8") + " ", encoding="utf-8")
+    assert verify(fused).problems == [f"{file}: is not what the merge has written"]
+    if file != "config.json":
+        (fused / file).unlink()
+        assert verify(fused).problems == [f"{file}: is not there, though the manifest knows it"]
+
+
+@pytest.mark.parametrize("damage", ["no weights", "truncated"])
+def test_a_source_that_is_broken_is_not_compared(fused: Path, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "math" / "model.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(data[:-5])
+    found = verify(fused)
+    assert not found.problems
+    assert str(tmp_path / "math") in found.not_compared["math"]
+
+
+def test_a_manifest_that_is_none_is_refused(fused: Path) -> None:
+    write_json(fused / MANIFEST, {})
+    with pytest.raises(UserError, match="is not what `merge` writes"):
+        verify(fused)
 
 
 def test_a_source_that_is_not_here_is_not_compared(fused: Path, tmp_path: Path) -> None:
