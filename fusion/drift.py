@@ -142,18 +142,14 @@ def differences(
                 if begin < lengths[number]:
                     new = _part(expert, name, begin, min(end, lengths[number]))
                     advance(new.nbytes)
-                    same = old[: len(new)]
-                    counted = _sums(same, new)
-                    if not counted.isfinite().all():
-                        counts = [int((~piece.isfinite()).sum()) for piece in (new, same)]
-                        broken[number] = [a + b for a, b in zip(broken[number], counts, strict=True)]
-                        counted = torch.zeros(4) if any(counts) else _sums(same.double(), new.double())
+                    counted, counts = _compared(old[: len(new)], new)
                     sums[number] += counted
+                    broken[number] = [a + b for a, b in zip(broken[number], counts, strict=True)]
         yield [Difference(name, total, *counts) for total, counts in zip(sums, broken, strict=True)]
 
 
-def sampled(anchor: ModelSource, expert: ModelSource) -> tuple[dict[str, Moved], int]:
-    """The groups outside the MLPs from a small sample, and the bytes of it that were read of the expert.
+def sampled(anchor: ModelSource, expert: ModelSource) -> tuple[list[Difference], int]:
+    """The tensors outside the MLPs by a small sample, and the bytes of it that were read of the expert.
 
     Vectors (norms, biases) whole and a few rows of each matrix, without any adapter; what differs only elsewhere is
     not seen. Raises UserError where a file is missing or broken.
@@ -170,8 +166,9 @@ def sampled(anchor: ModelSource, expert: ModelSource) -> tuple[dict[str, Moved],
         begin, end = (rows - count) // 2 * width, ((rows - count) // 2 + count) * width
         new = theirs.part(name, begin, end)
         read += new.nbytes
-        found.append(Difference(name, _sums(ours.part(name, begin, end), new)))
-    return by_group(found), read
+        sums, counts = _compared(ours.part(name, begin, end), new)
+        found.append(Difference(name, sums, *counts))
+    return found, read
 
 
 def by_group(found: Iterable[Difference]) -> dict[str, Moved]:
@@ -243,6 +240,26 @@ def _common(ours: TensorPlace, theirs: TensorPlace, expert: Weights, name: str) 
 
 def _part(weights: Weights, name: str, begin: int, end: int) -> torch.Tensor:
     return weights.part(name, begin, end) if name in weights.places else torch.zeros(end - begin)
+
+
+def _compared(old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    """The sums of a piece, zeros where it is not finite, and how many values of `new` and `old` are not.
+
+    Both in the narrower of their dtypes: what saving in that one has rounded has not moved.
+    """
+    counted = _sums(*_in_narrower(old, new))
+    if counted.isfinite().all():
+        return counted, (0, 0)
+    counts = int((~new.isfinite()).sum()), int((~old.isfinite()).sum())
+    return (torch.zeros(4) if any(counts) else _sums(old.double(), new.double())), counts
+
+
+def _in_narrower(*pieces: torch.Tensor) -> list[torch.Tensor]:
+    """The pieces in the dtype among theirs with the fewest significant bits."""
+    if len({piece.dtype for piece in pieces}) == 1 or not all(piece.is_floating_point() for piece in pieces):
+        return list(pieces)
+    narrowest = max((piece.dtype for piece in pieces), key=lambda dtype: torch.finfo(dtype).eps)
+    return [piece.to(narrowest) for piece in pieces]
 
 
 def _sums(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

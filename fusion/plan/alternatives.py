@@ -6,17 +6,19 @@
 Separate engines are dense Qwen2 models, one an expert. With adapters there is one engine of the anchor; vLLM allocates
 `max_loras` slots of `max_lora_rank` for every linear map before any adapter is loaded (lora/layers/
 column_parallel_linear.py, row_parallel_linear.py, create_lora_weights): A is whole on every card for maps that are cut
-by their outputs, B for those cut by their inputs.
+by their outputs, B for those cut by their inputs. The rank is the largest of the adapters'.
 """
 
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fusion.checkpoint import read_json, resolve_model
+from fusion.errors import UserError
 from fusion.plan.budget import DTYPE_BYTES, Layout, card_bytes, model_weights
 from fusion.plan.capacity import Capacity, capacity, formats, served_dtype
 from fusion.plan.profile import HardwareProfile
-from fusion.recipe import Recipe
+from fusion.recipe import Expert, Recipe
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # config/lora.py, MaxLoRARanks
 DEFAULT_RANK = 16
@@ -74,6 +76,7 @@ def alternatives(recipe: Recipe, anchor_config: dict[str, Any], profile: Hardwar
                 )
             )
     rank, why = adapter_rank(recipe), no_adapters(recipe)
+    assumed = ", assumed" if any(expert.adapter and not lora_rank(expert) for expert in recipe.experts) else ""
     slots = count * lora_slot_bytes(config, cut.ways, rank, DTYPE_BYTES[dtype])
     for weight_format in formats(profile, dtype):
         held = card_bytes(weights, config, cut, weight_format, dtype) + slots
@@ -81,7 +84,7 @@ def alternatives(recipe: Recipe, anchor_config: dict[str, Any], profile: Hardwar
         found.append(
             Alternative(
                 name=ADAPTERS,
-                how=f"{count} slots of rank {rank}",
+                how=f"{count} slots of rank {rank}{assumed}",
                 engines=1,
                 weights=cut.ways * held,
                 weights_per_card=held,
@@ -113,10 +116,27 @@ def lora_slot_bytes(config: dict[str, Any], ways: int, rank: int, width: int) ->
     return int(config["num_hidden_layers"] * (attention + mlp) * rank * width)
 
 
+def lora_rank(expert: Expert) -> int:
+    """The largest rank of an expert's LoRA, branch or adapter; 0 where it has none, or one that cannot be read here.
+
+    An adapter's as vLLM takes it: of `r` and all of `rank_pattern` (lora/peft_helper.py).
+    """
+    if expert.branch:
+        return expert.branch.lora_rank or 0
+    if not expert.adapter:
+        return 0
+    try:
+        config = read_json(resolve_model(expert.adapter, allow_download=False) / "adapter_config.json")
+    except UserError:
+        return 0  # which is the preflight's to say
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    return max((rank for rank in ranks if isinstance(rank, int)), default=0)
+
+
 def adapter_rank(recipe: Recipe) -> int:
-    """The smallest rank of vLLM's that holds every LoRA branch of the recipe."""
-    ranks = [expert.branch.lora_rank for expert in recipe.experts if expert.branch and expert.branch.lora_rank]
-    wanted = max(ranks, default=DEFAULT_RANK)
+    """The smallest rank of vLLM's that holds every LoRA of the recipe, its largest where none does; DEFAULT_RANK where
+    no rank is known."""
+    wanted = max(map(lora_rank, recipe.experts)) or DEFAULT_RANK
     return next((rank for rank in LORA_RANKS if rank >= wanted), LORA_RANKS[-1])
 
 
@@ -129,4 +149,6 @@ def no_adapters(recipe: Recipe) -> str:
             return f"expert '{expert.name}' is anchored with its MLPs whole, not as an adapter"
         if expert.model and expert.model != recipe.anchor.model:
             return f"expert '{expert.name}' is a model of its own"
+        if (rank := lora_rank(expert)) > LORA_RANKS[-1]:
+            return f"expert '{expert.name}' has an adapter of rank {rank}, vLLM's largest is {LORA_RANKS[-1]}"
     return ""

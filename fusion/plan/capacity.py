@@ -130,8 +130,9 @@ def capacity(
     """The same for one format with `weights` bytes on the fullest card, of which the engine gets `share`; `engines` run
     in all, None: as many as there are groups of cards."""
     dtype = served_dtype(serving, config["dtype"], profile.native_bfloat16)
-    activations = activation_bytes(config, layout, profile, dtype)
-    graphs = graph_bytes(config, layout, profile, dtype)
+    tokens_a_step, sequences = profile.batch(layout.ways, serving.max_model_len)
+    activations = activation_bytes(config, layout, tokens_a_step, sequences, dtype)
+    graphs = graph_bytes(config, layout, sequences, dtype) if profile.cards else 0  # CPU: --enforce-eager
     other = NON_TORCH if profile.cards else 0
     if profile.cards:
         usable = int(profile.memory * serving.gpu_memory_utilization * share)
@@ -186,13 +187,12 @@ def lengths_to_show(serving: Serving, positions: int) -> list[int]:
     return sorted(length for length in shown if length)
 
 
-def activation_bytes(config: dict[str, Any], layout: Layout, profile: HardwareProfile, dtype: Format) -> int:
+def activation_bytes(config: dict[str, Any], layout: Layout, tokens: int, sequences: int, dtype: Format) -> int:
     """An estimate of the profile run's peak on a card: the larger of its forward pass and its sampler.
 
-    The forward pass of vLLM's default batch as in `forward_bytes`. The sampler's rows are as long as the vocabulary:
-    logits in `dtype`, the same in float32, probabilities, and the sorted values with their int64 places.
+    `tokens` and `sequences` are a step's. The forward pass is as in `forward_bytes`. The sampler's rows are as long as
+    the vocabulary: logits in `dtype`, the same in float32, probabilities, the sorted values with their int64 places.
     """
-    tokens, sequences = profile.batch
     sampler = sequences * config["vocab_size"] * (DTYPE_BYTES[dtype] + 4 + 4 + 4 + 8)
     return max(forward_bytes(config, layout, tokens, dtype), sampler)
 
@@ -215,14 +215,11 @@ def forward_bytes(config: dict[str, Any], layout: Layout, tokens: int, dtype: Fo
     return tokens * (2 * hidden + max(blocks)) * DTYPE_BYTES[dtype]
 
 
-def graph_bytes(config: dict[str, Any], layout: Layout, profile: HardwareProfile, dtype: Format) -> int:
+def graph_bytes(config: dict[str, Any], layout: Layout, sequences: int, dtype: Format) -> int:
     """An estimate of the CUDA graphs' memory: the first of each of the two modes holds a pass, the others GRAPH_BYTES.
 
     Sizes as in config/vllm.py: 1, 2, 4, by 8 to 256 and by 16 to 512 tokens; full graphs up to the sequences of a step.
     """
-    if not profile.cards:
-        return 0  # --enforce-eager
-    sequences = profile.batch[1]
     largest = min(2 * sequences, LARGEST_GRAPH)
     piecewise = [size for size in (1, 2, 4, *range(8, 256, 8), *range(256, LARGEST_GRAPH + 1, 16)) if size <= largest]
     full = [size for size in piecewise if size <= sequences]

@@ -4,6 +4,7 @@ compare(expert, anchor)
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from fusion.architecture import head_dim, rope_scaling, rope_theta
@@ -14,6 +15,10 @@ from fusion.recipe import Recipe
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 ACTIVATION = "silu"  # the only one of vLLM's Qwen2Moe
+ORIGINAL, DUAL_CHUNK = "original_max_position_embeddings", "dual_chunk_attention_config"
+SECTIONS = ("rope_scaling", "rope_parameters", DUAL_CHUNK)  # mappings within a config
+NUMBERS = ("rms_norm_eps", "max_position_embeddings", "rope_theta", "head_dim", "factor", ORIGINAL)  # of all of them
+NULLABLE = ("rope_theta", "head_dim", ORIGINAL)  # null is read as left out
 
 
 def usable(model: Described) -> list[Finding]:
@@ -31,10 +36,15 @@ def usable(model: Described) -> list[Finding]:
         found.append(quantised(name))
     for key in SHAPES:
         value = config.get(key)
-        if not isinstance(value, int) or value <= 0:
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             what = f"its config.json has no {key}" + (f", but {value!r}" if value is not None else "")
             found.append(Finding("error", name, what, "no shape can be checked", "download it again"))
             return found
+    for key, value in _odd_values(config):
+        what = f"its config.json says {value!r} for {key}"
+        found.append(Finding("error", name, what, "what is needed there is another kind of value", "download it again"))
+    if found:
+        return found
     heads, keys, hidden = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
     if heads % keys or hidden % heads:
         what = f"{keys} key-value heads, {heads} heads and hidden size {hidden} do not divide each other"
@@ -53,7 +63,7 @@ def anchor_alone(anchor: Described) -> list[Finding]:
         what = f"hidden_act is {config['hidden_act']}"
         why = f"vLLM's Qwen2Moe knows {ACTIVATION} alone"
         found.append(Finding("error", anchor.name, what, why, f"take an anchor with {ACTIVATION}"))
-    return found + _sliding_window(anchor)
+    return found + _other_attention(anchor)
 
 
 def compare(model: Described, anchor: Described) -> list[Finding]:
@@ -92,11 +102,14 @@ def compare(model: Described, anchor: Described) -> list[Finding]:
         what = f"was trained on at most {length} positions, the anchor on {own_length}"
         why = "the fused model takes the anchor's lengths, at which this expert's answers are untested"
         found.append(Finding("warning", model.name, what, why, f"keep requests of its domain below {length} tokens"))
-    return found + _sliding_window(model)
+    return found + _other_attention(model)
 
 
-def vocabulary_size(model: Described, anchor: Described, same: bool | None) -> list[Finding]:
-    """Another size of the vocabulary; `same`: whether both tokenizers hold the same tokens, None where unknown."""
+def vocabulary_size(model: Described, anchor: Described, same: bool | None, needed: str = "") -> list[Finding]:
+    """Another size of the vocabulary, an error where the tokenizers differ or what is `needed` is all of it.
+
+    `same`: whether both tokenizers hold the same tokens, None where unknown.
+    """
     theirs, ours = model.config["vocab_size"], anchor.config["vocab_size"]
     if theirs == ours:
         return []
@@ -105,27 +118,36 @@ def vocabulary_size(model: Described, anchor: Described, same: bool | None) -> l
         why = "another vocabulary, in which the same ids are other tokens"
         return [Finding("error", model.name, what, why, "experts must share the anchor's tokenizer")]
     why = "the same tokenizer, padded to another size" if same else "at best the same tokenizer, padded to another size"
+    if needed:
+        return [Finding("error", model.name, what, f"{why}, and {needed}", padding(model, ours))]
+    why += "; only its MLPs are taken, so that it can be merged, but its embeddings count as drifted"
+    return [Finding("warning", model.name, what, why, "make sure that it does without tokens of its own")]
+
+
+def padding(model: Described, size: int) -> str:
+    """How to get a model with a vocabulary of `size`."""
     if model.folder is None:
-        return [Finding("error", model.name, what, why, "download it, and plan again for the command that pads it")]
-    change = f"m.resize_token_embeddings({ours}, mean_resizing=False); "
-    fix = f"pad it to the anchor's: {save_again(model.folder, str(ours), change)}"
-    return [Finding("error", model.name, what, why, fix)]
+        return "download it, and plan again for the command that pads it"
+    change = f"m.resize_token_embeddings({size}, mean_resizing=False); "
+    return f"pad it to the anchor's: {save_again(model.folder, str(size), change)}"
 
 
 def positions(config: dict[str, Any]) -> int:
-    """How many positions a model takes: by YaRN its original ones times the factor, as vLLM counts them."""
+    """How many positions a model takes: by YaRN its original ones times the factor, as vLLM counts them.
+
+    By dual-chunk attention its original ones, which are all that it takes without that.
+    """
     scaling = rope_scaling(config) or {}
-    longest = int(config.get("max_position_embeddings") or 0)
-    if scaling.get("rope_type", scaling.get("type")) == "yarn" and scaling.get("original_max_position_embeddings"):
-        return int(scaling["original_max_position_embeddings"] * scaling.get("factor", 1))
-    return longest
+    if scaling.get("rope_type", scaling.get("type")) == "yarn" and scaling.get(ORIGINAL):
+        return int(scaling[ORIGINAL] * scaling.get("factor", 1))
+    return _unchunked(config)
 
 
 def lengths(recipe: Recipe, anchor: Described) -> list[Finding]:
     """serving.max_model_len and yarn_factor against the anchor's positions."""
     wanted, factor = recipe.serving.max_model_len, recipe.serving.yarn_factor
     scaling = rope_scaling(anchor.config) or {}
-    original = int(scaling.get("original_max_position_embeddings") or anchor.config.get("max_position_embeddings") or 0)
+    original = int(scaling.get(ORIGINAL) or _unchunked(anchor.config))
     longest = int(original * factor) if factor else positions(anchor.config)
     if wanted > longest:
         works = math.ceil(wanted / original) if original else 0
@@ -155,12 +177,40 @@ def _shapes(model: Described, anchor: Described) -> list[Finding]:
     return found
 
 
-def _sliding_window(model: Described) -> list[Finding]:
-    if not model.config.get("use_sliding_window"):
-        return []
-    what = f"looks back {model.config.get('sliding_window')} tokens only in some layers (use_sliding_window)"
-    why = "the fused model's attention sees everything, as vLLM's Qwen2Moe does"
-    return [Finding("warning", model.name, what, why, "measure its answers to long requests after the merge")]
+def _unchunked(config: dict[str, Any]) -> int:
+    """The positions of a config without its dual-chunk attention."""
+    chunks = config.get(DUAL_CHUNK) or {}
+    return int(chunks.get(ORIGINAL) or config.get("max_position_embeddings") or 0)
+
+
+def _other_attention(model: Described) -> list[Finding]:
+    """Attention that the fused model does not have. vLLM's dual-chunk backend went with its V0 engine (vllm#25351)."""
+    found, config = [], model.config
+    if config.get("use_sliding_window"):
+        what = f"looks back {config.get('sliding_window')} tokens only in some layers (use_sliding_window)"
+        why = "the fused model's attention sees everything, as vLLM's Qwen2Moe does"
+        fix = "measure its answers to long requests after the merge"
+        found.append(Finding("warning", model.name, what, why, fix))
+    if config.get(DUAL_CHUNK):
+        what = f"reads beyond {_unchunked(config)} tokens by dual-chunk attention alone ({DUAL_CHUNK})"
+        why = "the fused model's attention is plain: vLLM has had no such kernel since 0.11"
+        fix = f"keep requests below {_unchunked(config)} tokens"
+        found.append(Finding("warning", model.name, what, why, fix))
+    return found
+
+
+def _odd_values(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys that do not hold the number or the mapping that they should, with their values."""
+    sections: dict[str, Any] = {"": config} | {key: config[key] for key in SECTIONS if config.get(key)}
+    for section, values in sections.items():
+        if not isinstance(values, dict):
+            yield section, values
+            continue
+        for key in (key for key in NUMBERS if key in values):
+            value = values[key]
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number and not (value is None and key in NULLABLE):
+                yield f"{section}.{key}" if section else key, value
 
 
 def _plain_scaling(config: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.checkpoint import read_json
+from fusion.errors import UserError
 from fusion.plan.findings import Finding, Severity
 from fusion.plan.models import Described
 from fusion.vocabulary import CHATML, Tokens, other_token, read_tokens, same_file
@@ -65,7 +66,7 @@ def compare_tokenizers(model: Described, anchor: Described) -> tuple[list[Findin
         return [], None
     if same_file(anchor.folder, model.folder):
         return [], True
-    ours, theirs = _anchor_tokens(anchor.folder), read_tokens(model.folder)
+    ours, theirs = _anchor_tokens(anchor.folder), _tokens(model.folder)
     if ours is None or theirs is None:
         what, why = "no tokenizer.json to compare with the anchor's", "the fused model reads with the anchor's"
         return [Finding("warning", model.name, what, why, "add the model's tokenizer files")], None
@@ -86,7 +87,18 @@ def _anchor_tokens(folder: Path) -> Tokens | None:
 
 @lru_cache(maxsize=1)
 def _parsed(folder: Path, changed: int) -> Tokens | None:
-    return read_tokens(folder)
+    return _tokens(folder)
+
+
+def _tokens(folder: Path) -> Tokens | None:
+    """A model's tokens. Raises UserError where its files are broken, or are JSON and hold none."""
+    try:
+        return read_tokens(folder)
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError) and type(error.__cause__) not in (KeyError, TypeError, ValueError):
+            raise
+        path = folder / ("tokenizer.json" if (folder / "tokenizer.json").is_file() else "vocab.json")
+        raise UserError(f"{path} cannot be used (it holds no tokens): download the tokenizer again") from error
 
 
 def compare_templates(model: Described, anchor: Described, led_back: bool) -> list[Finding]:
@@ -117,14 +129,29 @@ def compare_templates(model: Described, anchor: Described, led_back: bool) -> li
 
 
 def chat_template(folder: Path) -> str | None:
-    """A model's chat template: its own file, or the (default) one in tokenizer_config.json."""
+    """A model's chat template: its own file, or the (default) one in tokenizer_config.json.
+
+    Raises UserError where the file is broken.
+    """
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    found = read_json(settings).get("chat_template") if settings.is_file() else None
+        try:
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            path = folder / "chat_template.jinja"
+            raise UserError(f"{path} cannot be read (it is no UTF-8 text): download it again") from error
+    found = _settings(folder).get("chat_template")
     if isinstance(found, list):  # several by name
-        named = {entry["name"]: entry["template"] for entry in found}
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default") or next(iter(named.values()), None)
+    return None if found is None else str(found)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, empty where there is none. Raises UserError where it is broken."""
+    path = folder / "tokenizer_config.json"
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} cannot be used (it holds no settings): download the tokenizer again")
     return found
 
 
@@ -135,10 +162,9 @@ def _render(folder: Path, template: str, messages: list[dict[str, Any]], tools: 
     """The conversation as the template writes it; its error after _FAILED where it raises one."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    settings = folder / "tokenizer_config.json"
-    special = read_json(settings) if settings.is_file() else {}
+    special = _settings(folder)
     tokens = {name: special.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    texts = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
     try:
         rendered, _ = render_jinja_template(
             conversations=[messages], tools=tools, chat_template=template, add_generation_prompt=True, **texts

@@ -25,8 +25,9 @@ from fusion.plan.capacity import formats, served_dtype
 from fusion.plan.profile import GB, HardwareProfile
 from fusion.recipe import Expert, Recipe
 
-LIBRARIES = 500_000_000  # bytes resident once torch and transformers are imported
-PIECES = 8 * 16 * 2**20  # pieces that the merge has read and not yet written
+LIBRARIES = 530_000_000  # bytes resident in all at the peak of `merge` on the demo, whose tensors are small
+PIECE = 2**23  # elements that the merge reads at a time (fusion/reader.py, which would load mergekit here)
+PIECES = 5  # that it holds: fusion/shards.py's IN_FLIGHT, and the one being read
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,18 @@ def estimate(recipe: Recipe, anchor_config: dict[str, Any], profile: HardwarePro
     dense_weights, fused_weights = model_weights(dense), model_weights(fused)
     one = sum(weight.count for weight in dense_weights) * DTYPE_BYTES[dense["dtype"]]
     written = sum(weight.count for weight in fused_weights) * DTYPE_BYTES[fused["dtype"]]
+    experts = sum(weight.count for weight in fused_weights if weight.group in ("experts", "shared_expert"))
     shared = sum(weight.count for weight in dense_weights if weight.group != "dense_mlps")
     compared = sum(map(partial(_compared, recipe), recipe.experts))
     read = written + compared * shared * DTYPE_BYTES[dense["dtype"]]
     disk = (
         Disk("models to download", one * sum(not _is_here(model) for model in _models(recipe))),
         *_trained(recipe, dense_weights, one),
+        Disk("shared parts", 0 if recipe.shared.is_anchor else one),  # a whole model, with the anchor's MLPs
         Disk("merge", written),
+        # the shards of attention and norms, and the gates, as the merge left them, beside the healed ones: at most
+        # all but the experts, as embeddings and head lie in the same shards or in their own
+        Disk("heal", written - experts * DTYPE_BYTES[fused["dtype"]] if recipe.heal else 0),
     )
     loaded = card_bytes(fused_weights, fused, serving_layout(recipe.serving), fused["dtype"], fused["dtype"])
     return Estimate(
@@ -91,18 +97,23 @@ def estimate(recipe: Recipe, anchor_config: dict[str, Any], profile: HardwarePro
         merge_reads=read,
         merge_writes=written,
         merge_s=read / (profile.disk_read_gb_s * GB) + written / (profile.disk_write_gb_s * GB),
-        merge_memory=merge_memory(recipe, dense_weights),
+        merge_memory=merge_memory(recipe, dense_weights, DTYPE_BYTES[dense["dtype"]]),
         load_s=max(written / (profile.disk_read_gb_s * GB), loaded / (profile.link_gb_s * GB)),
         speeds=_speeds(recipe, fused, fused_weights, profile),
     )
 
 
-def merge_memory(recipe: Recipe, dense_weights: list[Weight]) -> int:
-    """The merge's peak of resident memory: libraries, pieces under way, and the largest tensor that an adapter is
-    applied to, in float32 with its change beside it."""
+def merge_memory(recipe: Recipe, dense_weights: list[Weight], width: int) -> int:
+    """The merge's peak of resident memory, elements of `width` bytes: libraries, pieces under way, and the largest
+    tensor that an adapter is applied to, in float32 with its change beside it.
+
+    Experts whose shared parts are compared with the anchor's are read one after the other: one more piece for all.
+    """
+    piece = min(PIECE, max(weight.count for weight in dense_weights)) * width
+    pieces = PIECES + any(_compared(recipe, expert) for expert in recipe.experts)
     adapted = any(expert.adapter or (expert.branch and expert.branch.lora_rank) for expert in recipe.experts)
     largest = max(weight.count for weight in dense_weights if weight.group in ("dense_mlps", "attention"))
-    return LIBRARIES + PIECES + (2 * 4 * largest if adapted else 0)
+    return LIBRARIES + pieces * piece + (2 * 4 * largest if adapted else 0)
 
 
 def _compared(recipe: Recipe, expert: Expert) -> bool:

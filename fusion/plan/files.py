@@ -96,16 +96,17 @@ def _tensors(model: Described) -> tuple[Tensors, list[Finding]]:
 
 def _indexed(model: Described) -> tuple[Tensors, list[Finding]]:
     assert model.folder is not None
-    folder = model.folder
+    folder, again = model.folder, _again(model, [INDEX])
     try:
         content = read_json(folder / INDEX)
-        weight_map = dict(content["weight_map"])
-        files = sorted(set(map(str, weight_map.values())))
-        if not weight_map:
-            raise ValueError("it names no tensors")
-    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"{folder / INDEX} cannot be used ({error})"
-        return {}, [Finding("error", model.name, what, "nothing says which tensor is where", _again(model, [INDEX]))]
+    except UserError as error:
+        return {}, [Finding("error", model.name, str(error), "nothing says which tensor is where", again)]
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    named = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+    if not weight_map or not named:
+        what = f"{folder / INDEX} cannot be used (it has no 'weight_map' that names tensors and their files)"
+        return {}, [Finding("error", model.name, what, "nothing says which tensor is where", again)]
+    files = sorted(set(weight_map.values()))
     missing = [file for file in files if not (folder / file).is_file()]
     tensors, found = _headers(model, [file for file in files if file not in missing])
     if missing:
@@ -115,7 +116,7 @@ def _indexed(model: Described) -> tuple[Tensors, list[Finding]]:
         return tensors, found
     absent = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file.name != file]
     if absent:
-        what = f"the index of {folder} names {_count(absent)} that {weight_map[absent[0]]} does not hold"
+        what = f"the index of {folder} names {counted(absent)} that {weight_map[absent[0]]} does not hold"
         fix = _again(model, [INDEX, weight_map[absent[0]]])
         found.append(Finding("error", model.name, what, "index and files are not of the same model", fix))
     return {name: tensors[name] for name in weight_map if name in tensors}, found
@@ -137,8 +138,9 @@ def _headers(model: Described, files: Iterable[str]) -> tuple[Tensors, list[Find
 def _remote_code(model: Described) -> list[Finding]:
     if "auto_map" not in model.config:
         return []
-    code = sorted({str(entry).split("--")[-1] for entry in dict(model.config["auto_map"]).values()})
-    what = f"needs code of its own (auto_map in config.json: {code[0]})"
+    named = model.config["auto_map"]
+    entry = min(map(str, named.values()), default="empty") if isinstance(named, dict) else str(named)
+    what = f"needs code of its own (auto_map in config.json: {entry.split('--')[-1]})"
     command = _saved(model, "native", "vars(m.config).pop('auto_map', None); ", ", trust_remote_code=False")
     why = "only native architectures are used, and no code of a model's is run"
     return [Finding("error", model.name, what, why, f"save it without that code: {command}")]
@@ -158,7 +160,7 @@ def _against_config(model: Described, tensors: Tensors) -> list[Finding]:
     found = []
     missing = [name for name in expected if name not in tensors]
     if missing:
-        what = f"{model.folder} lacks {_count(missing)}"
+        what = f"{model.folder} lacks {counted(missing)}"
         found.append(Finding("error", model.name, what, "its config.json says that it has them", _again(model, [])))
     other = [name for name, shape in expected.items() if name in tensors and tensors[name].shape != shape]
     if other:
@@ -170,7 +172,7 @@ def _against_config(model: Described, tensors: Tensors) -> list[Finding]:
         n for n in tensors if n not in expected and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")
     ]
     if extra:
-        what = f"holds {_count(extra)} that a Qwen2 model does not have"
+        what = f"holds {counted(extra)} that a Qwen2 model does not have"
         severity: Severity = "error" if any(map(is_mlp, extra)) else "warning"
         why = "they are left out of the merge"
         found.append(Finding(severity, model.name, what, why, "make sure that the model works without them"))
@@ -195,7 +197,8 @@ def _again(model: Described, files: list[str]) -> str:
     return f"copy {_listed(files)} again" if files else "copy the model again"
 
 
-def _count(names: list[str]) -> str:
+def counted(names: list[str]) -> str:
+    """How many tensors these are, and the first of them."""
     return f"tensor {names[0]}" if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
 
 

@@ -6,14 +6,15 @@ qwen-fusion plan configs/demo.yaml
 from fusion.adapter import Adapter
 from fusion.architecture import dense_shapes, is_mlp, rope_theta, sparse_layers
 from fusion.checkpoint import is_hub_id, resolve_model
-from fusion.drift import chance, sampled, sentence, strength
+from fusion.drift import by_group, chance, sampled, sentence, strength
 from fusion.errors import UserError
-from fusion.plan.configs import anchor_alone, compare, lengths, same_rope, usable, vocabulary_size
+from fusion.plan.configs import anchor_alone, compare, lengths, padding, same_rope, usable, vocabulary_size
 from fusion.plan.conversation import can_chat, compare_templates, compare_tokenizers
 from fusion.plan.files import Tensors, dtype_lost, lacks_biases, read_files
 from fusion.plan.findings import Finding, place_of_expert, worst_first
 from fusion.plan.licences import check_licence, licence
 from fusion.plan.models import Described, describe, describe_anchor, known
+from fusion.plan.weights import not_finite
 from fusion.recipe import Expert, Recipe
 from fusion.sources import ModelSource, trained_expert
 from serving.guard.schema import Checker, SchemaError
@@ -40,7 +41,7 @@ def check(recipe: Recipe, trained: bool = False) -> list[Finding]:
     if recipe.anchor.model:
         found += check_licence(recipe, "anchor", None, licence(recipe.anchor.model, anchor.folder))
     for expert in recipe.experts:
-        found += _check_expert(recipe, expert, anchor, tensors, trained) + _check_teachers(expert)
+        found += _check_expert(recipe, expert, anchor, tensors, trained) + _check_teachers(expert, anchor)
     found += _check_shared_expert(recipe, anchor)
     found += lengths(recipe, anchor) + _schemas(recipe) + _gguf(recipe)
     try:
@@ -79,20 +80,37 @@ def _check_expert(recipe: Recipe, expert: Expert, anchor: Described, ours: Tenso
     found += broken + differing + (_facts(model) if model.model != anchor.model else [])
     if known(model.model).instead and _has_error(differing):  # another model is named in its place: enough said
         return found
-    found += _conversation(model, anchor, expert.anchor is not None)
+    found += _conversation(recipe, expert, model, anchor)
     mlps = {name: place for name, place in theirs.items() if is_mlp(name)}
     found += dtype_lost(model, mlps, fused_dtype(anchor, ours))
     found += _check_adapter(recipe, expert, model, {} if _has_error(broken) else theirs)
     return found + _drifted(recipe, expert, model, anchor, _other_biases(theirs, ours), not _has_error(found))
 
 
-def _conversation(model: Described, anchor: Described, led_back: bool) -> list[Finding]:
+def _conversation(recipe: Recipe, expert: Expert, model: Described, anchor: Described) -> list[Finding]:
     """Tokenizer, vocabulary and chat template against the anchor's."""
+    found: list[Finding] = []
     try:
-        found, same = compare_tokenizers(model, anchor)
-        return [*found, *vocabulary_size(model, anchor, same), *compare_templates(model, anchor, led_back)]
+        differing, same = compare_tokenizers(model, anchor)
+        found += [*differing, *vocabulary_size(model, anchor, same, _needs_vocabulary(recipe, expert))]
+        found += compare_templates(model, anchor, led_back=expert.anchor is not None)
     except UserError as error:  # a broken file
-        return [Finding("error", model.name, str(error))]
+        found.append(Finding("error", model.name, str(error)))
+    return found
+
+
+def _needs_vocabulary(recipe: Recipe, expert: Expert) -> str:
+    """What of the recipe needs the expert's vocabulary beside its MLPs; empty where nothing does."""
+    shared, back = recipe.shared, expert.anchor
+    if [shared.embeddings or shared.method, shared.head or shared.method] != ["anchor", "anchor"]:
+        return "the shared parts are made of all experts' embeddings"
+    if back and back.teacher is None and back.method == "logits":
+        return "its logits are learnt on the way back to the anchor"
+    if back and back.start == "transported":
+        return "its head is compared with the anchor's, token by token (start: transported)"
+    if recipe.heal and (back is None or back.teacher is None):
+        return "its logits are learnt in healing"
+    return ""
 
 
 def _has_error(found: list[Finding]) -> bool:
@@ -171,17 +189,25 @@ def _drifted(
         return [Finding("error", model.name, what, why, fix)]
     if biases:
         return [Finding("warning", model.name, f"{biases}: it is drifted", why, fix)]
-    if model.folder is None or anchor.folder is None or not fits:
+    if not fits:
         return []
-    moved, size = sampled(ModelSource("anchor", anchor.folder), ModelSource(model.name, model.folder))
-    if strength(moved) == "anchored":
-        return []
-    what = f"has moved outside its MLPs: {sentence(moved)}, by a sample of {size / 1e3:,.0f} kB"
-    measured = "`plan --weights` measures all of it"
+    if model.folder is None or anchor.folder is None:
+        if expert.adapter or model.model.lower() == anchor.model.lower():
+            return []
+        what = "is a fine-tune of its own, so it will have drifted"
+        why = "how far is not known until its weights and the anchor's are here"
+        fix = "give it an 'anchor' section, or plan again then (or with --weights)"
+    else:
+        rows, size = sampled(ModelSource("anchor", anchor.folder), ModelSource(model.name, model.folder))
+        broken, moved = not_finite({expert.name: rows}), by_group(rows)
+        if broken or strength(moved) == "anchored":
+            return broken
+        what = f"has moved outside its MLPs: {sentence(moved)}, by a sample of {size / 1e3:,.0f} kB"
+        why, fix = chance(moved), "`plan --weights` measures all of it"
     if made or recipe.heal:
         how = "the shared parts are made of all experts'" if made else "the merge is healed"
-        return [Finding("note", model.name, what, f"{chance(moved).split(':')[0]}, and {how}", measured)]
-    return [Finding("warning", model.name, what, chance(moved), measured)]
+        return [Finding("note", model.name, what, f"{why.split(':')[0]}, and {how}", fix)]
+    return [Finding("warning", model.name, what, why, fix)]
 
 
 def _other_biases(theirs: Tensors, ours: Tensors) -> str:
@@ -193,15 +219,25 @@ def _other_biases(theirs: Tensors, ours: Tensors) -> str:
     return "its files hold biases for q, k and v, which the anchor does without"
 
 
-def _check_teachers(expert: Expert) -> list[Finding]:
-    """Whether the models that an expert learns from can be had; what they are is their own affair."""
+def _check_teachers(expert: Expert, anchor: Described) -> list[Finding]:
+    """Whether the models that an expert learns from can be had, and one of logits has all of the anchor's vocabulary.
+
+    What else they are is their own affair.
+    """
     where, found = place_of_expert(expert.name), []
     for teacher in (section.teacher for section in (expert.branch, expert.anchor) if section):
         if teacher:
             try:
-                describe(where, teacher)
+                model = describe(where, teacher)
             except UserError as error:
                 found.append(Finding("error", where, f"its teacher: {error}"))
+                continue
+            size, wanted = model.config.get("vocab_size"), anchor.config["vocab_size"]
+            of_logits = expert.anchor is not None and expert.anchor.method == "logits"
+            if of_logits and isinstance(size, int) and size < wanted:
+                what = f"vocab_size of its teacher is {size}, the anchor's is {wanted}"
+                why = "a teacher of logits needs all of the anchor's tokens, one of text any"
+                found.append(Finding("error", where, what, why, padding(model, wanted)))
     return found
 
 

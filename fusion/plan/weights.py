@@ -14,6 +14,7 @@ from typing import Any
 from fusion.checkpoint import resolve_model, write_json, write_text, written_aside
 from fusion.drift import GROUPS, Difference, Weights, as_plain, by_group, chance, differences, strength
 from fusion.errors import UserError
+from fusion.plan.files import counted
 from fusion.plan.findings import Finding, place_of_expert
 from fusion.plan.models import describe, describe_anchor
 from fusion.progress import bytes_bar
@@ -42,13 +43,12 @@ def measure(recipe: Recipe, out: Path) -> dict[str, Any]:
         for found in differences(anchor, list(moved.values()), partial(bar.advance, task)):
             for name, difference in zip(moved, found, strict=True):
                 rows[name].append(difference)
-        bar.update(
-            task, completed=total
-        )  # an adapter's update and a longer vocabulary's rows are not counted on the way
+        # an adapter's update and a longer vocabulary's rows are not counted on the way
+        bar.update(task, completed=total)
     result = {
         "anchor": str(recipe.anchor.model or "trained by the recipe"),
         "experts": {name: _figures(name, source, rows.get(name), anchor) for name, source in sources.items()},
-        "findings": [finding.as_dict() for finding in _not_finite(rows)],
+        "findings": [finding.as_dict() for finding in not_finite(rows)],
         "bytes": total,
         "seconds": time.monotonic() - started,
     }
@@ -147,11 +147,17 @@ def _figures(name: str, source: ModelSource | None, rows: list[Difference] | Non
         if row.layer is not None:
             by_layer[row.layer].append(row)
     layers = [as_plain(by_group(found)) for found in by_layer]
-    return {"drift": strength(groups), "groups": as_plain(groups), "layers": layers, "verdict": chance(groups)}
+    figures = {"groups": as_plain(groups), "layers": layers}
+    broken = "it" if any(row.not_finite for row in rows) else ""
+    broken = broken or ("the anchor" if any(row.anchor_not_finite for row in rows) else "")
+    if broken:
+        verdict = f"{broken} holds values that are not finite, so that every answer after the merge would be nonsense"
+        return {"drift": "not finite", **figures, "verdict": verdict}
+    return {"drift": strength(groups), **figures, "verdict": chance(groups)}
 
 
-def _not_finite(rows: dict[str, list[Difference]]) -> list[Finding]:
-    """One finding a model that holds NaN or infinite values, the anchor among them."""
+def not_finite(rows: dict[str, list[Difference]]) -> list[Finding]:
+    """One finding a model that holds NaN or infinite values, the anchor among them; `rows`: by expert."""
     counts = {place_of_expert(name): {row.name: row.not_finite for row in found} for name, found in rows.items()}
     counts["anchor"] = {row.name: row.anchor_not_finite for found in rows.values() for row in found}
     findings = []
@@ -159,7 +165,8 @@ def _not_finite(rows: dict[str, list[Difference]]) -> list[Finding]:
         broken = [name for name, count in by_name.items() if count]
         if broken:
             count = sum(by_name.values())
-            what = f"{count:,} values in {len(broken)} tensors are not finite ({broken[0]}, ...)"
+            values = "1 value" if count == 1 else f"{count:,} values"
+            what = f"{values} in {counted(broken)} {'is' if count == 1 else 'are'} not finite"
             why = "one of them makes every answer of the fused model nonsense"
             findings.append(Finding("error", where, what, why, "make or download the model again"))
     return findings

@@ -1,9 +1,11 @@
 """The same experts as engines of their own, or as adapters of one anchor."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fusion.checkpoint import write_json
 from fusion.plan.alternatives import (
     ADAPTERS,
     SEPARATE,
@@ -90,6 +92,30 @@ def test_adapters_of_the_anchor_are_possible_and_nothing_else_is() -> None:
 def test_the_rank_is_one_that_vllm_has(rank: int | None, slot: int) -> None:
     branch = BranchSettings(lora_rank=rank, **BRANCH)
     assert adapter_rank(with_experts(Expert(name="math", domain="math", branch=branch))) == slot
+
+
+@pytest.mark.parametrize(
+    ("config", "slot"), [({"r": 24}, 32), ({"r": 8, "rank_pattern": {"q_proj": 100, "up_proj": 2}}, 128)]
+)
+def test_the_rank_is_the_largest_of_an_adapter_that_is_here(config: dict[str, Any], slot: int, tmp_path: Path) -> None:
+    write_json(tmp_path / "adapter_config.json", config)
+    recipe, anchor = shipped(FIVE, "serving.tensor_parallel_size=1")
+    adapted = Expert(name="math", domain="math", model=recipe.anchor.model, adapter=str(tmp_path))
+    rows = alternatives(recipe.model_copy(update={"experts": (adapted,)}), anchor, profile("h200"))
+    row = next(row for row in rows if row.name == ADAPTERS)
+    assert row.possible
+    assert row.how == f"1 slots of rank {slot}"
+    elsewhere = recipe.model_copy(update={"experts": (adapted.model_copy(update={"adapter": "./nowhere"}),)})
+    rows = alternatives(elsewhere, anchor, profile("h200"))
+    assert next(row.how for row in rows if row.name == ADAPTERS) == "1 slots of rank 16, assumed"
+
+
+def test_a_rank_beyond_vllms_largest_is_said(tmp_path: Path) -> None:
+    write_json(tmp_path / "adapter_config.json", {"r": 16, "rank_pattern": {"down_proj": 513}})
+    adapted = Expert(name="math", domain="math", model=shipped()[0].anchor.model, adapter=str(tmp_path))
+    assert no_adapters(with_experts(adapted)) == "expert 'math' has an adapter of rank 513, vLLM's largest is 512"
+    write_json(tmp_path / "adapter_config.json", {"r": 512})
+    assert no_adapters(with_experts(adapted)) == ""
 
 
 def test_engines_over_two_of_four_cards_share_a_pair_by_three() -> None:

@@ -32,14 +32,15 @@ def measured(name: str, hardware: str = "4x4090d", *overrides: str, **changes: A
 
 
 @pytest.mark.parametrize(
-    ("layers", "heads", "head_size", "cache", "length", "logged"),
+    ("layers", "heads", "head_size", "ways", "cache", "length", "logged"),
     [  # "CPU KV cache size: N tokens" of vLLM 0.32's CPU server, bfloat16
-        (3, 4, 32, 64 << 20, 256, 43_648),  # the demo's fused model
-        (24, 2, 64, 256 << 20, 2048, 21_760),  # Qwen2.5-Coder-0.5B with two experts
+        (3, 4, 32, 1, 64 << 20, 256, 43_648),  # the demo's fused model
+        (24, 2, 64, 1, 256 << 20, 2048, 21_760),  # Qwen2.5-Coder-0.5B with two experts
+        (28, 2, 128, 2, 200_000_000, 3000, 13_500),  # Qwen2.5-1.5B twice, the cache of each of two workers
     ],
 )
 def test_the_tokens_are_those_that_vllm_logged(
-    layers: int, heads: int, head_size: int, cache: int, length: int, logged: int
+    layers: int, heads: int, head_size: int, ways: int, cache: int, length: int, logged: int
 ) -> None:
     config = {
         "num_hidden_layers": layers,
@@ -47,7 +48,7 @@ def test_the_tokens_are_those_that_vllm_logged(
         "num_attention_heads": heads,
         "hidden_size": heads * head_size,
     }
-    blocks = kv_blocks(cache, kv_bytes_per_token(config, 1, "bfloat16"), BLOCK_CPU)
+    blocks = kv_blocks(cache, kv_bytes_per_token(config, ways, "bfloat16"), BLOCK_CPU)
     assert logged_tokens(blocks, BLOCK_CPU, length) == logged
 
 
@@ -118,6 +119,11 @@ def test_on_a_cpu_the_cache_is_what_the_recipe_gives_every_worker() -> None:
     assert row.kv_tokens == (1 << 30) // (2 * 28 * 2 * 128 * 4 * 128) * 128  # two ways, two heads each
     assert row.graphs == row.other == 0
     assert list(measured(TWO, "cpu", memory_gib=256.0, native_bfloat16=True)) == ["bfloat16"]
+
+
+def test_on_a_cpu_longer_prompts_take_larger_steps() -> None:
+    one, two = (measured(TWO, "cpu", f"serving.max_model_len={length}")["float32"] for length in (16384, 32768))
+    assert two.activations == 2 * one.activations
 
 
 def test_on_a_cpu_all_workers_share_the_memory() -> None:

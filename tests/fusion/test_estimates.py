@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from fusion.plan.budget import model_weights
-from fusion.plan.estimates import estimate, merge_memory
+from fusion import reader, shards
+from fusion.plan.budget import Weight, model_weights
+from fusion.plan.estimates import PIECE, PIECES, estimate, merge_memory
 from fusion.plan.models import describe_anchor
-from fusion.recipe import AnchoringSettings
+from fusion.recipe import AnchoringSettings, HealSettings, SharedParts
 from tests.fusion.planned import FIVE, profile, shipped
 from tests.recipes import make_recipe
 
@@ -52,4 +53,33 @@ def test_an_adapter_costs_the_merge_a_whole_tensor(tmp_path: Path, anchor: Path)
     weights = model_weights(describe_anchor(recipe).config)
     adapted = recipe.experts[1].model_copy(update={"adapter": "somewhere/adapter"})
     with_adapter = recipe.model_copy(update={"experts": (recipe.experts[0], adapted)})
-    assert merge_memory(with_adapter, weights) - merge_memory(recipe, weights) == 2 * 4 * 64 * 96
+    assert merge_memory(with_adapter, weights, 2) - merge_memory(recipe, weights, 2) == 2 * 4 * 64 * 96
+
+
+def test_comparing_experts_with_the_anchor_costs_the_merge_one_piece(tmp_path: Path, anchor: Path) -> None:
+    assert (PIECE, PIECES) == (reader.PIECE, shards.IN_FLIGHT + 1)
+    recipe = make_recipe(tmp_path, anchor, {"general": anchor, "math": anchor, "coding": anchor})
+    settings = AnchoringSettings(method="text", data={"generated": "demo.math"})
+    anchored = [expert.model_copy(update={"anchor": settings}) for expert in recipe.experts]
+    recipes = [recipe.model_copy(update={"experts": (*anchored[:n], *recipe.experts[n:])}) for n in range(3)]
+    none, one, two = (merge_memory(each, [Weight("w", (2**13, 2**11), "attention")], 2) for each in recipes)
+    assert one - none == 16 * 2**20
+    assert two == one
+    none, one, _ = (merge_memory(each, [Weight("w", (8, 4), "attention")], 2) for each in recipes)
+    assert one - none == 8 * 4 * 2  # a piece is no larger than the largest tensor
+
+
+def test_healing_and_shared_parts_take_their_disk(tmp_path: Path, anchor: Path) -> None:
+    recipe = make_recipe(tmp_path, anchor, {"general": anchor, "math": anchor})
+    config = describe_anchor(recipe).config
+    made = recipe.model_copy(update={"heal": HealSettings(), "shared": SharedParts(method="mean")})
+    rows = {row.step: row.stays for row in estimate(made, config, profile("cpu")).disk}
+    dense = model_weights(config)
+    mlps = sum(weight.count for weight in dense if weight.group == "dense_mlps") * 4
+    one = sum(weight.count for weight in dense) * 4
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    gates = layers * (2 + 1) * hidden * 4  # of two experts, and the shared expert's, which is always there
+    assert list(rows) == ["shared parts", "merge", "heal"]
+    assert rows["shared parts"] == one
+    assert rows["heal"] == one - mlps + gates
+    assert rows["merge"] == one + mlps + gates

@@ -8,14 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fusion.checkpoint import read_json, write_json
+from fusion.checkpoint import Checkpoint, read_json, write_json
 from fusion.merge import merge
+from fusion.plan.configs import DUAL_CHUNK, ORIGINAL
+from fusion.plan.findings import Finding
 from fusion.plan.preflight import check
+from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from tests.families import write_model
-from tests.fusion.planning import change_config, change_tensors, errors, findings
+from tests.fusion.planning import change_config, change_tensors, change_tokenizer, errors, findings
 from tests.fusion.test_plan_files import run_fix
-from tests.recipes import make_recipe
+from tests.recipes import make_recipe, recipe_data
 
 FIVE = Path(__file__).parents[2] / "configs" / "qwen2.5-7b-five-experts.yaml"
 
@@ -37,11 +40,69 @@ def test_another_head_size_is_an_error(tmp_path: Path, anchor: Path) -> None:
     assert any("vLLM's Qwen2Moe goes by the two others" in error for error in errors(findings(tmp_path, other, anchor)))
 
 
-def test_the_same_tokenizer_padded_to_another_size_and_the_command_that_pads_it(tmp_path: Path, anchor: Path) -> None:
-    other = write_model(tmp_path / "other", anchor=None, vocab_size=300)
-    (error,) = errors(findings(tmp_path, anchor, other))
-    assert "vocab_size is 300, the anchor's is 259: the same tokenizer, padded to another size" in error
-    assert errors(findings(tmp_path, anchor, run_fix(error))) == []
+@pytest.fixture
+def padded(tmp_path: Path, anchor: Path, other: Path) -> Path:
+    """The anchor with a longer vocabulary."""
+    change_config(other, vocab_size=300)
+    change_tensors(other, lambda name, t: torch.cat([t, torch.zeros(41, 64)]) if "embed_tokens" in name else t)
+    return other
+
+
+def anchored(folder: Path, anchor: Path, other: Path, **settings: Any) -> list[Finding]:
+    data = recipe_data(folder, anchor, {"general": anchor, "math": other})
+    data["experts"][1]["anchor"] = {"method": "logits", "data": data["domains"]["math"]["train"], **settings}
+    return check(Recipe.model_validate(data))
+
+
+def test_the_same_tokenizer_padded_to_another_size_is_a_warning_and_merges(
+    tmp_path: Path, anchor: Path, padded: Path
+) -> None:
+    (finding,) = findings(tmp_path, anchor, padded)
+    assert finding.severity == "warning" and "vocab_size is 300, the anchor's is 259" in finding.what
+    assert "only its MLPs are taken" in finding.why and "its embeddings count as drifted" in finding.why
+    change_tensors(padded, lambda name, tensor: -tensor if ".mlp." in name else tensor)
+    fused = merge(make_recipe(tmp_path, anchor, {"general": anchor, "math": padded}))
+    assert read_json(fused / "config.json")["vocab_size"] == 259
+    ours, theirs, merged = Checkpoint(anchor), Checkpoint(padded), Checkpoint(fused)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(merged.tensor(name.replace("mlp", "mlp.experts.1")), theirs.tensor(name))
+    assert torch.equal(merged.tensor("model.embed_tokens.weight"), ours.tensor("model.embed_tokens.weight"))
+
+
+def test_where_all_of_the_vocabulary_is_needed_it_is_an_error_with_the_command_that_pads(
+    tmp_path: Path, anchor: Path, padded: Path
+) -> None:
+    experts = "all experts' embeddings"
+    for sections, words in (({"shared": "mean"}, experts), ({"shared": "auto"}, experts), ({"heal": {}}, "in healing")):
+        assert words in errors(findings(tmp_path, anchor, padded, **sections))[0]
+    for shared in ({"attention": "mean"}, {"method": "auto", "embeddings": "anchor", "head": "anchor"}):
+        assert errors(findings(tmp_path, anchor, padded, shared=shared)) == []
+    assert errors(anchored(tmp_path, anchor, padded, method="text", teacher=str(anchor))) == []
+    assert (
+        "start: transported"
+        in errors(anchored(tmp_path, anchor, padded, method="text", teacher=str(anchor), start="transported"))[0]
+    )
+    (error,) = errors(anchored(tmp_path, anchor, padded))
+    assert "its logits are learnt" in error
+    assert errors(anchored(tmp_path, anchor, run_fix(error))) == []
+
+
+def test_a_teacher_of_logits_with_fewer_tokens_than_the_anchor_is_an_error(
+    tmp_path: Path, anchor: Path, padded: Path
+) -> None:
+    (error,) = errors(anchored(tmp_path, padded, padded, teacher=str(anchor)))
+    assert "vocab_size of its teacher is 259, the anchor's is 300" in error
+    assert errors(anchored(tmp_path, padded, padded, method="text", teacher=str(anchor))) == []
+    assert errors(anchored(tmp_path, anchor, anchor, teacher=str(padded))) == []  # padding is cut off
+
+
+def test_another_tokenizer_of_another_size_is_an_error(tmp_path: Path, anchor: Path, padded: Path) -> None:
+    def swap(data: dict[str, Any]) -> None:
+        vocabulary = data["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+    change_tokenizer(padded, swap)
+    assert any("another vocabulary" in error for error in errors(findings(tmp_path, anchor, padded)))
 
 
 @pytest.mark.parametrize("spelling", ["old", "new"])
@@ -73,6 +134,7 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 
         ({"max_position_embeddings": 128}, "at most 128 positions, the anchor on 512"),
         ({"rope_parameters": YARN}, "its rope scaling is {'rope_type': 'yarn', 'factor': 2.0"),
         ({"use_sliding_window": True, "sliding_window": 64}, "looks back 64 tokens only"),
+        ({DUAL_CHUNK: {ORIGINAL: 512}}, "reads beyond 512 tokens by dual-chunk attention alone"),
         ({"tie_word_embeddings": False}, "its head is separate, the anchor's tied to the embeddings"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
@@ -86,6 +148,14 @@ def test_what_costs_quality_is_a_warning(
     found = [finding for finding in findings(tmp_path, anchor, other) if "moved outside" not in finding.what]
     assert [finding.severity for finding in found] == ["warning"]
     assert words in found[0].what and found[0].why and found[0].fix
+
+
+def test_an_anchor_with_dual_chunks_has_the_positions_that_it_takes_without_them() -> None:
+    million = ["anchor.model=Qwen/Qwen2.5-14B-Instruct-1M"]
+    for length, wrong in ((262144, False), (262145, True)):
+        found = check(load_recipe(FIVE, [*million, f"serving.max_model_len={length}"]))
+        assert any("beyond the anchor's 262144 positions" in error for error in errors(found)) == wrong
+    assert any(f.where == "anchor" and "dual-chunk attention" in f.what and f.severity == "warning" for f in found)
 
 
 def test_an_anchor_with_a_sliding_window_is_a_warning(tmp_path: Path, anchor: Path, other: Path) -> None:
@@ -107,6 +177,10 @@ def test_another_activation_is_an_error(tmp_path: Path, anchor: Path, other: Pat
         ({"hidden_size": None}, "its config.json has no hidden_size"),
         ({"hidden_size": "64"}, "has no hidden_size, but '64'"),
         ({"num_attention_heads": 3}, "do not divide each other"),
+        ({"rms_norm_eps": "1e-6"}, "its config.json says '1e-6' for rms_norm_eps"),
+        ({"max_position_embeddings": "x"}, "its config.json says 'x' for max_position_embeddings"),
+        ({"rope_scaling": "yarn"}, "its config.json says 'yarn' for rope_scaling"),
+        ({"rope_scaling": {"type": "yarn", "factor": True}}, "its config.json says True for rope_scaling.factor"),
     ],
     ids=str,
 )
@@ -117,6 +191,13 @@ def test_a_config_that_is_none_of_ours(
     assert words in errors(findings(tmp_path, anchor, other))[0]
     (error,) = errors(findings(tmp_path, other, anchor))  # nothing can be compared with such an anchor
     assert error.startswith("anchor: ") and words in error
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "max_position_embeddings"])
+def test_a_null_where_a_number_is_needed(tmp_path: Path, anchor: Path, other: Path, key: str) -> None:
+    write_json(other / "config.json", {**read_json(other / "config.json"), key: None, "head_dim": None})
+    (error,) = errors(findings(tmp_path, anchor, other))
+    assert f"its config.json says None for {key}" in error
 
 
 def test_a_config_that_is_no_mapping(tmp_path: Path, anchor: Path, other: Path) -> None:

@@ -95,19 +95,42 @@ def test_a_tokenizer_without_its_json_is_read_from_vocab_and_merges(tmp_path: Pa
     assert finding.severity == "warning" and "no tokenizer.json to compare" in finding.what
 
 
-@pytest.mark.parametrize("text", ['{"model": ', '{"model": {}}', "[]"])
-def test_a_broken_tokenizer_is_an_error(tmp_path: Path, anchor: Path, other: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"model": ', "tokenizer.json cannot be read"),
+        ("", "tokenizer.json cannot be read"),
+        ("{}", "tokenizer.json cannot be used (it holds no tokens)"),
+        ('{"model": {}}', "tokenizer.json cannot be used (it holds no tokens)"),
+        ('{"model": {"vocab": 3}}', "tokenizer.json cannot be used (it holds no tokens)"),
+        ('{"model": {"vocab": ["a"]}}', "tokenizer.json cannot be used (it holds no tokens)"),
+        ("[]", "tokenizer.json cannot be used (it holds no tokens)"),
+    ],
+)
+def test_a_broken_tokenizer_is_an_error(tmp_path: Path, anchor: Path, other: Path, text: str, words: str) -> None:
     (other / "tokenizer.json").write_text(text)
     (error,) = errors(findings(tmp_path, anchor, other))
-    assert error.startswith("expert 'math': ") and "tokenizer.json cannot be read" in error
+    assert error.startswith("expert 'math': ") and words in error
+    (other / "tokenizer.json").unlink()
+    (other / "vocab.json").write_text("[]")
+    assert "vocab.json cannot be used (it holds no tokens)" in errors(findings(tmp_path, anchor, other))[0]
+
+
+@pytest.mark.parametrize("broken", ["anchor", "expert 'math'"])
+def test_a_template_that_is_no_text_is_an_error(tmp_path: Path, anchor: Path, other: Path, broken: str) -> None:
+    (other / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
+    found = findings(tmp_path, *((other, anchor) if broken == "anchor" else (anchor, other)))
+    told = [finding for finding in found if "chat_template.jinja cannot be read (it is no UTF-8 text)" in finding.what]
+    assert all(finding.severity == "error" for finding in told) and broken in [finding.where for finding in told]
 
 
 @pytest.mark.parametrize("broken", ["anchor", "expert 'math'"])
 def test_broken_tokenizer_settings_are_an_error(tmp_path: Path, anchor: Path, other: Path, broken: str) -> None:
     (other / "chat_template.jinja").unlink()
-    (other / "tokenizer_config.json").write_text("{")
-    found = findings(tmp_path, *((other, anchor) if broken == "anchor" else (anchor, other)))
-    assert broken in [finding.where for finding in found if "tokenizer_config.json cannot be read" in finding.what]
+    for text in ("{", "[]"):
+        (other / "tokenizer_config.json").write_text(text)
+        found = findings(tmp_path, *((other, anchor) if broken == "anchor" else (anchor, other)))
+        assert broken in [finding.where for finding in found if "tokenizer_config.json cannot be" in finding.what]
 
 
 def test_nothing_is_other_where_there_is_nothing_to_compare(anchor: Path) -> None:

@@ -9,14 +9,16 @@ import torch
 
 from fusion import drift
 from fusion.checkpoint import write_json
-from fusion.drift import Weights, moved_by_group, sampled
+from fusion.drift import Weights, by_group, moved_by_group, sampled
 from fusion.plan.findings import Finding
 from fusion.plan.preflight import check
 from fusion.recipe import Recipe
+from fusion.recipe_file import load_recipe
 from fusion.sources import ModelSource, load_model
 from tests.families import write_model
-from tests.fusion.planning import change_tensors, errors, findings
+from tests.fusion.planning import change_config, change_tensors, errors, findings
 from tests.fusion.test_adapter import write_adapter
+from tests.fusion.test_plan_configs import FIVE
 from tests.recipes import recipe_data
 
 
@@ -50,7 +52,8 @@ def test_an_expert_with_an_anchor_section_is_not_measured(
 
 def test_the_sample_is_of_the_size_of_the_whole(tmp_path: Path, anchor: Path, drifted_experts: dict[str, Path]) -> None:
     pair = ModelSource("anchor", anchor), ModelSource("math", drifted_experts["math"])
-    found, read = sampled(*pair)
+    rows, read = sampled(*pair)
+    found = by_group(rows)
     whole = moved_by_group(*pair)
     assert list(found) == ["attention", "norms", "embeddings"]
     for group, moved in found.items():
@@ -64,6 +67,40 @@ def test_the_sample_sees_each_part_that_training_moves(tmp_path: Path, anchor: P
     change_tensors(other, lambda name, tensor: tensor * 1.01 if part in name else tensor)
     (finding,) = findings(tmp_path, anchor, other)
     assert "has moved outside its MLPs" in finding.what
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_saving_in_another_dtype_has_rounded_is_no_drift(
+    tmp_path: Path, anchor: Path, other: Path, dtype: torch.dtype
+) -> None:
+    change_tensors(other, lambda name, tensor: tensor.to(dtype))
+    change_config(other, dtype=str(dtype).removeprefix("torch."))
+    assert not any("moved outside" in finding.what for finding in findings(tmp_path, anchor, other))
+    for pair in ((anchor, other), (other, anchor)):
+        sources = [ModelSource(str(number), folder) for number, folder in enumerate(pair)]
+        assert drift.outside(moved_by_group(*sources)) == drift.outside(by_group(sampled(*sources)[0])) == 0
+    change_tensors(other, lambda name, tensor: tensor * 1.02)
+    assert any("moved outside" in finding.what for finding in findings(tmp_path, anchor, other))
+
+
+@pytest.mark.parametrize("broken", ["anchor", "expert 'math'"])
+def test_values_that_are_not_finite_in_the_sample_are_an_error(
+    tmp_path: Path, anchor: Path, other: Path, broken: str
+) -> None:
+    change_tensors(other, lambda name, tensor: tensor * float("nan") if name == "model.norm.weight" else tensor)
+    (error,) = errors(findings(tmp_path, *((other, anchor) if broken == "anchor" else (anchor, other))))
+    assert error.startswith(f"{broken}: 64 values in tensor model.norm.weight are not finite")
+
+
+def test_an_expert_that_is_not_here_is_warned_of_as_drifted() -> None:
+    def told(*overrides: str) -> list[str]:
+        found = check(load_recipe(FIVE, overrides))
+        return [f"{f.severity} {f.where}" for f in found if "is a fine-tune of its own" in f.what]
+
+    without = ["experts.coding.anchor=null", "experts.coding.model=Qwen/Qwen2.5-Coder-7B-Instruct"]
+    assert told() == told("experts.coding.anchor=null", "experts.coding.model=qwen/Qwen2.5-7B-Instruct") == []
+    assert told(*without) == ["warning expert 'coding'"]
+    assert told(*without, "shared=mean") == told(*without, "heal={}") == ["note expert 'coding'"]
 
 
 @pytest.mark.parametrize(

@@ -62,11 +62,19 @@ def test_an_index_that_names_what_its_file_does_not_hold(tmp_path: Path, anchor:
     assert f"names tensor {name} that {last} does not hold" in error
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": {}}', '{"weight_map": {'])
-def test_an_index_that_says_nothing(tmp_path: Path, anchor: Path, sharded: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        *((text, "cannot be used (it has no 'weight_map' that") for text in ("{}", "[]", '{"weight_map": {}}')),
+        *((text, "cannot be used (it has no 'weight_map' that") for text in ('{"weight_map": ["a"]}', "[1]")),
+        ('{"weight_map": {"a": 1}}', "cannot be used (it has no 'weight_map' that"),
+        ('{"weight_map": {', "cannot be read"),
+    ],
+)
+def test_an_index_that_says_nothing(tmp_path: Path, anchor: Path, sharded: Path, content: str, words: str) -> None:
     (sharded / INDEX).write_text(content)
     (error,) = errors(findings(tmp_path, anchor, sharded))
-    assert f"{INDEX} cannot be used" in error
+    assert f"{INDEX} {words}" in error
 
 
 def test_truncated_files_are_all_told(tmp_path: Path, anchor: Path, sharded: Path) -> None:
@@ -166,6 +174,11 @@ def test_remote_code_is_refused_and_the_command_saves_the_model_without(
     saved = run_fix(error)
     assert findings(tmp_path, anchor, saved) == []
     assert "auto_map" not in Checkpoint(saved).config
+
+
+def test_remote_code_that_is_listed_is_refused_as_well(tmp_path: Path, anchor: Path, other: Path) -> None:
+    change_config(other, auto_map=["modeling_evil.Model"])
+    assert "needs code of its own" in errors(findings(tmp_path, anchor, other))[0]
 
 
 def test_a_folder_without_weights(tmp_path: Path, anchor: Path, other: Path) -> None:

@@ -22,6 +22,7 @@ def test_what_is_recorded_is_complete_and_usable() -> None:
         if facts.config:
             assert usable(Described(name, facts.config, None)) == [], name
             assert facts.config["max_position_embeddings"] and facts.config["rope_theta"], name
+        assert facts.license, name
         assert bool(facts.instead) == bool(facts.because)
         assert facts.instead is None or facts.instead in known_models()
 

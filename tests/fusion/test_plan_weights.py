@@ -72,7 +72,10 @@ def test_values_that_are_not_finite_are_errors(
     (finding,) = result["findings"]
     assert finding["severity"] == "error"
     assert finding["where"] == ("expert 'math'" if broken == "math" else "anchor")
-    assert finding["what"] == "1 values in 1 tensors are not finite (model.layers.1.mlp.up_proj.weight, ...)"
+    assert finding["what"] == "1 value in tensor model.layers.1.mlp.up_proj.weight is not finite"
+    whose = "it" if broken == "math" else "the anchor"
+    row = result["experts"]["math"]
+    assert row["drift"] == "not finite" and row["verdict"].startswith(f"{whose} holds values that are not finite")
     assert "not finite" in (tmp_path / "out" / "drift.md").read_text(encoding="utf-8")
     assert result["experts"]["math"]["groups"]["attention"] == {"distance": 0.0, "cosine": 1.0}
 

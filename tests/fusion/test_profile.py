@@ -26,8 +26,21 @@ def test_an_unknown_name_is_one_sentence_with_those_there_are(tmp_path: Path, mo
     with pytest.raises(UserError, match="no hardware profile is called 'a100': there are 24gb, 4x4090d, cpu, h200"):
         load_profile("a100", CONFIGS)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fusion.plan.profile.SHIPPED", tmp_path / "not installed")
     with pytest.raises(UserError, match="hardware has none"):
         load_profile("a100", tmp_path)
+
+
+def test_shipped_profiles_are_found_from_anywhere_after_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_profile("cpu", tmp_path).name == "desktop CPU"
+    text = (CONFIGS / "hardware" / "cpu.yaml").read_text(encoding="utf-8")
+    for folder, name in ((Path("configs/hardware"), "below"), (Path("mine/hardware"), "beside")):
+        folder.mkdir(parents=True)
+        (folder / "cpu.yaml").write_text(text.replace("desktop CPU", name), encoding="utf-8")
+        assert load_profile("cpu", tmp_path / "mine").name == name
 
 
 def test_a_broken_profile_names_its_line(tmp_path: Path) -> None:
@@ -38,6 +51,23 @@ def test_a_broken_profile_names_its_line(tmp_path: Path) -> None:
 
 def test_large_cards_take_larger_steps() -> None:
     h200 = load_profile("h200", CONFIGS)
-    assert h200.batch == (8192, 1024)
-    assert load_profile("24gb", CONFIGS).batch == (2048, 256)
-    assert h200.model_copy(update={"memory_gib": 180.0}).batch == (16384, 1024)
+    assert h200.batch(1, 32768) == (8192, 1024)
+    assert load_profile("24gb", CONFIGS).batch(1, 32768) == (2048, 256)
+    assert h200.model_copy(update={"memory_gib": 180.0}).batch(1, 32768) == (16384, 1024)
+    assert h200.model_copy(update={"name": "A100 80 GB"}).batch(1, 32768) == (2048, 256)
+
+
+@pytest.mark.parametrize(
+    ("ways", "length", "batch"),
+    [
+        (1, 256, (2048, 128)),
+        (2, 256, (4096, 256)),
+        (1, 3000, (3000, 128)),  # a prompt is not cut
+        (2, 3000, (4096, 256)),
+        (1, 8, (1024, 128)),  # no more than its sequences hold
+    ],
+)
+def test_on_a_cpu_the_step_grows_with_the_ways_and_takes_a_whole_prompt(
+    ways: int, length: int, batch: tuple[int, int]
+) -> None:
+    assert load_profile("cpu", CONFIGS).batch(ways, length) == batch
