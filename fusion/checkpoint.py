@@ -9,14 +9,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fusion.errors import UserError
 from fusion.progress import console
@@ -236,37 +235,6 @@ def put_back(target: Path) -> None:
 
 def _moved_away(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
-
-
-def write_shards(
-    folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = 2 * 2**30
-) -> dict[str, str]:
-    """Writes one group of tensors as `stem.safetensors`, or as `stem.00001.safetensors`, ... of at most `shard_bytes`.
-
-    Holds one shard in memory. Returns {tensor name: file name}.
-    """
-    files: list[list[str]] = []
-    buffer: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        path = folder / f"{stem}.{len(files) + 1:05d}.safetensors"
-        save_file(buffer, path, metadata={"format": "pt"})
-        files.append(list(buffer))
-        buffer.clear()
-
-    held = 0
-    for name, tensor in tensors:
-        if buffer and held + tensor.nbytes > shard_bytes:
-            flush()
-            held = 0
-        buffer[name] = tensor.contiguous()
-        held += tensor.nbytes
-    if buffer:
-        flush()
-    if len(files) == 1:
-        (folder / f"{stem}.00001.safetensors").rename(folder / f"{stem}.safetensors")
-        return dict.fromkeys(files[0], f"{stem}.safetensors")
-    return {name: f"{stem}.{i + 1:05d}.safetensors" for i, names in enumerate(files) for name in names}
 
 
 def file_hash(path: Path, algorithm: str = "sha256") -> str:

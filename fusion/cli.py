@@ -56,7 +56,10 @@ def _print_json(value: object, target: str) -> None:
     else:
         from fusion.checkpoint import write_text
 
-        write_text(Path(target), text + "\n")
+        path = Path(target)
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise UserError(f"--json {target}: no such place for a file: name one in a folder that is there, or -")
+        write_text(path, text + "\n")
 
 
 def _begin_workers(recipe: Recipe) -> None:
@@ -127,8 +130,13 @@ def plan(
 
     profile = load_profile(hardware, recipe.parent) if hardware else None
     from fusion import road
+    from fusion.progress import console
 
-    road.plan(loaded, profile, weights, lambda result: _print_json(result, json_) if json_ else None)
+    console.stderr = json_ == "-"  # the plan is what the command is for
+    try:
+        road.plan(loaded, profile, weights, lambda result: _print_json(result, json_) if json_ else None)
+    finally:
+        console.stderr = True
 
 
 @app.command()

@@ -77,6 +77,8 @@ def remove_expert(recipe: Recipe, name: str) -> None:
         from gate_training.trainer import measured
 
         run_step(road.gates_step(smaller, measured), recipe.folder, force=True)
+        said = f"tokens of '{name}' go where the rows that stay send them: `train-gates` fits these to the fallback"
+        console.print(said, highlight=False, soft_wrap=True)
 
 
 def _take_healing_back(recipe: Recipe) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint, file_hash, link_file, read_json, staged_folder, write_json
 from fusion.layers import Gates
 from fusion.merge import GATES_FILE, MANIFEST, checkpoint_dtype, write_gates, write_papers
 from fusion.recipe import Recipe
+from fusion.shards import entries_of, write_shard
 
 
 def is_healed(folder: Path) -> bool:
@@ -45,7 +45,7 @@ def write_healed(
         for shard in sorted(shards):
             names = [name for name, file in checkpoint.weight_map.items() if file == shard]
             whole = {name: tensors[name] if name in tensors else checkpoint.tensor(name) for name in names}
-            save_file(whole, aside / shard, metadata={"format": "pt"})
+            write_shard(aside / shard, entries_of(whole.items()))
         dtype = getattr(torch, checkpoint_dtype(folder))
         write_gates(aside, {gate_tensor(layer): gate for layer, gate in gates.items()}, dtype)
         manifest = read_json(folder / MANIFEST)

@@ -50,7 +50,6 @@ from fusion.checkpoint import (
     resolve_model,
     weight_stamps,
     write_json,
-    write_shards,
     write_text,
 )
 from fusion.errors import UserError
@@ -62,7 +61,7 @@ from fusion.reader import Reader, reference_of
 from fusion.recipe import Recipe
 from fusion.registry_weights import ORIGIN
 from fusion.resumable import Journal, resumable_folder
-from fusion.shards import Entry, laid_out, write_shard
+from fusion.shards import Entry, laid_out, write_shard, write_shards
 from fusion.sources import (
     SHARED_NOTE,
     ModelSource,
@@ -74,7 +73,7 @@ from fusion.sources import (
 from fusion.steps import lock, taken
 
 GATES_FILE = "gates.safetensors"
-ROOM = 64 * 2**20  # bytes for gates, tokenizer and papers beside the shards
+ROOM = 32 * 2**20  # bytes for gates, tokenizer and papers beside the shards
 LENGTH_LIMITS = ("max_new_tokens", "max_length")
 CONFIGS = ("config.json", "adapter_config.json")
 PAPERS = ("README.md", "recipe.yaml")  # about the checkpoint, not part of it

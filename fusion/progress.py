@@ -28,6 +28,11 @@ def quiet() -> bool:
     return os.environ.get("QWEN_FUSION_QUIET", "") not in ("", "0")
 
 
+def size(count: float) -> str:
+    """Bytes in words: GB, below that MB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def quiet_libraries() -> None:
     """Silences transformers' bars, and what it and torch say of an empty shared expert, which is meant."""
     from transformers.utils import logging

@@ -16,6 +16,7 @@ from typing import Any
 
 from fusion.checkpoint import file_hash, put_back, put_in_place, read_json, write_json
 from fusion.errors import UserError
+from fusion.progress import size
 
 JOURNAL = ".journal.json"
 
@@ -51,7 +52,7 @@ class Journal:
         left, free = wanted - self.finished_bytes(), shutil.disk_usage(self._folder).free
         if left > free:
             raise UserError(
-                f"{self._folder.parent} has {free / 1e9:.2f} GB free and {left / 1e9:.2f} GB are to be written there: "
+                f"{self._folder.parent} has {size(free)} free and {size(left)} are to be written there: "
                 "make room, or set 'output' to a folder on another disk"
             )
 

@@ -28,7 +28,7 @@ from fusion.plan.preflight import check
 from fusion.plan.profile import HardwareProfile
 from fusion.plan.survey import survey
 from fusion.plan.table import print_findings, print_plan
-from fusion.progress import console, quiet_libraries
+from fusion.progress import console, quiet_libraries, size
 from fusion.recipe import (
     AnchoringSettings,
     BranchSettings,
@@ -390,12 +390,16 @@ def merge_step(recipe: Recipe, reuse: "Reuse | None" = None) -> Step:
     sources = [base_source(recipe), *expert_sources(recipe), shared_expert_source(recipe)]
     folders = [path for source in sources if source for path in source.paths]
 
-    def action() -> None:
+    def action() -> str:
         from fusion.merge import merge as merge_models
 
         merge_models(recipe, out, reuse)
         shutil.rmtree(unhealed_folder(recipe), ignore_errors=True)
         forget(recipe.folder, LATER[1:])  # the gates are random again
+        stats = [path.stat() for path in out.glob("*.safetensors")]
+        linked = sum(stat.st_nlink > 1 for stat in stats) if reuse else 0
+        kept = f", {linked} of them the files of before" if linked else ""
+        return f"{len(stats)} shards, {size(sum(stat.st_size for stat in stats))} in {out}{kept}"
 
     named = [expert.model_dump(mode="json", exclude={"branch", "anchor"}) for expert in recipe.experts]
     sections = [recipe.shared, recipe.routing, recipe.merging]

@@ -11,9 +11,10 @@ thread and written in another.
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,38 @@ def laid_out(stem: str, entries: list[Entry], shard_bytes: int) -> dict[str, lis
     return {f"{stem}.{number:05d}.safetensors": shard for number, shard in enumerate(shards, start=1)}
 
 
+def entries_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Entry]:
+    """Tensors that are in memory, as what is to be written."""
+    return [Entry(n, t.dtype, tuple(t.shape), partial(_whole, t)) for n, t in tensors]
+
+
+def write_shards(
+    folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = 2 * 2**30
+) -> dict[str, str]:
+    """Writes a group of tensors that become known one by one; holds one shard in memory.
+
+    Returns {tensor name: file name}, files as in `laid_out`.
+    """
+    files: list[list[str]] = []
+    held: list[tuple[str, torch.Tensor]] = []
+
+    def flush() -> None:
+        write_shard(folder / f"{stem}.{len(files) + 1:05d}.safetensors", entries_of(held))
+        files.append([name for name, _ in held])
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(other.nbytes for _, other in held) + tensor.nbytes > shard_bytes:
+            flush()
+        held.append((name, tensor))
+    if held:
+        flush()
+    if len(files) == 1:
+        (folder / f"{stem}.00001.safetensors").rename(folder / f"{stem}.safetensors")
+        return dict.fromkeys(files[0], f"{stem}.safetensors")
+    return {name: f"{stem}.{i + 1:05d}.safetensors" for i, names in enumerate(files) for name in names}
+
+
 def write_shard(path: Path, entries: list[Entry], advance: Callable[[int], Any] = lambda count: None) -> str:
     """Writes one shard through to the disk and returns its SHA-256; `advance` hears of every piece's bytes."""
     digest = hashlib.sha256()
@@ -89,3 +122,7 @@ def write_shard(path: Path, entries: list[Entry], advance: Callable[[int], Any] 
 def _write(file: Any, piece: memoryview) -> None:
     while piece:
         piece = piece[file.write(piece) :]
+
+
+def _whole(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield tensor.detach().cpu().contiguous().flatten()

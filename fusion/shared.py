@@ -20,7 +20,7 @@ from mergekit.merge_methods.api import merge_tensors
 from mergekit.merge_methods.karcher import karcher_merge_tensors
 
 from fusion.architecture import is_mlp, layer_of, part_of, rope_theta, sparse_layers
-from fusion.checkpoint import Checkpoint, staged_folder, write_json, write_shards
+from fusion.checkpoint import Checkpoint, staged_folder, write_json
 from fusion.data import choosing_rows, train_rows
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.evaluation.answer_loss import answer_losses
@@ -31,6 +31,7 @@ from fusion.merge import checkpoint_dtype, copy_tokenizer, write_generation_conf
 from fusion.progress import track
 from fusion.reader import Reader
 from fusion.recipe import Recipe, SharedMethod
+from fusion.shards import write_shards
 from fusion.sources import SHARED_NOTE, anchor_source, expert_sources
 
 CANDIDATES: tuple[SharedMethod, ...] = get_args(SharedMethod)  # of equals the first is taken

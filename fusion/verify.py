@@ -10,6 +10,7 @@ device, which reads no weights and still tells what is missing or unexpected.
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -52,13 +53,31 @@ class Verified:
             f"{self.files} files, {self.bytes / 1e9:.2f} GB: hashes, index, transformers' keys and shapes are right, "
             f"every number is finite; equal to their sources bit for bit: {', '.join(self.equal) or 'none'}"
         )
-        return said + "".join(f"; not compared: {name} ({why})" for name, why in self.not_compared.items())
+        by_reason: dict[str, list[str]] = {}
+        for name, why in self.not_compared.items():
+            by_reason.setdefault(why, []).append(name)
+        return said + "".join(f"; NOT compared: {', '.join(names)} ({why})" for why, names in by_reason.items())
 
 
 def verify(folder: Path) -> Verified:
     """Checks a fused checkpoint; what is wrong with it is in the result. Raises UserError where the folder is none."""
+    folder = folder.resolve()
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} has no {MANIFEST}: name the folder of a fused checkpoint, as `merge` leaves it")
+        what = f"has no {MANIFEST}" if folder.is_dir() else "is no folder"
+        raise UserError(f"{folder} {what}: name the folder of a fused checkpoint, as `merge` leaves it")
+    with chdir(_merged_from(folder)):
+        return _verified(folder)
+
+
+def _merged_from(folder: Path) -> Path:
+    """Where the paths of the checkpoint's recipe count from: what its output lies in, or where we are."""
+    output = load_recipe(folder / "recipe.yaml").fused
+    if output.is_absolute() or folder.parts[-len(output.parts) :] != output.parts:
+        return Path.cwd()
+    return folder.parents[len(output.parts) - 1]
+
+
+def _verified(folder: Path) -> Verified:
     manifest, found = read_json(folder / MANIFEST), Verified()
     if not isinstance(manifest, dict) or not manifest.keys() >= {"sha256", "gates", "experts", "routing"}:
         raise UserError(f"{folder / MANIFEST} is not what `merge` writes: merge again, or copy the folder again")

@@ -36,6 +36,7 @@ def survey(
         return findings, data
     layout = serving_layout(recipe.serving)
     dtype = served_dtype(recipe.serving, config["dtype"], profile.native_bfloat16)
+    data["max_model_len"] = recipe.serving.max_model_len
     data["served_format"] = recipe.serving.quantization or dtype
     data["card_weights"] = [
         {

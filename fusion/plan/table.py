@@ -21,6 +21,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     said = ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in counts.items() if count)
     console.print(f"[bold]plan[/bold] of {plan['recipe']}: {said or 'nothing found amiss'}", highlight=False)
     print_findings([Finding(**row) for row in plan["findings"]])
+    if "capacity" in plan:
+        console.print(f"  [bold]{_verdict(plan)}[/bold]", highlight=False, soft_wrap=True)
     if "budget" in plan:
         _print_budget(plan)
     if "capacity" in plan:
@@ -29,9 +31,28 @@ def print_plan(plan: dict[str, Any]) -> None:
         _print_estimate(plan["estimate"])
 
 
+def _verdict(plan: dict[str, Any]) -> str:
+    """Whether the machine serves what the recipe asks for, in a sentence."""
+    length, wanted = plan["max_model_len"], plan["served_format"]
+    row = next((row for row in plan["capacity"] if row["weight_format"] == wanted), None)
+    if any(finding["severity"] == "error" for finding in plan["findings"]) or row is None:
+        return f"{plan['hardware']['name']} does not serve this as the recipe says it: the errors say what would"
+    sequences = row["kv_tokens"] // length
+    many = f"the KV cache of {sequences} whole ones" if sequences > 1 else "the KV cache of one whole one"
+    return f"{plan['hardware']['name']} serves it in {wanted}, requests of up to {length:,} tokens, with {many} at once"
+
+
 def print_findings(findings: list[Finding]) -> None:
-    """Prints findings, a line each."""
+    """Prints findings, a line each; notes that say the same of several models share one."""
+    notes: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
+        if finding.severity == "note":
+            notes.setdefault((finding.why or finding.what, finding.fix), []).append(finding)
+    said = [finding for finding in findings if finding.severity != "note"]
+    for (why, fix), alike in notes.items():
+        where, what = (", ".join(dict.fromkeys(each)) for each in zip(*((n.where, n.what) for n in alike), strict=True))
+        said.append(Finding("note", where, what, why if why != what else "", fix))
+    for finding in said:
         kind = f"[{COLOURS[finding.severity]}]{finding.severity}[/]"
         console.print(f"  {kind}: ", end="", highlight=False)
         console.print(finding.sentence(), markup=False, highlight=False, soft_wrap=True)
@@ -63,13 +84,14 @@ def _print_capacity(plan: dict[str, Any]) -> None:
     served = f"the recipe serves {plan['served_format']}"
     table = _table(f"{title}, {served}: GB on the fullest card; reserves are estimates, not measured")
     numbers = ["weights", "activations", "graphs", "libraries", "KV cache", "KV tokens"]
-    _columns(table, ["weights in"], [*numbers, f"of {engines} engines"] if engines > 1 else numbers)
+    _columns(table, ["weights in"], numbers)
     for row in rows:
         parts = [_number(row[key]) for key in ("weights", "activations", "graphs", "other", "kv_bytes")]
-        tokens = [f"{row['kv_tokens']:,}"] + ([f"{row['kv_tokens_in_all']:,}"] if engines > 1 else [])
-        table.add_row(row["weight_format"], *parts, *tokens)
+        table.add_row(row["weight_format"], *parts, f"{row['kv_tokens']:,}")
     console.print(table)
-    table = _table("Sequences that one engine keeps at once, by max_model_len (~ with YaRN, - vLLM does not start)")
+    if engines > 1:
+        _line(f"{engines} such engines find room side by side, and keep {engines} times as many tokens")
+    table = _table("Sequences whose KV cache one engine holds, by max_model_len (~ with YaRN, - vLLM does not start)")
     lengths = [f"{'~' if length['yarn'] else ''}{length['max_model_len']:,}" for length in rows[0]["lengths"]]
     _columns(table, ["weights in"], lengths)
     for row in rows:
@@ -85,17 +107,17 @@ def _print_capacity(plan: dict[str, Any]) -> None:
 
 
 def _print_alternatives(rows: list[dict[str, Any]]) -> None:
-    table = _table("The same experts without a merge: GB in all and on the fullest card, KV tokens of one engine")
+    table = _table("Without a merge: GB in all and on the fullest card, KV tokens of one engine, whether it starts")
     _columns(table, ["served by", "weights in"], ["GB", "a card", "KV tokens"])
-    table.add_column("starts")
+    table.add_column("starts", no_wrap=True)
     for row in rows:
         engine, count = row["engine"], row["engines"]
         cells = (_number(row["weights"]), _number(row["weights_per_card"]), f"{engine['kv_tokens']:,}")
         name = f"{count} engine{'s' if count > 1 else ''}, {row['how']}"
         starts = "yes" if row["fits"] else "no"
-        table.add_row(name, engine["weight_format"], *cells, starts if row["possible"] else "not so")
+        table.add_row(name, engine["weight_format"], *cells, starts + ("" if row["possible"] else " *"))
     console.print(table)
-    for why in dict.fromkeys(f"not so as {row['name']}: {row['why']}" for row in rows if not row["possible"]):
+    for why in dict.fromkeys(f"* these experts cannot be {row['name']}: {row['why']}" for row in rows if row["why"]):
         _line(why)
 
 

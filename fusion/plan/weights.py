@@ -62,8 +62,10 @@ def measure(recipe: Recipe, out: Path) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     """The figures as Markdown: a row an expert, then what they mean."""
     groups = [group for group in GROUPS if any(group in row["groups"] for row in _measured(result).values())]
-    lines = ["How far each expert has moved from the anchor, ||W - W0|| / ||W0|| (cosine):", ""]
-    lines += ["| expert | " + " | ".join(groups) + " | layers, attention |", "| --- " * (len(groups) + 2) + "|"]
+    lines = []
+    if groups:
+        lines += ["How far each expert has moved from the anchor, ||W - W0|| / ||W0|| (cosine):", ""]
+        lines += ["| expert | " + " | ".join(groups) + " | layers, attention |", "| --- " * (len(groups) + 2) + "|"]
     for name, row in _measured(result).items():
         cells = [f"{row['groups'][g]['distance']:.4f} ({row['groups'][g]['cosine']:.4f})" for g in groups]
         across = [layer["attention"]["distance"] for layer in row["layers"] if "attention" in layer]

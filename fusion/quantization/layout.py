@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from fusion.architecture import shared_expert_tensor
-from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json, write_json, write_shards
+from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json, write_json
 from fusion.headers import tensor_places, write_index
 from fusion.merge import GATES_FILE, MANIFEST, TOKENIZER_FILES
 from fusion.quantization.needs import SHARD_BYTES
+from fusion.shards import write_shards
 
 FROM_A_WEIGHT = re.compile(r"\.weight_(?:packed|scale|shape)$")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -14,7 +14,7 @@ from fusion.architecture import layer_of
 from fusion.errors import UserError
 from fusion.hardware import compute_dtype
 from fusion.headers import TensorPlace, tensor_places
-from fusion.progress import console
+from fusion.progress import console, size
 
 GROUP_SIZES = (128, 64, 32)  # weights that share a scale in 4 bits, and for which vLLM has kernels
 SHARD_BYTES = 2 * 2**30  # of the result's files
@@ -96,7 +96,7 @@ def check_room(need: Need, out: Path) -> int:
     wanted, left = need.disk + 2 * max(0, need.model - in_memory), shutil.disk_usage(place).free
     if left < wanted:
         raise UserError(
-            f"{place} has {left / 1e9:.1f} GB free and {wanted / 1e9:.1f} GB are needed, for the result in two forms "
+            f"{place} has {size(left)} free and {size(wanted)} are needed, for the result in two forms "
             "and what does not fit into memory: make room, or name another place with --out"
         )
     return in_memory
@@ -116,11 +116,11 @@ def group_size_of(config: dict[str, Any]) -> int:
     widths = {name: config[name] for name in ("hidden_size", "moe_intermediate_size")}
     if config["mlp_only_layers"]:
         widths["intermediate_size"] = config["intermediate_size"]
-    for size in GROUP_SIZES:
-        if not any(width % size for width in widths.values()):
-            if size != GROUP_SIZES[0]:
-                console.print(f"  groups of {size} weights: {GROUP_SIZES[0]} do not divide the model's widths")
-            return size
+    for group in GROUP_SIZES:
+        if not any(width % group for width in widths.values()):
+            if group != GROUP_SIZES[0]:
+                console.print(f"  groups of {group} weights: {GROUP_SIZES[0]} do not divide the model's widths")
+            return group
     smallest = GROUP_SIZES[-1]
     name, width = next((name, width) for name, width in widths.items() if width % smallest)
     raise UserError(f"{name} {width} is no multiple of {smallest}, the smallest group of w4a16: use --scheme fp8")

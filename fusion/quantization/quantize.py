@@ -44,7 +44,9 @@ def quantize(checkpoint: Path, scheme: str, recipe: Path | None = None, out: Pat
     """
     quiet_libraries()
     began = time.monotonic()
-    out = out or checkpoint.with_name(f"{checkpoint.resolve().name}-{scheme}")
+    if out is None:
+        whole = checkpoint.resolve()
+        out = whole.with_name(f"{whole.name}-{scheme}")
     config = check(checkpoint, scheme, out)
     loaded = load_recipe(recipe or checkpoint / "recipe.yaml")
     _check_experts(loaded, checkpoint)

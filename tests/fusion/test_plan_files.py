@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fusion.checkpoint import INDEX, Checkpoint, read_json, write_json, write_shards
+from fusion.checkpoint import INDEX, Checkpoint, read_json, write_json
 from fusion.headers import write_index
+from fusion.shards import write_shards
 from tests.families import write_model
 from tests.fusion.planning import change_config, change_tensors, errors, findings
 

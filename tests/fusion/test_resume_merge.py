@@ -164,7 +164,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(recipe: Recipe, small_disk: Path) -> None:
-    with pytest.raises(UserError, match=r"has 0\.01 GB free and 0\.\d+ GB are to be written there"):
+    with pytest.raises(UserError, match=r"has 8\.4 MB free and \d+\.\d MB are to be written there"):
         merge(recipe, small_disk / "fused")
     assert not list(small_disk.iterdir())
 
