@@ -53,7 +53,7 @@ from fusion.checkpoint import (
     write_text,
 )
 from fusion.errors import UserError
-from fusion.headers import all_finite, read_header, write_index
+from fusion.headers import all_finite, read_header, same_bits, write_index
 from fusion.layers import Gates
 from fusion.model_card import model_card
 from fusion.progress import bytes_bar
@@ -259,7 +259,7 @@ class _Compared:
                     self._differs_at[expert] = name
         for piece in _finite(self._anchor, name, dtype):
             for expert, pieces in list(theirs.items()):
-                if not torch.equal(next(pieces), piece):
+                if not same_bits(next(pieces), piece):
                     self._differs_at[expert] = name
                     del theirs[expert]
             yield piece

@@ -22,7 +22,7 @@ import torch
 from fusion.architecture import expert_of_tensor, is_mlp, lacking_biases
 from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json, resolve_model
 from fusion.errors import UserError
-from fusion.headers import TensorPlace, all_finite, read_header
+from fusion.headers import TensorPlace, all_finite, read_header, same_bits
 from fusion.merge import GATES_FILE, MANIFEST
 from fusion.progress import bytes_bar, quiet_libraries
 from fusion.reader import PIECE, Reader
@@ -205,7 +205,7 @@ class _Checks:
             if finite and not all_finite(piece):
                 finite = False
                 self.found.problems.append(f"{name}: holds NaN or infinity")
-            if theirs is not None and not _same(next(theirs), piece):
+            if theirs is not None and not same_bits(next(theirs), piece):
                 self.differing[owner], theirs = name, None
 
         return check
@@ -219,11 +219,6 @@ class _Checks:
         if ".mlp.shared_expert." in name:
             return "shared-expert", name.replace(".mlp.shared_expert.", ".mlp.")
         return ("" if is_mlp(name) and name.endswith("gate.weight") else "shared"), name
-
-
-def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Bit for bit: also where both are NaN, or zeros of different sign."""
-    return torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
 def _read(path: Path, places: dict[str, TensorPlace], checks: _Checks, advance: Callable[[int], Any]) -> str:
