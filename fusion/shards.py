@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from fusion.headers import encode_header
 
 IN_FLIGHT = 4  # pieces that are read and not yet written
+FLUSHED = 2**28  # bytes after which the disk is told to begin, so that the last wait for it is short
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,25 @@ def write_shard(path: Path, entries: list[Entry], advance: Callable[[int], Any] 
     """Writes one shard through to the disk and returns its SHA-256; `advance` hears of every piece's bytes."""
     digest = hashlib.sha256()
     header = encode_header({entry.name: (entry.dtype, entry.shape) for entry in entries})
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as writing:
+    with (
+        path.open("wb", buffering=0) as file,
+        ThreadPoolExecutor(1) as hashing,
+        ThreadPoolExecutor(1) as writing,
+        ThreadPoolExecutor(1) as flushing,
+        _one_thread(),
+    ):
         running: deque[tuple[Future[Any], ...]] = deque()
+        unflushed = 0
 
         def pass_on(piece: memoryview) -> None:
+            nonlocal unflushed
             running.append((hashing.submit(digest.update, piece), writing.submit(_write, file, piece)))
+            unflushed += piece.nbytes
             while len(running) > IN_FLIGHT:
                 wait()
+            if unflushed >= FLUSHED:
+                flushing.submit(os.fdatasync, file.fileno())
+                unflushed = 0
 
         def wait() -> None:
             for future in running.popleft():
@@ -117,6 +131,17 @@ def write_shard(path: Path, entries: list[Entry], advance: Callable[[int], Any] 
                     future.cancel()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for torch, whose waiting ones would take the cores from those that hash and write."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write(file: Any, piece: memoryview) -> None:
