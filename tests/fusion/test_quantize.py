@@ -140,7 +140,7 @@ def test_too_little_memory_or_disk_is_said_before_any_work(tmp_path: Path) -> No
     assert check_room(fits, tmp_path / "new" / "out") > 5
     with pytest.raises(UserError, match=r"1000000\.0 GB of memory are needed .* use a machine with more"):
         check_room(replace(fits, memory=10**15), tmp_path)
-    with pytest.raises(UserError, match=r"1000000\.0 GB are needed.*name another place with --out"):
+    with pytest.raises(UserError, match=r"1000000\.00 GB are needed.*name another place with --out"):
         check_room(replace(fits, disk=10**15), tmp_path)
 
 
