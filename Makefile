@@ -11,10 +11,12 @@ GPU     := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 # a CPU build of torch: from a folder of wheels where PIP_FIND_LINKS names one, otherwise from PyTorch's own index
 LINKS   := $(foreach place,$(PIP_FIND_LINKS),--find-links "$(place)")
 WHEELS  := $(if $(LINKS),$(LINKS),--torch-backend cpu)
+# where Python is told to keep no bytecode, every command would compile torch and transformers anew: 8 seconds each
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
 ifeq ($(GPU),yes)
-INSTALL := $(UV) pip install -q --python $(BIN)/python -c constraints.txt $(LINKS) --torch-backend auto -e ".[gpu,registry-weights,dev]"
+INSTALL := $(UV) pip install -q $(COMPILE) --python $(BIN)/python -c constraints.txt $(LINKS) --torch-backend auto -e ".[gpu,registry-weights,dev]"
 else
-INSTALL := $(UV) pip install -q --python $(BIN)/python -c constraints.txt --override constraints.cpu-overrides.txt $(WHEELS) \
+INSTALL := $(UV) pip install -q $(COMPILE) --python $(BIN)/python -c constraints.txt --override constraints.cpu-overrides.txt $(WHEELS) \
            -e ".[cpu,registry-weights,dev]"
 endif
 
