@@ -51,6 +51,7 @@ from fusion.checkpoint import (
     weight_stamps,
     write_json,
     write_text,
+    written_aside,
 )
 from fusion.errors import UserError
 from fusion.headers import all_finite, read_header, same_bits, write_index
@@ -61,7 +62,7 @@ from fusion.reader import Reader, reference_of
 from fusion.recipe import Recipe
 from fusion.registry_weights import ORIGIN
 from fusion.resumable import Journal, resumable_folder
-from fusion.shards import Entry, laid_out, write_shard, write_shards
+from fusion.shards import Entry, entries_of, laid_out, write_shard
 from fusion.sources import (
     SHARED_NOTE,
     ModelSource,
@@ -303,7 +304,7 @@ def checkpoint_dtype(folder: Path) -> str:
 
 
 def write_gates(folder: Path, gates: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, str]:
-    """Writes the gate shard (aside, then renamed) and returns its part of the index.
+    """Writes the gate shard aside, renames it, and returns its part of the index.
 
     `gates`: {gate_tensor(layer): `(experts, hidden)`}. The shared-expert gates that Qwen2MoE also wants are zeros: a
     shared expert then counts half, sigmoid(0), until it is trained.
@@ -313,8 +314,8 @@ def write_gates(folder: Path, gates: dict[str, torch.Tensor], dtype: torch.dtype
         layer = layer_of(name)
         assert layer is not None
         tensors[shared_gate_tensor(layer)] = torch.zeros(1, weight.shape[1], dtype=dtype)
-    write_shards(folder, ".gates.partial", tensors.items())
-    (folder / ".gates.partial.safetensors").replace(folder / GATES_FILE)
+    with written_aside(folder / GATES_FILE) as aside:
+        write_shard(aside, entries_of(tensors.items()))
     return dict.fromkeys(tensors, GATES_FILE)
 
 

@@ -50,28 +50,17 @@ class _Rate(ProgressColumn):
 
 def progress_bar() -> Progress:
     """A rich progress display on standard error: bar, count, rate, time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=quiet(),
-    )
+    return _bar(MofNCompleteColumn(), _Rate())
 
 
 def bytes_bar() -> Progress:
     """The same of bytes, for what moves files: totals and advances are bytes, the rate is bytes a second."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=quiet(),
-    )
+    return _bar(DownloadColumn(), TransferSpeedColumn())
+
+
+def _bar(*count_and_rate: ProgressColumn) -> Progress:
+    what = (TextColumn("{task.description}"), BarColumn())
+    return Progress(*what, *count_and_rate, TimeRemainingColumn(), console=console, disable=quiet())
 
 
 def track(items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> Iterator[T]:

@@ -101,6 +101,7 @@ def write_shard(path: Path, entries: list[Entry], advance: Callable[[int], Any] 
         _one_thread(),
     ):
         running: deque[tuple[Future[Any], ...]] = deque()
+        flushes: list[Future[None]] = []
         unflushed = 0
 
         def pass_on(piece: memoryview) -> None:
@@ -110,7 +111,7 @@ def write_shard(path: Path, entries: list[Entry], advance: Callable[[int], Any] 
             while len(running) > IN_FLIGHT:
                 wait()
             if unflushed >= FLUSHED:
-                flushing.submit(os.fdatasync, file.fileno())
+                flushes.append(flushing.submit(os.fdatasync, file.fileno()))
                 unflushed = 0
 
         def wait() -> None:
@@ -129,6 +130,8 @@ def write_shard(path: Path, entries: list[Entry], advance: Callable[[int], Any] 
             for futures in running:
                 for future in futures:
                     future.cancel()
+        for flush in flushes:  # the kernel tells of a failed write once: the last fsync would not hear of it
+            flush.result()
         os.fsync(file.fileno())
     return digest.hexdigest()
 

@@ -13,14 +13,13 @@ from safetensors.torch import save_file
 from fusion.architecture import shared_expert_tensor
 from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json, write_json
 from fusion.headers import tensor_places, write_index
-from fusion.merge import GATES_FILE, MANIFEST, TOKENIZER_FILES
+from fusion.merge import GATES_FILE, MANIFEST, SMALL_FILES, TOKENIZER_FILES
 from fusion.quantization.needs import SHARD_BYTES
 from fusion.shards import write_shards
 
 FROM_A_WEIGHT = re.compile(r"\.weight_(?:packed|scale|shape)$")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHARD_NUMBER = re.compile(r"(?:\.\d{5})?\.safetensors$")
-LOADED = ("config.json", "generation_config.json", *TOKENIZER_FILES)  # beside the weights
 COPIED = ("generation_config.json", "recipe.yaml", "mergekit_moe_config.yml", *TOKENIZER_FILES)
 
 
@@ -32,7 +31,7 @@ def complete_view(checkpoint: Path, folder: Path) -> Path:
     folder.mkdir(parents=True)
     opened = Checkpoint(checkpoint)
     config, weight_map = opened.config, dict(opened.weight_map)
-    for name in {*weight_map.values(), *LOADED}:
+    for name in {*weight_map.values(), *SMALL_FILES}:
         if (checkpoint / name).is_file():
             (folder / name).symlink_to((checkpoint / name).resolve())
     if not config["shared_expert_intermediate_size"]:

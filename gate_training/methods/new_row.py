@@ -9,6 +9,7 @@ import torch
 
 from fusion.recipe import GateTraining
 from gate_training.methods import Moments, TokenPass, Tokens, summed
+from gate_training.methods.ridge import solution
 from gate_training.methods.solver import label_loss, minimise
 
 GAPS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of what the other rows are apart
@@ -64,10 +65,8 @@ def _least_squares(
         mine = part.inputs[part.targets[:, index] >= 0.5]
         others = (mine @ rows.T.to(mine)).max(dim=1).values  # (tokens,)
         best, own = best + (mine.T @ others).double().cpu(), own + mine.double().sum(dim=0).cpu()
-    gram = moments.gram.clone()
-    gram.diagonal().add_(settings.ridge * gram.diagonal().mean().clamp_min(1e-12))
-    sums = torch.stack([summed(best), summed(own)], dim=1)
-    base, slope = torch.cholesky_solve(sums, torch.linalg.cholesky(gram)).T.float()
+    wanted = Moments(moments.gram, torch.stack([summed(best), summed(own)], dim=1), moments.count)
+    base, slope = solution(wanted, settings.ridge).float()
     found = [base + gap * spread * slope for gap in GAPS]
     losses = torch.zeros(len(GAPS), dtype=torch.double)
     for part in judges.sample():
