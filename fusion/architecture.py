@@ -109,6 +109,12 @@ def lacking_biases(config: dict[str, Any], names: Iterable[str]) -> dict[str, tu
     return {name: shape for name, shape in dense_shapes(config).items() if is_qkv_bias(name) and name not in held}
 
 
+def named_dtype(config: dict[str, Any]) -> str | None:
+    """The dtype that a config names, from the old spelling (`torch_dtype`) or the new; None where it names none."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    return str(named).removeprefix("torch.") if named else None
+
+
 def rope_theta(config: dict[str, Any]) -> float:
     """The rotary base, from the old spelling (`rope_theta`) or the new (`rope_parameters`)."""
     nested = config.get("rope_parameters") or {}

@@ -43,9 +43,14 @@ def _is_address(url: str) -> bool:
     return named and not any((parts.path, parts.query, parts.fragment, parts.username, parts.password))
 
 
-def _load(path: Path, overrides: list[str] | None, quiet: bool = False) -> Recipe:
+def _silence(quiet: bool) -> None:
+    """Switches progress bars off, here and in the processes that are started."""
     if quiet:
         os.environ["QWEN_FUSION_QUIET"] = "1"
+
+
+def _load(path: Path, overrides: list[str] | None, quiet: bool = False) -> Recipe:
+    _silence(quiet)
     return load_recipe(path, overrides)
 
 
@@ -156,8 +161,7 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Check a fused checkpoint again: hashes, index, shapes, finite numbers, its sources bit for bit, transformers."""
-    if quiet:
-        os.environ["QWEN_FUSION_QUIET"] = "1"
+    _silence(quiet)
     from fusion.progress import console
     from fusion.verify import verify as check
 
@@ -264,8 +268,7 @@ def quantize(
     quiet: Quiet = False,
 ) -> None:
     """Write a fused model in 8 or 4 bits with llm-compressor, in an environment of its own, and say what that loses."""
-    if quiet:
-        os.environ["QWEN_FUSION_QUIET"] = "1"
+    _silence(quiet)
     from rich.markdown import Markdown
 
     from fusion.progress import console

@@ -10,6 +10,7 @@ object, the object, the tensors' bytes without holes (https://github.com/hugging
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PIECE = 2**23  # elements that are read at a time: 16 MiB in bfloat16
 LONGEST = 100 * 2**20  # bytes of a header, the safetensors library's own limit
 
 
@@ -110,6 +112,12 @@ def read_part(place: TensorPlace, begin: int, end: int) -> torch.Tensor:
                 raise UserError(f"{place.file} ends within a tensor: download the model again")
             filled += count
     return torch.frombuffer(data, dtype=place.dtype) if data else torch.empty(0, dtype=place.dtype)
+
+
+def parts(place: TensorPlace) -> Iterator[torch.Tensor]:
+    """A tensor on disk, flat, PIECE elements at a time."""
+    count = math.prod(place.shape)
+    return (read_part(place, begin, min(begin + PIECE, count)) for begin in range(0, count, PIECE))
 
 
 def all_finite(piece: torch.Tensor) -> bool:

@@ -37,6 +37,7 @@ from fusion.architecture import (
     is_mlp,
     lacking_biases,
     layer_of,
+    named_dtype,
     shared_expert_tensor,
     shared_gate_tensor,
     sparse_layers,
@@ -298,9 +299,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]
 
 def checkpoint_dtype(folder: Path) -> str:
     """The dtype of a checkpoint by its config, otherwise by its final norm."""
-    config = read_json(folder / "config.json")
-    named = config.get("dtype") or config.get("torch_dtype")
-    return str(named or Checkpoint(folder).tensor("model.norm.weight").dtype).removeprefix("torch.")
+    named = named_dtype(read_json(folder / "config.json"))
+    return named or str(Checkpoint(folder).tensor("model.norm.weight").dtype).removeprefix("torch.")
 
 
 def write_gates(folder: Path, gates: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, str]:

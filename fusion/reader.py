@@ -4,7 +4,6 @@ Whole tensors come through mergekit's lazy loader; pieces by their place in the 
 Also a source of layers for fusion/layers.py, as an open checkpoint is.
 """
 
-import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -15,10 +14,8 @@ from mergekit.common import ModelReference
 from fusion.adapter import Adapter
 from fusion.checkpoint import read_json
 from fusion.errors import UserError
-from fusion.headers import TensorPlace, read_part, tensor_places
+from fusion.headers import PIECE, TensorPlace, parts, tensor_places
 from fusion.sources import ModelSource
-
-PIECE = 2**23  # elements that are read at a time: 16 MiB in bfloat16
 
 
 def reference_of(path: str) -> ModelReference:
@@ -68,9 +65,7 @@ class Reader:
         if self.adapter and name in self.adapter.targets:
             yield from self.tensor(name).to(dtype or place.dtype).flatten().split(PIECE)
             return
-        count = math.prod(place.shape)
-        for begin in range(0, count, PIECE):
-            yield read_part(place, begin, min(begin + PIECE, count)).to(dtype or place.dtype)
+        yield from (part.to(dtype or place.dtype) for part in parts(place))
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """All tensors whose names start with `prefix`, under the rest of their names."""

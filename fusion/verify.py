@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ import torch
 from fusion.architecture import expert_of_tensor, is_mlp, lacking_biases
 from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json, resolve_model
 from fusion.errors import UserError
-from fusion.headers import TensorPlace, all_finite, read_header, same_bits
+from fusion.headers import PIECE, TensorPlace, all_finite, parts, read_header, same_bits
 from fusion.merge import GATES_FILE, MANIFEST
 from fusion.progress import bytes_bar, quiet_libraries
-from fusion.reader import PIECE, Reader
+from fusion.reader import Reader
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from fusion.sources import base_source, expert_source, shared_expert_source
@@ -225,19 +224,18 @@ def _read(path: Path, places: dict[str, TensorPlace], checks: _Checks, advance: 
     """Reads a file from its begin to its end, `checks` looking on; its SHA-256."""
     digest = hashlib.sha256()
     in_order = sorted(places.items(), key=lambda item: item[1].begin)
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
-        first = in_order[0][1].begin if in_order else path.stat().st_size
+    first = in_order[0][1].begin if in_order else path.stat().st_size
+    with path.open("rb") as file:
         digest.update(file.read(first))
-        advance(first)
+    advance(first)
+    with ThreadPoolExecutor(1) as hashing:
         for name, place in in_order:
-            step = PIECE * place.dtype.itemsize
-            bounds, check = [*range(place.begin, place.end, step), place.end], checks.of(name, place)
-            for begin, end in pairwise(bounds):
-                piece = bytearray(file.read(end - begin))
-                hashed = hashing.submit(digest.update, piece)
-                check(torch.frombuffer(piece, dtype=place.dtype))
+            check = checks.of(name, place)
+            for piece in parts(place):
+                hashed = hashing.submit(digest.update, piece.view(torch.uint8).numpy().data)
+                check(piece)
                 hashed.result()
-                advance(len(piece))
+                advance(piece.nbytes)
     return digest.hexdigest()
 
 

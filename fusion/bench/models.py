@@ -20,11 +20,11 @@ import torch
 
 from fusion.architecture import is_mlp
 from fusion.checkpoint import resolve_model, write_json
-from fusion.headers import encode_header
+from fusion.headers import PIECE, encode_header
 from fusion.merge import copy_tokenizer
 from fusion.plan.models import known_models
 from fusion.progress import track
-from fusion.reader import PIECE, Reader
+from fusion.reader import Reader
 from fusion.shards import Entry, laid_out, write_shard
 from fusion.sources import ModelSource
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from fusion.checkpoint import read_json, resolve_model
 from fusion.errors import UserError
-from fusion.plan.budget import DTYPE_BYTES, Layout, card_bytes, model_weights
+from fusion.plan.budget import DTYPE_BYTES, Layout, attention_widths, card_bytes, model_weights, planned_dtype
 from fusion.plan.capacity import Capacity, capacity, formats, served_dtype
 from fusion.plan.profile import HardwareProfile
 from fusion.recipe import Expert, Recipe
@@ -99,18 +99,15 @@ def alternatives(recipe: Recipe, anchor_config: dict[str, Any], profile: Hardwar
 
 def dense_config(anchor_config: dict[str, Any]) -> dict[str, Any]:
     """The anchor's config as a plain dense one, with its dtype under one key."""
-    dtype = str(anchor_config.get("dtype") or anchor_config.get("torch_dtype") or "bfloat16")
     known = {key: value for key, value in anchor_config.items() if key not in ("dtype", "torch_dtype", "quantization")}
-    return {**known, "model_type": "qwen2", "dtype": dtype if dtype in DTYPE_BYTES else "bfloat16"}
+    return {**known, "model_type": "qwen2", "dtype": planned_dtype(anchor_config)}
 
 
 def lora_slot_bytes(config: dict[str, Any], ways: int, rank: int, width: int) -> int:
     """Bytes on a card of one adapter slot of `rank`: q, k, v, o, gate, up and down of every layer, A (rank, in) and
     B (out, rank), in the model's dtype."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    head_size = hidden // config["num_attention_heads"]
-    queries = config["num_attention_heads"] * head_size // ways
-    keys = max(1, config["num_key_value_heads"] // ways) * head_size
+    queries, keys = attention_widths(config, ways)
     attention = 3 * hidden + queries + 2 * keys + queries + hidden  # q, k, v cut by outputs, o by inputs
     mlp = 2 * (hidden + math.ceil(inner / ways)) + math.ceil(inner / ways) + hidden  # gate and up, down
     return int(config["num_hidden_layers"] * (attention + mlp) * rank * width)

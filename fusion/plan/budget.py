@@ -14,7 +14,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from fusion.architecture import fused_config, part_of
+from fusion.architecture import fused_config, named_dtype, part_of
 from fusion.recipe import Recipe, Serving
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -88,15 +88,20 @@ def budget(recipe: Recipe, anchor_config: dict[str, Any]) -> Budget:
 
 def planned_config(recipe: Recipe, anchor_config: dict[str, Any]) -> dict[str, Any]:
     """The config that the fused model will have. Raises UserError for a `moe_layers` the anchor does not have."""
-    dtype = str(anchor_config.get("dtype") or anchor_config.get("torch_dtype") or "bfloat16")
     return fused_config(
         anchor_config,
         len(recipe.experts),
         recipe.routing.top_k,
         recipe.routing.moe_layers,
         recipe.routing.shared_expert is not None,
-        dtype if dtype in DTYPE_BYTES else "bfloat16",
+        planned_dtype(anchor_config),
     )
+
+
+def planned_dtype(anchor_config: dict[str, Any]) -> str:
+    """The dtype of a model of that config, bfloat16 where it names none that is known."""
+    dtype = named_dtype(anchor_config)
+    return dtype if dtype in DTYPE_BYTES else "bfloat16"
 
 
 def serving_layout(serving: Serving) -> Layout:
@@ -135,11 +140,15 @@ def active_parameters(weights: list[Weight], config: dict[str, Any]) -> int:
     return sum(weight.count for weight in weights) - (experts * idle // config["num_experts"] if experts else 0)
 
 
-def kv_bytes_per_token(config: dict[str, Any], ways: int, dtype: str) -> int:
-    """Bytes of keys and values that one token takes on a card: 2 x layers x heads of the card x head size x width."""
-    heads = max(1, config["num_key_value_heads"] // ways)
+def attention_widths(config: dict[str, Any], ways: int) -> tuple[int, int]:
+    """How wide a token's queries are on a card, and its keys (and values), at least one head of them."""
     head_size = config["hidden_size"] // config["num_attention_heads"]
-    return int(2 * config["num_hidden_layers"] * heads * head_size * DTYPE_BYTES[dtype])
+    return config["num_attention_heads"] * head_size // ways, max(1, config["num_key_value_heads"] // ways) * head_size
+
+
+def kv_bytes_per_token(config: dict[str, Any], ways: int, dtype: str) -> int:
+    """Bytes of keys and values that one token takes on a card: 2 x layers x width of its keys x bytes a number."""
+    return int(2 * config["num_hidden_layers"] * attention_widths(config, ways)[1] * DTYPE_BYTES[dtype])
 
 
 def card_bytes(weights: list[Weight], config: dict[str, Any], layout: Layout, weight_format: Format, dtype: str) -> int:

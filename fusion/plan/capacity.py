@@ -19,6 +19,7 @@ from fusion.plan.budget import (
     Format,
     Layout,
     Weight,
+    attention_widths,
     card_bytes,
     kv_bytes_per_token,
     serving_layout,
@@ -204,9 +205,7 @@ def forward_bytes(config: dict[str, Any], layout: Layout, tokens: int, dtype: Fo
     output (fused_moe/experts/triton_moe.py, workspace_shapes); a dense MLP gate, up and their product.
     """
     hidden, ways = config["hidden_size"], layout.ways
-    head_size = hidden // config["num_attention_heads"]
-    queries = config["num_attention_heads"] * head_size // ways
-    keys = max(1, config["num_key_value_heads"] // ways) * head_size
+    queries, keys = attention_widths(config, ways)
     blocks = [2 * queries + 2 * keys, 3 * math.ceil(config["intermediate_size"] / ways)]
     if config.get("num_experts"):
         width = config["moe_intermediate_size"] if layout.expert_parallel else config["moe_intermediate_size"] / ways

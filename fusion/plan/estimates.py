@@ -11,6 +11,7 @@ from typing import Any
 
 from fusion.checkpoint import resolve_model
 from fusion.errors import UserError
+from fusion.headers import PIECE
 from fusion.plan.alternatives import dense_config
 from fusion.plan.budget import (
     DTYPE_BYTES,
@@ -24,10 +25,10 @@ from fusion.plan.budget import (
 from fusion.plan.capacity import formats, served_dtype
 from fusion.plan.profile import GB, HardwareProfile
 from fusion.recipe import Expert, Recipe
+from fusion.shards import IN_FLIGHT
 
 LIBRARIES = 530_000_000  # bytes resident in all at the peak of `merge` on the demo, whose tensors are small
-PIECE = 2**23  # elements that the merge reads at a time (fusion/reader.py, which would load mergekit here)
-PIECES = 5  # that it holds: fusion/shards.py's IN_FLIGHT, and the one being read
+PIECES = IN_FLIGHT + 1  # that the merge holds: those under way, and the one being read
 
 
 @dataclass(frozen=True)

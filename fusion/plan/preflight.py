@@ -4,7 +4,7 @@ qwen-fusion plan configs/demo.yaml
 """
 
 from fusion.adapter import Adapter
-from fusion.architecture import dense_shapes, is_mlp, rope_theta, sparse_layers
+from fusion.architecture import dense_shapes, is_mlp, named_dtype, rope_theta, sparse_layers
 from fusion.checkpoint import is_hub_id, resolve_model
 from fusion.drift import by_group, chance, sampled, sentence, strength
 from fusion.errors import UserError
@@ -55,9 +55,8 @@ def check(recipe: Recipe, trained: bool = False) -> list[Finding]:
 
 def fused_dtype(anchor: Described, tensors: Tensors) -> str:
     """The fused model's dtype: the anchor's by its config, otherwise that of its final norm."""
-    named = anchor.config.get("dtype") or anchor.config.get("torch_dtype")
     norm = tensors.get("model.norm.weight")
-    return str(named or (norm.dtype if norm else "bfloat16")).removeprefix("torch.")
+    return named_dtype(anchor.config) or str(norm.dtype if norm else "bfloat16").removeprefix("torch.")
 
 
 def _check_expert(recipe: Recipe, expert: Expert, anchor: Described, ours: Tensors, trained: bool) -> list[Finding]:
