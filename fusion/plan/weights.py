@@ -84,6 +84,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     panels = _measured(result)
     if not panels:
@@ -104,6 +105,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         labels = [f"{group} {row['groups'][group]['distance']:.3f}" for group in groups]
         axis.set_yticks(range(len(groups)), labels, fontsize=8)
         axis.set_title(f"{name}: {row['drift']}", fontsize=9, loc="left")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no layer 0.5
         axis.tick_params(axis="x", labelsize=8)
     axes[-1, 0].set_xlabel("layer (embeddings and head are the whole model's)", fontsize=8)
     bar = figure.colorbar(image, ax=axes[:, 0], ticks=[0.001, 0.01, 0.1, 1], format="%g")
