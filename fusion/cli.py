@@ -148,10 +148,14 @@ def plan(
 def merge(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> None:
     """Merge the experts into one sparse checkpoint (with random gates: train-gates comes next)."""
     loaded = _load(recipe, set_, quiet)
-    from fusion import road
+    from fusion.ahead import reading_ahead, weight_files
 
-    road.plan(loaded)
-    road.merge(loaded, force=True)
+    with reading_ahead(weight_files(loaded)):
+        import fusion.merge  # noqa: F401  the step's own, begun here
+        from fusion import road
+
+        road.plan(loaded)
+        road.merge(loaded, force=True)
 
 
 @app.command()

@@ -42,3 +42,9 @@ def peak_memory() -> int:
     """The most bytes that this program has had resident. getrusage's figure begins with that of its parent."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def available_memory() -> int:
+    """Bytes of memory that programs can still take, by the kernel's estimate."""
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    return int(text.split("MemAvailable:")[1].split()[0]) * 1024

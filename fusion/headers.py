@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -101,23 +102,29 @@ def tensor_places(folder: Path) -> dict[str, TensorPlace]:
 
 def read_part(place: TensorPlace, begin: int, end: int) -> torch.Tensor:
     """Elements `begin` to `end` of a tensor on disk, flat. Raises UserError where its file ends too early."""
-    size = place.dtype.itemsize
-    data = bytearray((end - begin) * size)
-    view, filled = memoryview(data), 0
     with place.file.open("rb", buffering=0) as file:
-        file.seek(place.begin + begin * size)
-        while filled < len(data):
-            count = file.readinto(view[filled:])
-            if not count:
-                raise UserError(f"{place.file} ends within a tensor: download the model again")
-            filled += count
-    return torch.frombuffer(data, dtype=place.dtype) if data else torch.empty(0, dtype=place.dtype)
+        return _read(file, place, begin, end)
 
 
 def parts(place: TensorPlace) -> Iterator[torch.Tensor]:
     """A tensor on disk, flat, PIECE elements at a time."""
     count = math.prod(place.shape)
-    return (read_part(place, begin, min(begin + PIECE, count)) for begin in range(0, count, PIECE))
+    with place.file.open("rb", buffering=0) as file:  # open all the while: the kernel reads ahead
+        for begin in range(0, count, PIECE):
+            yield _read(file, place, begin, min(begin + PIECE, count))
+
+
+def _read(file: FileIO, place: TensorPlace, begin: int, end: int) -> torch.Tensor:
+    size = place.dtype.itemsize
+    data = bytearray((end - begin) * size)
+    view, filled = memoryview(data), 0
+    file.seek(place.begin + begin * size)
+    while filled < len(data):
+        count = file.readinto(view[filled:])
+        if not count:
+            raise UserError(f"{place.file} ends within a tensor: download the model again")
+        filled += count
+    return torch.frombuffer(data, dtype=place.dtype) if data else torch.empty(0, dtype=place.dtype)
 
 
 def all_finite(piece: torch.Tensor) -> bool:

@@ -5,11 +5,10 @@
 
 Names, dtypes and shapes are known before anything is read, so the header goes first and the tensors follow piece by
 piece: memory is a few pieces, whatever the size of a tensor, a shard or the model. Pieces are read here, hashed in one
-thread and written in another.
+thread and written in another, past the page cache.
 """
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,10 +20,10 @@ from typing import Any
 
 import torch
 
+from fusion.direct import DirectFile
 from fusion.headers import encode_header
 
 IN_FLIGHT = 4  # pieces that are read and not yet written
-FLUSHED = 2**28  # bytes after which the disk is told to begin, so that the last wait for it is short
 
 
 @dataclass(frozen=True)
@@ -94,25 +93,17 @@ def write_shard(path: Path, entries: list[Entry], advance: Callable[[int], Any] 
     digest = hashlib.sha256()
     header = encode_header({entry.name: (entry.dtype, entry.shape) for entry in entries})
     with (
-        path.open("wb", buffering=0) as file,
+        DirectFile(path) as file,
         ThreadPoolExecutor(1) as hashing,
         ThreadPoolExecutor(1) as writing,
-        ThreadPoolExecutor(1) as flushing,
         _one_thread(),
     ):
         running: deque[tuple[Future[Any], ...]] = deque()
-        flushes: list[Future[None]] = []
-        unflushed = 0
 
         def pass_on(piece: memoryview) -> None:
-            nonlocal unflushed
-            running.append((hashing.submit(digest.update, piece), writing.submit(_write, file, piece)))
-            unflushed += piece.nbytes
+            running.append((hashing.submit(digest.update, piece), writing.submit(file.write, piece)))
             while len(running) > IN_FLIGHT:
                 wait()
-            if unflushed >= FLUSHED:
-                flushes.append(flushing.submit(os.fdatasync, file.fileno()))
-                unflushed = 0
 
         def wait() -> None:
             for future in running.popleft():
@@ -130,9 +121,6 @@ def write_shard(path: Path, entries: list[Entry], advance: Callable[[int], Any] 
             for futures in running:
                 for future in futures:
                     future.cancel()
-        for flush in flushes:  # the kernel tells of a failed write once: the last fsync would not hear of it
-            flush.result()
-        os.fsync(file.fileno())
     return digest.hexdigest()
 
 
@@ -145,11 +133,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _write(file: Any, piece: memoryview) -> None:
-    while piece:
-        piece = piece[file.write(piece) :]
 
 
 def _whole(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 
 from fusion.architecture import layer_of
 from fusion.errors import UserError
-from fusion.hardware import compute_dtype
+from fusion.hardware import available_memory, compute_dtype
 from fusion.headers import TensorPlace, tensor_places
 from fusion.progress import console, size
 
@@ -100,12 +100,6 @@ def check_room(need: Need, out: Path) -> int:
             "and what does not fit into memory: make room, or name another place with --out"
         )
     return in_memory
-
-
-def available_memory() -> int:
-    """Bytes of memory that programs can still take, by the kernel's estimate."""
-    text = Path("/proc/meminfo").read_text(encoding="ascii")
-    return int(text.split("MemAvailable:")[1].split()[0]) * 1024
 
 
 def group_size_of(config: dict[str, Any]) -> int:
