@@ -133,6 +133,11 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen-fusion"
+
+
 def resolve_model(model: str, allow_download: bool = True) -> Path:
     """The local folder of a model: a path as it is, a hub id from the cache or downloaded.
 

@@ -69,11 +69,12 @@ def load_examples(source: DataSource, domain: str, count: int | None = None, see
     Raises UserError where the source is missing, or holds no usable row.
     """
     limit = min((number for number in (count, source.rows) if number), default=None)
-    if source.generated:
+    if source.parts:
+        rows = _of_parts(source, domain, limit, seed)
+    elif source.generated:
         rows = _generated(source.generated, source.split, limit or 1000, seed)
     else:
-        path = source.path
-        rows = _local(Path(path).expanduser(), source, domain) if path else _hub(source, domain)
+        rows = _local(Path(source.path).expanduser(), source, domain) if source.path else _hub(source, domain)
         random.Random(seed).shuffle(rows)
         rows = rows[:limit]
     rows = [replace(row, domain=domain) for row in rows]
@@ -144,12 +145,21 @@ def source_files(source: DataSource) -> list[Path]:
         generator_of(source.generated)
         return sorted((Path(__file__).parent / "tasks").glob("*.py"))
     if source.path:
-        return [_existing(Path(source.path).expanduser())]
-    return []
+        path = _existing(Path(source.path).expanduser())
+        return sorted(path.rglob("*.json*")) if path.is_dir() else [path]
+    return [file for part in source.parts for file in source_files(part)]
+
+
+def _of_parts(source: DataSource, domain: str, limit: int | None, seed: int) -> list[ChatExample]:
+    """The rows of all parts, mixed: of each its `rows`, or an equal share of `limit`, none less for another's want."""
+    share = -(-limit // len(source.parts)) if limit else None
+    rows = [row for part in source.parts for row in load_examples(part, domain, part.rows or share, seed)]
+    random.Random(seed).shuffle(rows)
+    return rows[:limit]
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"data file {path} does not exist: correct its path in the recipe or create the file")
     return path
 
@@ -171,12 +181,17 @@ def _generated(name: str, split: str, count: int, seed: int) -> list[ChatExample
 
 
 def _local(path: Path, source: DataSource, domain: str) -> list[ChatExample]:
+    if source.form != "table":
+        from fusion.tasks.public import READERS
+
+        return READERS[source.form](_existing(path), source, domain)
     rows = []
     try:
         text = _existing(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"data file {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    for number, line in enumerate(text.split("\n"), 1):
+    first, last = source.lines or (1, None)
+    for number, line in enumerate(text.split("\n")[first - 1 : last], first):
         if not line.strip():
             continue
         try:
@@ -187,6 +202,11 @@ def _local(path: Path, source: DataSource, domain: str) -> list[ChatExample]:
 
 
 def _hub(source: DataSource, domain: str) -> list[ChatExample]:
+    if source.form != "table":
+        raise UserError(
+            f"data set '{source.hub}' of domain '{domain}' is read from its files (form '{source.form}'): "
+            "download them and name their folder or file as 'path'"
+        )
     import datasets
 
     try:

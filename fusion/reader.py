@@ -14,7 +14,7 @@ from mergekit.common import ModelReference
 from fusion.adapter import Adapter
 from fusion.checkpoint import read_json
 from fusion.errors import UserError
-from fusion.headers import PIECE, TensorPlace, parts, tensor_places
+from fusion.headers import PIECE, TensorPlace, parts, read_part, tensor_places
 from fusion.sources import ModelSource
 
 
@@ -66,6 +66,12 @@ class Reader:
             yield from self.tensor(name).to(dtype or place.dtype).flatten().split(PIECE)
             return
         yield from (part.to(dtype or place.dtype) for part in parts(place))
+
+    def part(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Elements `begin` to `end` of tensor `name`, flat; all of it is read where an adapter changes it."""
+        if self.adapter and name in self.adapter.targets:
+            return self.tensor(name).flatten()[begin:end]
+        return read_part(self.place(name), begin, end)
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """All tensors whose names start with `prefix`, under the rest of their names."""

@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveFloat,
+    PositiveInt,
     PrivateAttr,
     field_validator,
     model_validator,
@@ -21,7 +22,8 @@ from pydantic import (
 
 DEMO_ROPE_THETA = 1e4  # of a pretrained anchor: its sequences are short
 NAME = r"^[a-z0-9][a-z0-9_-]*$"
-ScoreName = Literal["exact_match", "exact_values", "number", "tests_passed", "chrf"]  # fusion/evaluation/scores.py
+# fusion/evaluation/scores.py
+ScoreName = Literal["exact_match", "exact_values", "function_calls", "number", "tests_passed", "chrf"]
 Detector = Literal["secrets", "email", "phone", "cn_identity", "bank_card"]  # serving/guard/detectors.py
 SharedMethod = Literal["anchor", "mean", "multislerp", "karcher", "regmean"]
 RESERVED = {"anchor": "the anchor", "shared": "the shared parts", "shared-expert": "the shared expert"}
@@ -46,13 +48,20 @@ class Section(BaseModel):
 
 
 class DataSource(Section):
-    """Where chat rows come from: a generated task, or a hub data set, or a file (which stands in for `hub` if both)."""
+    """Where chat rows come from: a generated task, a hub data set, a file (in place of `hub` if both), or parts.
+
+    `form` names public data whose files are no table of prompts and answers (fusion/tasks/public.py reads them).
+    """
 
     generated: str | None = None  # MODULE.TASK of fusion/tasks
     path: str | None = None  # JSON lines: {"messages": [...]}, {"conversations": [...]} or the two columns below
     hub: str | None = None  # data set id, with config and columns
+    file: str | None = None  # file or folder within the recipe's data_folder
+    parts: tuple["DataSource", ...] = ()  # of which each gives its `rows`, or an equal share of what is asked for
     config: str | None = None
     split: str = "train"
+    lines: tuple[PositiveInt, PositiveInt] | None = None  # first and last line of the file that count
+    form: Literal["table", "bfcl", "codeio", "xquad"] = "table"
     prompt: str = "prompt"  # column, or a text with {columns} in it
     answer: str = "answer"  # column, or a text with {columns} in it
     reference: str | None = None  # column that the scorer compares with; None: the answer
@@ -62,16 +71,23 @@ class DataSource(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSource":
-        if bool(self.generated) == bool(self.path or self.hub):
-            raise ValueError("name a 'generated' task, or a 'hub' data set or a file's 'path'")
+        if [bool(self.generated), bool(self.path or self.hub), bool(self.parts)].count(True) != 1:
+            why = "'file' is one of the recipe's data_folder, which is not set" if self.file and not self.path else ""
+            raise ValueError(why or "name a 'generated' task, or a 'hub' data set or a file's 'path', or 'parts'")
+        if self.lines and self.lines[0] > self.lines[1]:
+            raise ValueError(f"'lines' are the first and the last, not {self.lines[0]} and {self.lines[1]}")
+        if self.form != "table" and self.split not in ("train", "held_out"):
+            raise ValueError(f"form '{self.form}' has the splits 'train' and 'held_out', not '{self.split}'")
         if self.generated and self.split not in ("train", "held_out"):
             raise ValueError(f"a generated task has the splits 'train' and 'held_out', not '{self.split}'")
-        if self.score == "tests_passed" and not (self.generated or self.reference):
+        if self.score == "tests_passed" and self.form == "table" and not (self.generated or self.reference):
             raise ValueError("score 'tests_passed' needs 'reference', the column with the tests")
         return self
 
     def describe(self) -> str:
         """The source in a few words, for messages."""
+        if self.parts:
+            return " and ".join(part.describe() for part in self.parts)
         return f"{self.generated or self.path or self.hub}, {self.split}"
 
 
@@ -428,8 +444,21 @@ class Evaluation(Section):
     batch_rows: int = Field(32, gt=0)
     hidden_prompts: int = Field(32, gt=0)  # an expert, for mergekit's `hidden` gates
     cross_domains: bool = False  # score every expert on every domain, not on its own alone
+    # no held-out question may share so many words in a row with what was trained on; None: none may be the same
+    contamination_ngram: int | None = Field(None, ge=5)
     extra: dict[str, ExtraSource] = {}  # more held-out tasks, scored on anchor and fused
     seed: int = 0
+
+
+class Benchmarking(Section):
+    """Which tasks of lm-evaluation-harness are run, and on what (fusion/evaluation/benchmarks.py)."""
+
+    tasks: tuple[str, ...] = ("domains",)  # files of configs/benchmarks, or tasks of the harness
+    limit: int | None = Field(None, gt=0)  # rows of a task; None: all
+    limits: dict[str, PositiveInt] = {}  # rows of a task, by the name in `tasks`
+    against: tuple[Literal["experts", "anchor"], ...] = ("experts", "anchor")
+    backend: Literal["vllm", "transformers"] = "vllm"
+    concurrency: int = Field(16, gt=0)  # requests under way
 
 
 class Sampling(Section):
@@ -525,6 +554,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output: str = Field(min_length=1)
+    data_folder: str | None = None  # of public data: a source's `file` that is in it stands in for its `hub`
     license: str | None = None
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     anchor: AnchorModel
@@ -538,8 +568,16 @@ class Recipe(Section):
     heal: HealSettings | None = None  # where there is one, `run` heals the merge before it evaluates
     loading: Loading = Loading()
     evaluation: Evaluation = Evaluation()
+    benchmark: Benchmarking = Benchmarking()
     serving: Serving = Serving()
     _places: dict[Location, str] = PrivateAttr(default_factory=dict)  # of what was read from a file
+
+    @model_validator(mode="before")
+    @classmethod
+    def _within_data_folder(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("data_folder"), str):
+            return _with_paths(given, given["data_folder"])
+        return given
 
     @field_validator("shared", mode="before")
     @classmethod
@@ -636,6 +674,18 @@ class Recipe(Section):
                 raise Misfit(here, f"domain '{asked}' has neither an expert nor a fallback that has one")
             domain = fallback
         raise Misfit((*here, "fallback"), f"the fallbacks of domain '{asked}' run in a circle")
+
+
+def _with_paths(given: Any, folder: str) -> Any:
+    """A raw recipe in which a source's `file` in `folder` is its `path`, if it is there or the source has no hub."""
+    if isinstance(given, dict):
+        found = {key: _with_paths(value, folder) for key, value in given.items()}
+        if isinstance(found.get("file"), str) and found.get("path") is None:
+            path = f"{folder}/{found['file']}"
+            if not found.get("hub") or Path(path).expanduser().exists():
+                found["path"] = path
+        return found
+    return [_with_paths(item, folder) for item in given] if isinstance(given, list | tuple) else given
 
 
 def place_of(places: dict[Location, str], location: Location) -> str:

@@ -16,7 +16,6 @@ all that decides them: an interrupted call goes on behind the last whole line, a
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -36,7 +35,7 @@ from fusion.json_lines import cut_off_rest, whole_lines
 from fusion.language import detect_language
 from fusion.progress import console, progress_bar
 from fusion.recipe import AnswerSampling, Serving
-from fusion.sources import ModelSource, load_model
+from fusion.sources import ModelSource, whole_model
 
 RIGHT = "right"
 ANSWER_TIMEOUT_S = 3600.0  # many answers share one CPU
@@ -96,9 +95,9 @@ class Sampler:
                 _checker(row.schema)
         if not missing:
             return
-        with tempfile.TemporaryDirectory() as aside:
+        with whole_model(self.teacher) as teacher:
             settings = EngineSettings(
-                model=str(_whole(self.teacher, Path(aside))),
+                model=str(teacher),
                 served_name="teacher",
                 dtype=str(compute_dtype()).removeprefix("torch."),  # many answers at once are bound by arithmetic
                 tensor_parallel_size=_ways(serving),
@@ -321,16 +320,6 @@ def _ways(serving: Serving) -> int:
     """Over how many cards the teacher goes: one where this process sees fewer than serving takes."""
     enough = not torch.cuda.is_available() or torch.cuda.device_count() >= serving.tensor_parallel_size
     return serving.tensor_parallel_size if enough else 1
-
-
-def _whole(teacher: ModelSource, aside: Path) -> Path:
-    """A folder that vLLM can load: the teacher's own, or one with its adapter merged in."""
-    if teacher.adapter is None:
-        return teacher.folder
-    load_model(teacher).save_pretrained(aside)
-    torch.cuda.empty_cache()  # vLLM wants the memory
-    load_tokenizer(teacher.folder).save_pretrained(aside)
-    return aside
 
 
 def _read(store: Path) -> dict[str, dict[str, Any]]:

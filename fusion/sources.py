@@ -3,6 +3,8 @@
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,21 @@ def load_model(
     if offload and not loading.offload_folder:
         weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
     return model
+
+
+@contextmanager
+def whole_model(source: ModelSource) -> Iterator[Path]:
+    """A folder that vLLM can load: the model's own, or a temporary one with its adapter merged in."""
+    if source.adapter is None:
+        yield source.folder
+        return
+    from fusion.encoding import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as aside:
+        load_model(source).save_pretrained(aside)
+        torch.cuda.empty_cache()  # vLLM wants the memory
+        load_tokenizer(source.folder).save_pretrained(aside)
+        yield Path(aside)
 
 
 def _keep_empty(model: Any) -> None:

@@ -103,6 +103,8 @@ def _verified(folder: Path) -> Verified:
         found.problems.append(
             f"{tensor}: is not what {sources[name].source.folder} holds, from which '{name}' was merged"
         )
+    for name, tensor in checks.not_anchored.items():
+        found.problems.append(f"{tensor}: is not '{name}'s own, though the manifest calls that anchored")
     found.equal = [name for name in sources if name not in differing]
     if "quantization_config" in read_json(folder / "config.json"):
         found.not_compared["transformers' keys"] = "quantised, which it unpacks as it loads"
@@ -184,6 +186,9 @@ class _Checks:
     sources: Sources
     differing: dict[str, str]  # source -> the first tensor that is not its own
     found: Verified
+    not_anchored: dict[str, str] = field(
+        default_factory=dict
+    )  # expert -> the first shared tensor that is not the anchor's
 
     def of(self, name: str, place: TensorPlace) -> Callable[[torch.Tensor], None]:
         """What is to be called with every piece of the tensor, in their order."""
@@ -197,6 +202,7 @@ class _Checks:
                 theirs = iter(torch.zeros(place.shape, dtype=place.dtype).split(PIECE))  # as merge has put them there
             else:
                 self.differing[owner] = name
+        anchored = self._anchored(dense, place) if owner == "shared" else {}
         finite = True
 
         def check(piece: torch.Tensor) -> None:
@@ -206,8 +212,23 @@ class _Checks:
                 self.found.problems.append(f"{name}: holds NaN or infinity")
             if theirs is not None and not same_bits(next(theirs), piece):
                 self.differing[owner], theirs = name, None
+            for expert, pieces in list(anchored.items()):
+                if not same_bits(next(pieces), piece):
+                    self.not_anchored[expert] = name
+                    del anchored[expert]
 
         return check
+
+    def _anchored(self, name: str, place: TensorPlace) -> dict[str, Iterator[torch.Tensor]]:
+        """The experts that the manifest calls anchored, as far as they still seem so, with their tensor `name`."""
+        found = {}
+        for row in self.manifest["experts"]:
+            reader = self.sources.get(row["name"])
+            if reader is None or not row.get("anchored") or row["name"] in self.not_anchored:
+                continue
+            if name in reader and reader.place(name).shape == place.shape:
+                found[row["name"]] = reader.pieces(name, place.dtype)
+        return found
 
     def _owner(self, name: str) -> tuple[str, str]:
         """The source that a fused tensor comes from, and its name there; gates have none."""

@@ -1,31 +1,26 @@
 """Task scores: how right one answer is, from 0 to 1, for each way an example can be scored.
 
-`exact_match`, `exact_values` (JSON, YAML or XML against a reference value), `number`, `tests_passed` (Python in a
-child process), `chrf`. An expert is judged by these, never by its loss alone. Score one answer from the shell:
+`exact_match`, `exact_values` (JSON, YAML or XML against a reference value), `function_calls` (names and values),
+`number`, `tests_passed` (Python in a sandbox), `chrf`. An expert is judged by these, never by its loss alone. Score one
+answer from the shell:
 
     python -m fusion.evaluation.scores number "the answer is 42" 42
 """
 
 import json
 import math
-import os
 import re
-import resource
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from typing import Any
 from xml.etree import ElementTree
 
 from fusion.data import ChatExample
+from fusion.evaluation import function_calls
+from fusion.sandbox import run_python
 from serving.guard import formats, strict_json
 
-TEST_SECONDS = 10
-TEST_MEMORY_BYTES = 1 << 30
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -113,6 +108,15 @@ def _element_equals(element: ElementTree.Element, value: Any) -> bool:
 PARSERS: dict[str, Callable[[str, Any], bool]] = {"json": _json_equals, "yaml": _yaml_equals, "xml": _xml_equals}
 
 
+def calls_right(answer: str, example: ChatExample) -> float:
+    """1 where the answer is a JSON array of just the reference's calls, of every argument a value that counts."""
+    try:
+        found = strict_json.parse(unfenced(answer))
+    except strict_json.Malformed:
+        return 0.0
+    return float(function_calls.right(found, expected(example)))
+
+
 def number(answer: str, example: ChatExample) -> float:
     """1 where the last number of the answer equals the last number of the reference."""
     found, wanted = NUMBER.findall(answer), NUMBER.findall(str(expected(example)))
@@ -122,46 +126,15 @@ def number(answer: str, example: ChatExample) -> float:
 
 
 def tests_passed(answer: str, example: ChatExample) -> float:
-    """1 where the answer's Python code passes the reference's tests in a child process.
+    """1 where the answer's Python code passes the reference's tests in a sandbox (fusion/sandbox.py).
 
     `example.reference` is Python source (or a list of its lines, e.g. asserts) that runs after the answer's code;
-    the answer's code is its first code fence, or all of it. The child runs isolated (`python -I`) in an empty
-    folder with limits on time, memory and files, and whatever it has started ends with it. That keeps accidents in; it
-    is no sandbox against code that means harm.
+    the answer's code is its first code fence, or all of it. Raises UserError where there is no sandbox.
     """
     tests = expected(example)
     code = formats.FENCE.search(answer)
     source = f"{code[1] if code else answer}\n\n{tests if isinstance(tests, str) else chr(10).join(tests)}\n"
-    with tempfile.TemporaryDirectory() as folder:
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-"],
-            cwd=folder,
-            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            preexec_fn=_limit,
-            start_new_session=True,
-        )
-        try:
-            child.communicate(source.encode(), timeout=TEST_SECONDS)
-        except subprocess.TimeoutExpired:
-            return 0.0
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-    return float(child.returncode == 0)
-
-
-def _limit() -> None:
-    for what, limit in (
-        (resource.RLIMIT_CPU, TEST_SECONDS),
-        (resource.RLIMIT_AS, TEST_MEMORY_BYTES),
-        (resource.RLIMIT_FSIZE, 1 << 20),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(what, (limit, limit))
+    return float(run_python(source).passed)
 
 
 @cache
@@ -179,6 +152,7 @@ def chrf(answer: str, example: ChatExample) -> float:
 SCORES: dict[str, Callable[[str, ChatExample], float]] = {
     "exact_match": exact_match,
     "exact_values": exact_values,
+    "function_calls": calls_right,
     "number": number,
     "tests_passed": tests_passed,
     "chrf": chrf,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from fusion.checkpoint import file_hash, put_in_place, read_json, write_json
+from fusion.checkpoint import cache_folder, file_hash, put_in_place, read_json, write_json
 from fusion.errors import UserError
 from fusion.progress import console
 
@@ -31,8 +31,7 @@ def pinned(package: str) -> str:
 
 def environment_folder(cache: Path | None = None) -> Path:
     """Where the environment is kept: below `cache`, by default the user's."""
-    home = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen-fusion"
-    return home / f"llm-compressor-{pinned('llmcompressor')}"
+    return (cache or cache_folder()) / f"llm-compressor-{pinned('llmcompressor')}"
 
 
 def environment_python(cache: Path | None = None) -> Path:

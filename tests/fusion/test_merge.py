@@ -4,21 +4,25 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mergekit.moe.config import MoEMergeConfig
 from mergekit.options import MergeOptions
 from mergekit.scripts.moe import build
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from fusion import merge as merge_module
 from fusion import road
 from fusion.architecture import expert_tensor, is_mlp, layer_of, shared_expert_tensor
 from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json, write_json
 from fusion.errors import UserError
-from fusion.merge import GATES_FILE, MANIFEST, merge
+from fusion.merge import GATES_FILE, MANIFEST, _looked_at, merge
 from tests.families import byte_tokenizer, write_model
 from tests.recipes import make_recipe
 
@@ -220,6 +224,30 @@ def test_the_manifest_tells_anchored_from_drifted(
         assert file_hash(folder / file) == digest
     assert len(manifest["sha256"]) == 4
     assert manifest["versions"].keys() == {"qwen-fusion", "mergekit", "torch", "transformers"}
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6), tail=st.integers(1, 30))
+def test_of_a_shared_tensor_pages_and_the_end_are_compared(sizes: list[int], tail: int) -> None:
+    page, stride, count = 3, 10, sum(sizes)
+    with patch.multiple(merge_module, PAGE=page, STRIDE=stride, TAIL=tail):
+        begins = [sum(sizes[:i]) for i in range(len(sizes))]
+        spans = [span for b, size in zip(begins, sizes, strict=True) for span in _looked_at(b, b + size, count)]
+    seen = [number for first, last in spans for number in range(first, last)]
+    assert seen == sorted(set(seen)) and set(seen) <= set(range(count))
+    assert set(range(max(0, count - tail), count)) <= set(seen)
+    for begin, size in zip(begins, sizes, strict=True):
+        for start in range(begin, begin + size, stride):
+            assert start in seen
+
+
+def test_a_changed_row_of_the_embeddings_is_found(tmp_path: Path, anchor: Path) -> None:
+    other = Path(shutil.copytree(anchor, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.embed_tokens.weight"][-1, 3] += 1.0
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    folder = merge(make_recipe(tmp_path, anchor, {"general": anchor, "math": other}))
+    assert read_json(folder / MANIFEST)["experts"][1]["differs_at"] == "model.embed_tokens.weight"
 
 
 def test_the_model_card_names_each_expert_with_its_own_hash(tmp_path: Path, anchor: Path) -> None:

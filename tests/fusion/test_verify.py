@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from fusion import merge as merge_module
 from fusion.architecture import expert_tensor, gate_tensor
 from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json, write_json
 from fusion.cli import app
@@ -101,6 +102,19 @@ def test_two_experts_in_each_others_place_are_found(fused: Path) -> None:
     for file in ("expert-general.safetensors", "expert-math.safetensors"):
         forgive(fused, file)
     assert len(verify(fused).problems) == 2
+
+
+def test_an_expert_that_only_seemed_anchored_is_found(
+    tmp_path: Path, anchor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(anchor, tmp_path / "other"))
+    change(other / "model.safetensors", "model.norm.weight", lambda tensor: tensor.index_fill(0, torch.tensor(9), 2.0))
+    monkeypatch.setattr(merge_module, "PAGE", 2)
+    monkeypatch.setattr(merge_module, "STRIDE", 16)
+    monkeypatch.setattr(merge_module, "TAIL", 4)
+    folder = merge(make_recipe(tmp_path, anchor, {"general": anchor, "math": other}))
+    assert [row["anchored"] for row in read_json(folder / MANIFEST)["experts"]] == [True, True]
+    assert verify(folder).problems == ["model.norm.weight: is not 'math's own, though the manifest calls that anchored"]
 
 
 def test_nan_is_found(fused: Path) -> None:

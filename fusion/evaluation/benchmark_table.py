@@ -1,0 +1,60 @@
+"""What `benchmark` found, as a Markdown table and as grouped bars."""
+
+from pathlib import Path
+from typing import Any
+
+from fusion.checkpoint import written_aside
+
+COLUMNS = {"anchor": "anchor", "own_expert": "own expert", "fused": "fused"}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One line a task: scores with their 95% intervals, what fusing cost, the share of the expert's gain it keeps."""
+    lines = [
+        "| task (score, rows) | " + " | ".join(COLUMNS.values()) + " | fused less own expert | retained share |",
+        "| --- " * (len(COLUMNS) + 3) + "|",
+    ]
+    for name, row in result["tasks"].items():
+        cells = [_with_interval(row["scores"].get(column)) for column in COLUMNS]
+        cells.append(_with_interval(row["fused_minus"].get("own_expert"), "+.3f"))
+        cells.append(_with_interval(row["retained_share"]) or "no gain to retain")
+        lines.append(f"| {name} ({row['metric']}, {row['rows']}) | " + " | ".join(cells) + " |")
+    more = {name: row["others"] for name, row in result["tasks"].items() if any(row["others"].values())}
+    for name, columns in more.items():
+        said = [
+            f"{COLUMNS[column]} " + ", ".join(f"{metric} {value:.3f}" for metric, value in values.items())
+            for column, values in columns.items()
+        ]
+        lines += ["", f"{name}: " + "; ".join(said) + "."]
+    return "\n".join([*lines, ""])
+
+
+def _with_interval(figure: dict[str, float] | None, form: str = ".3f") -> str:
+    if figure is None:
+        return ""
+    return f"{figure['value']:{form}} [{figure['low']:.2f}, {figure['high']:.2f}]"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Grouped bars with intervals, one group a task."""
+    from matplotlib.figure import Figure
+
+    tasks = result["tasks"]
+    figure = Figure(figsize=(max(6.0, 1.6 * len(tasks)), 4), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(COLUMNS)
+    for place, (column, label) in enumerate(COLUMNS.items()):
+        found = [(at, row["scores"][column]) for at, row in enumerate(tasks.values()) if column in row["scores"]]
+        values = [score["value"] for _, score in found]
+        errors = [
+            [score["value"] - score["low"] for _, score in found],
+            [score["high"] - score["value"] for _, score in found],
+        ]
+        at = [position + (place - (len(COLUMNS) - 1) / 2) * width for position, _ in found]
+        axes.bar(at, values, width, yerr=errors, capsize=2, label=label)
+    axes.set_xticks(range(len(tasks)), [f"{name}\n{row['metric']}" for name, row in tasks.items()])
+    axes.set_ylabel("score")
+    axes.set_ylim(0, 1)
+    axes.legend()
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)

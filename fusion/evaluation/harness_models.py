@@ -1,0 +1,104 @@
+"""Models as lm-evaluation-harness asks them: behind an OpenAI server, or in transformers.
+
+Generation goes through the chat route of a server, likelihoods, which that cannot give, through its completions route.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fusion.evaluation.harness_metrics import unpacked
+from fusion.sources import ModelSource, load_model
+
+
+class Models(Protocol):
+    """One model for both kinds of tasks."""
+
+    def generations(self) -> Any:
+        """The harness's model for tasks that generate."""
+
+    def likelihoods(self) -> Any:
+        """The harness's model for tasks that compare likelihoods."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model behind an OpenAI server at `url`, our guard's or vLLM's; `tokenizer` is the folder of its tokenizer."""
+
+    url: str
+    name: str
+    tokenizer: Path
+    max_model_len: int = 2048
+    concurrency: int = 16
+    api_key: str | None = None
+
+    def generations(self) -> Any:
+        """Through /v1/chat/completions."""
+        from lm_eval.models.openai_completions import LocalChatCompletion
+
+        class Chat(LocalChatCompletion):
+            """Whole conversations, and answers whose beginning is given."""
+
+            def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> Any:
+                return super().apply_chat_template(unpacked(chat_history), add_generation_prompt)
+
+            def _create_payload(self, messages: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+                payload: dict[str, Any] = super()._create_payload(messages, *args, **kwargs)
+                if not any(payload["stop"]):
+                    del payload["stop"]
+                if messages[-1]["role"] == "assistant":
+                    payload |= {"add_generation_prompt": False, "continue_final_message": True}
+                return payload
+
+        return Chat(f"{self.url}/v1/chat/completions", tokenizer_backend="None", **self._arguments())
+
+    def likelihoods(self) -> Any:
+        """Through /v1/completions, with the prompt echoed."""
+        from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+        return LocalCompletionsAPI(
+            f"{self.url}/v1/completions",
+            tokenizer_backend="huggingface",
+            tokenizer=str(self.tokenizer),
+            **self._arguments(),
+        )
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "num_concurrent": self.concurrency,
+            "max_length": self.max_model_len,
+            "timeout": 3600,
+            "header": {"Authorization": f"Bearer {self.api_key}"} if self.api_key else None,
+        }
+
+
+class InTransformers:
+    """A model loaded with transformers, its adapter merged in."""
+
+    def __init__(self, source: ModelSource, tokenizer: Path, attention: str, loading: Any, batch_rows: int):
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoTokenizer
+
+        class Local(HFLM):
+            """Whole conversations as prompts."""
+
+            def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> Any:
+                return super().apply_chat_template(unpacked(chat_history), add_generation_prompt)
+
+        loaded = load_model(source, attention, loading)
+        self._model = Local(
+            pretrained=loaded,
+            tokenizer=AutoTokenizer.from_pretrained(tokenizer),
+            backend="causal",
+            batch_size=batch_rows,
+            device=str(loaded.device),
+        )
+
+    def generations(self) -> Any:
+        """The model itself."""
+        return self._model
+
+    def likelihoods(self) -> Any:
+        """The model itself."""
+        return self._model

@@ -1,0 +1,63 @@
+"""Python code that a model wrote, run in a child process that can compute and nothing else.
+
+    run_python("print(1 + 1)").output
+
+The child (fusion/sandbox_child.py) has limits on time and memory and a seccomp filter that leaves it no file, no
+network and no other process: https://docs.kernel.org/userspace-api/seccomp_filter.html.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusion.errors import UserError
+from fusion.sandbox_child import NO_SANDBOX, PASSED
+
+SECONDS = 10
+MEMORY_BYTES = 2**30
+CHILD = Path(__file__).with_name("sandbox_child.py")
+
+
+@dataclass(frozen=True)
+class Done:
+    """Whether the code ran to its end without an error, and what it printed."""
+
+    passed: bool
+    output: str
+
+
+def run_python(source: str, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES) -> Done:
+    """Runs code to its end, at most `seconds`; leaving early (`exit()`) is not passing.
+
+    Raises UserError where the machine cannot make a sandbox: code is never run without one.
+    """
+    with tempfile.TemporaryFile() as output:
+        child = subprocess.Popen(
+            [sys.executable, "-I", str(CHILD), str(seconds), str(memory_bytes)],
+            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,
+        )
+        try:
+            child.communicate(source.encode("utf-8", "replace"), timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return Done(False, "")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        if child.returncode == NO_SANDBOX:
+            raise UserError(
+                "code of a model is run in a sandbox alone, and this machine has no libseccomp, or no seccomp: "
+                "install it (apt install libseccomp2), or leave out what is scored by tests_passed"
+            )
+        output.seek(0)
+        return Done(child.returncode == PASSED, output.read().decode("utf-8", "replace"))
