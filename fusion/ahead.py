@@ -1,20 +1,22 @@
 """Weights read into the page cache before they are wanted, from when the libraries are still being imported.
 
-    with reading_ahead(weight_files(recipe)):
+    with reading_ahead(merged_parts(recipe)):
         from fusion import merge
 
 torch, transformers and mergekit take seconds of one core to import, in which the disk would be idle; afterwards it is
 kept busy while shared tensors are compared.
 """
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
+from typing import NamedTuple
 
+from fusion.architecture import is_mlp
 from fusion.errors import UserError
 from fusion.hardware import available_memory
+from fusion.headers import tensor_places
 from fusion.recipe import Recipe
 from fusion.sources import base_source, expert_sources, shared_expert_source
 
@@ -22,22 +24,41 @@ BLOCK = 2**24  # bytes that are read at a time
 SHARE = 0.5  # of the memory that is available: what is read must still be there when it is wanted
 
 
-def weight_files(recipe: Recipe) -> list[Path]:
-    """The files that a merge reads, in its order; none where a model is not there, which the merge will tell."""
+class Part(NamedTuple):
+    """Bytes `begin` to `end` of a file."""
+
+    file: Path
+    begin: int
+    end: int
+
+
+def merged_parts(recipe: Recipe) -> list[Part]:
+    """What a merge reads, in its order: the base, then the experts' MLPs; none where a model is missing or broken.
+
+    The merge itself will tell what is wrong with it.
+    """
     try:
         shared = shared_expert_source(recipe)
-        sources = [base_source(recipe), *expert_sources(recipe), *([shared] if shared else [])]
+        sources = [*expert_sources(recipe), *([shared] if shared else [])]
+        places = [place for place in tensor_places(base_source(recipe).folder).values()]
+        for folder in dict.fromkeys(source.folder for source in sources):
+            places += [place for name, place in tensor_places(folder).items() if is_mlp(name)]
     except UserError:
         return []
-    folders = dict.fromkeys(source.folder for source in sources)
-    return [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+    parts: list[Part] = []
+    for place in dict.fromkeys(places):
+        if parts and parts[-1].file == place.file and parts[-1].end == place.begin:
+            parts[-1] = Part(place.file, parts[-1].begin, place.end)
+        else:
+            parts.append(Part(place.file, place.begin, place.end))
+    return parts
 
 
 @contextmanager
-def reading_ahead(files: list[Path]) -> Iterator[None]:
-    """Reads files in their order until the block ends, all are read, or they fill SHARE of the available memory."""
+def reading_ahead(parts: Sequence[Part]) -> Iterator[None]:
+    """Reads parts of files in order until the block ends, all are read, or they fill SHARE of the available memory."""
     stop = Event()
-    thread = Thread(target=_read, args=(files, int(SHARE * available_memory()), stop), daemon=True)
+    thread = Thread(target=_read, args=(parts, int(SHARE * available_memory()), stop), daemon=True)
     thread.start()
     try:
         yield
@@ -46,17 +67,19 @@ def reading_ahead(files: list[Path]) -> Iterator[None]:
         thread.join()
 
 
-def _read(files: list[Path], most: int, stop: Event) -> None:
-    block = bytearray(BLOCK)
-    for path in files:
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError:  # the merge will tell
-            return
-        try:
-            while most > 0 and not stop.is_set() and (count := os.readv(descriptor, [block])):
-                most -= count
-        except OSError:
-            return
-        finally:
-            os.close(descriptor)
+def _read(parts: Sequence[Part], most: int, stop: Event) -> None:
+    block = memoryview(bytearray(BLOCK))
+    try:
+        for part in parts:
+            with part.file.open("rb", buffering=0) as file:
+                file.seek(part.begin)
+                left = part.end - part.begin
+                while left > 0:
+                    if stop.is_set() or most <= 0:
+                        return
+                    count = file.readinto(block[: min(left, BLOCK)])
+                    if not count:
+                        break
+                    left, most = left - count, most - count
+    except OSError:  # the merge will tell
+        return

@@ -148,9 +148,9 @@ def plan(
 def merge(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> None:
     """Merge the experts into one sparse checkpoint (with random gates: train-gates comes next)."""
     loaded = _load(recipe, set_, quiet)
-    from fusion.ahead import reading_ahead, weight_files
+    from fusion.ahead import merged_parts, reading_ahead
 
-    with reading_ahead(weight_files(loaded)):
+    with reading_ahead(merged_parts(loaded)):
         import fusion.merge  # noqa: F401  the step's own, begun here
         from fusion import road
 
@@ -243,6 +243,7 @@ def evaluate(
     recipe: RecipePath,
     json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
     force: Annotated[bool, typer.Option(help="measure again although nothing has changed")] = False,
+    long: Annotated[bool, typer.Option("--long", help="loss and passkeys late in a long context instead")] = False,
     set_: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
@@ -251,10 +252,47 @@ def evaluate(
     from rich.markdown import Markdown
 
     from fusion import road
+    from fusion.evaluation import long_context
     from fusion.evaluation.table import markdown
     from fusion.progress import console
 
-    result = road.evaluate(loaded, force)
+    result = road.evaluate_long(loaded, force) if long else road.evaluate(loaded, force)
+    console.print(Markdown(long_context.markdown(result) if long else markdown(result)))
+    if json_:
+        _print_json(result, json_)
+
+
+@app.command()
+def benchmark(
+    recipe: RecipePath,
+    tasks: Annotated[
+        str | None, typer.Option(help="of configs/benchmarks, or lm-evaluation-harness's own, with commas between")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="rows of every task")] = None,
+    against: Annotated[str | None, typer.Option(help="experts, anchor, or both with a comma between")] = None,
+    backend: Annotated[str | None, typer.Option(help="vllm or transformers")] = None,
+    url: Annotated[str | None, typer.Option(metavar="URL", help="a server that serves the fused model")] = None,
+    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
+    set_: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness on the fused model, its experts and the anchor (benchmark.md, .json, .png)."""
+    lists = {"tasks": tasks, "against": against}
+    said = [f"benchmark.{key}=[{value}]" for key, value in lists.items() if value is not None]
+    if limit is not None:
+        said += [f"benchmark.limit={limit}", "benchmark.limits={}"]
+    if backend is not None:
+        said.append(f"benchmark.backend={backend}")
+    if url is not None and not _is_address(url):
+        raise UserError(f"--url {url}: give the address of a server, for example http://127.0.0.1:8000")
+    loaded = _load(recipe, [*(set_ or []), *said], quiet)
+    from rich.markdown import Markdown
+
+    from fusion.evaluation.benchmark_table import markdown
+    from fusion.evaluation.benchmarks import benchmark as run_benchmark
+    from fusion.progress import console
+
+    result = run_benchmark(loaded, url)
     console.print(Markdown(markdown(result)))
     if json_:
         _print_json(result, json_)

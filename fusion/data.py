@@ -74,6 +74,7 @@ def load_examples(source: DataSource, domain: str, count: int | None = None, see
     elif source.generated:
         rows = _generated(source.generated, source.split, limit or 1000, seed)
     else:
+        source = source.model_copy(update={"rows": limit})
         rows = _local(Path(source.path).expanduser(), source, domain) if source.path else _hub(source, domain)
         random.Random(seed).shuffle(rows)
         rows = rows[:limit]

@@ -142,7 +142,7 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
     watched: list[ChatExample] = []
     if settings.answers == "sampled":  # references are in another style: their loss rises while answers get better
         rows, watched = _held_back(rows, settings.held_out_rows)
-    layers, mixed = _trained_layers(recipe), general_rows(recipe, settings)
+    layers, mixed = trained_layers(recipe), general_rows(recipe, settings)
     result = train_expert(anchor.folder, out, rows, held_out, settings, layers, mixed, notes=notes, watched=watched)
     low, high = result.score_gain_interval
     return (
@@ -151,6 +151,12 @@ def _branch_expert(recipe: Recipe, expert: Expert) -> str:
         f"loss {result.loss_before:.3f} -> {result.loss_after:.3f}, {result.tokens:,} tokens in "
         f"{result.seconds:.0f} s; moved: {sentence(result.moved)}"
     )
+
+
+def learnt_rows(recipe: Recipe, expert: Expert, settings: BranchSettings) -> list[ChatExample]:
+    """What a branched expert has learnt from: its data's rows, with the answers that its teacher was asked for."""
+    rows, _ = _rows(recipe, expert, settings)
+    return _learnt(recipe, expert, settings, rows)[0]
 
 
 def _held_back(rows: list[ChatExample], count: int) -> tuple[list[ChatExample], list[ChatExample]]:
@@ -174,7 +180,7 @@ def _rows(recipe: Recipe, expert: Expert, settings: TrainingSettings) -> tuple[l
     return rows, held_out
 
 
-def _trained_layers(recipe: Recipe) -> list[int] | None:
+def trained_layers(recipe: Recipe) -> list[int] | None:
     """The layers whose MLPs an expert may change: the sparse ones; None for all."""
     if recipe.routing.moe_layers is None:
         return None
@@ -273,7 +279,7 @@ def _anchor_expert(recipe: Recipe, expert: Expert) -> str:
         rows,
         held_out,
         settings,
-        _trained_layers(recipe),
+        trained_layers(recipe),
         notes,
         recipe.loading,
     )
@@ -350,8 +356,9 @@ def _unusable(recipe: Recipe) -> list[Finding]:
         found.append(Finding("error", "output", f"{recipe.folder} cannot be created", fix="name another folder"))
     for location, source, domain in _sources(recipe):
         try:
-            if _data_files(source):  # local data are read once: a broken row is better told now than after hours
-                load_examples(source, domain, 1)
+            for part in source.parts or (source,):
+                if _data_files(part):  # local data are read once: a broken row is better told now than after hours
+                    load_examples(part, domain, 1)
         except UserError as error:
             found.append(Finding("error", ".".join(map(str, location)), str(error)))
     return found
@@ -551,6 +558,27 @@ def evaluate_step(recipe: Recipe) -> Step:
     inputs = [*_checkpoint_files(fused_folder(recipe)), *_model_files(recipe), *data]
     outputs = [path, *(recipe.folder / name for name in ("evaluation.md", "routing.png"))]
     return Step("evaluate", parts, inputs, outputs, action)
+
+
+def evaluate_long(recipe: Recipe, force: bool = False) -> dict[str, Any]:
+    """Measures anchor and fused model late in a long context; returns the figures."""
+    from fusion.evaluation.long_context import evaluate_long as measure
+    from fusion.evaluation.long_context import markdown
+
+    _refuse_random_gates(fused_folder(recipe))
+    path = recipe.folder / "long.json"
+
+    def action() -> None:
+        result = measure(recipe, recipe.evaluation.long_rows)
+        write_text(recipe.folder / "long.md", markdown(result))
+        write_json(path, result)
+
+    data = _data_files(*(source for d in recipe.domains.values() for source in (d.train, d.held_out)))
+    parts = [recipe.evaluation, recipe.domains, recipe.serving.max_model_len, recipe.serving.yarn_factor]
+    inputs = [*_checkpoint_files(fused_folder(recipe)), *_model_files(recipe), *data]
+    run_step(Step("evaluate-long", parts, inputs, [path, recipe.folder / "long.md"], action), recipe.folder, force)
+    result: dict[str, Any] = read_json(path)
+    return result
 
 
 def ask_samples(recipe: Recipe, force: bool = False) -> list[dict[str, Any]]:

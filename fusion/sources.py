@@ -137,14 +137,23 @@ def load_model(
     attention: str = "auto",
     loading: Loading | None = None,
     dtype: torch.dtype | None = None,
+    yarn_factor: float | None = None,
 ) -> Any:
     """The whole model for inference, its adapter merged in, spread by accelerate as `loading` says.
+
+    `yarn_factor` stretches its positions as `serving.yarn_factor` does.
 
     `dtype` is the one that is fast here where none is named. What is offloaded to disk lies in `loading`'s folder, or
     in a temporary one that goes with the model.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(source.folder)
+    if yarn_factor is not None:
+        from serving.engine import yarn_overrides
+
+        for key, value in yarn_overrides(config.to_dict(), yarn_factor).items():
+            setattr(config, key, value)
     if source.adapter:
         Adapter(source.adapter)  # refuses a pickled one, which PEFT would read
     loading = loading or Loading()
@@ -153,6 +162,7 @@ def load_model(
     offload = loading.offload_folder or (tempfile.mkdtemp(prefix="qwen-fusion-offload-") if spread else None)
     model = AutoModelForCausalLM.from_pretrained(
         source.folder,
+        config=config,
         dtype=dtype or compute_dtype(),
         attn_implementation=attention_implementation(attention),
         device_map=spread,

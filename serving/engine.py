@@ -42,6 +42,7 @@ class EngineSettings:
     where a share of all memory would be asked for per worker; `gpu_memory_utilization` on GPU. `compact_json` writes
     constrained JSON without any white space, so that no model can fill its budget with spaces; experts trained on
     another style answer better without it. `quantization` `fp8` lets vLLM convert the linear maps while it loads.
+    `lora_modules` are names and folders of adapters that requests may name as their model.
     """
 
     model: str
@@ -57,6 +58,8 @@ class EngineSettings:
     temperature: float = 0.7
     top_p: float = 0.9
     compact_json: bool = False
+    lora_modules: tuple[tuple[str, str], ...] = ()
+    max_lora_rank: int = 16
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,10 @@ def engine_arguments(settings: EngineSettings, hardware: Hardware, port: int) ->
     if settings.quantization == "fp8":
         _check_quantization(settings, hardware)
         arguments.append("--quantization=fp8_per_tensor")  # plain `fp8` is vLLM 0.32's deprecated name for it
+    if settings.lora_modules:
+        count = len(settings.lora_modules)
+        arguments += ["--enable-lora", f"--max-loras={count}", f"--max-lora-rank={settings.max_lora_rank}"]
+        arguments += ["--lora-modules", *(f"{name}={folder}" for name, folder in settings.lora_modules)]
     length = settings.max_model_len
     if settings.yarn_factor is not None:
         overrides = yarn_overrides(config, settings.yarn_factor)

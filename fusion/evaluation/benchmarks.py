@@ -20,6 +20,7 @@ from typing import Any
 
 from fusion.checkpoint import weight_stamps, write_json, write_text
 from fusion.errors import UserError
+from fusion.evaluation.benchmark_table import draw, markdown
 from fusion.evaluation.harness import SUBSET_SEED, Measured, TaskFile, run_tasks, task_files
 from fusion.evaluation.harness_models import InTransformers, Models, Served
 from fusion.evaluation.intervals import Interval, difference, mean_interval, retained_share
@@ -64,6 +65,8 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
         _log_samples(folder / "samples" / name, scores[name])
     result = summary(recipe, tasks, scores)
     result["through"] = url or settings.backend
+    write_text(folder / "benchmark.md", markdown(result))
+    draw(result, folder / "benchmark.png")
     write_json(folder / "benchmark.json", result)
     return result
 

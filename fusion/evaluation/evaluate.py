@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fusion.checkpoint import Checkpoint, file_hash, read_json
-from fusion.data import ChatExample, gate_rows, general_rows, load_examples, train_rows, trained_on
+from fusion.contamination import check, trained_rows
+from fusion.data import ChatExample, gate_rows, load_examples, trained_on
 from fusion.drift import as_plain, moved_by_group
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import UserError
@@ -81,7 +82,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     extra = _extra(recipe)
     held_out = _held_out(recipe, names)
     fitted_on = gate_rows(recipe)
-    _leave_out_trained(recipe, fitted_on, held_out | extra)
+    _leave_out_trained(recipe, held_out | extra)
     prompts = expert_prompts(recipe, fitted_on, tokenizer)
     gates = {
         "fused_random": random_gates(checkpoint.config, recipe.gate_training.seed),
@@ -194,7 +195,7 @@ def _extra_task(figures: dict[str, dict[str, Figures]], name: str) -> dict[str, 
 def held_out_rows(recipe: Recipe, names: Sequence[str]) -> dict[str, list[ChatExample]]:
     """The rows that domains `names` are scored on, less those that an expert or the gates were trained on."""
     rows = _held_out(recipe, names)
-    _leave_out_trained(recipe, gate_rows(recipe), rows)
+    _leave_out_trained(recipe, rows)
     return rows
 
 
@@ -216,30 +217,28 @@ def _extra(recipe: Recipe) -> dict[str, list[ChatExample]]:
     return found
 
 
-def _leave_out_trained(
-    recipe: Recipe, fitted_on: dict[str, list[ChatExample]], held_out: dict[str, list[ChatExample]]
-) -> None:
+def _leave_out_trained(recipe: Recipe, held_out: dict[str, list[ChatExample]]) -> None:
     """Takes out of the rows to be scored, with a note, those that an expert, the gates or a healing were trained on.
 
-    Raises UserError where that leaves none.
+    Raises UserError where that leaves none, or where rows share more words with those than the recipe allows.
     """
-    trained = [row for rows in fitted_on.values() for row in rows]
-    for expert in recipe.experts:
-        for section in (expert.branch, expert.anchor):
-            if section:
-                trained += load_examples(section.data, expert.domain, section.rows, section.seed)
-        if expert.branch:
-            trained += general_rows(recipe, expert.branch)
-    if recipe.heal:
-        trained += train_rows(recipe, recipe.heal.rows, recipe.heal.seed)
-    seen = trained_on(trained)
+    seen = trained_on(trained_rows(recipe))
+    public = {n: [row.question for row in rows] for n, rows in held_out.items() if not _is_generated(recipe, n)}
+    contaminated = check(recipe, public)
     for name, rows in held_out.items():
-        kept = [row for row in rows if not seen(row)]
+        numbers = set(contaminated.get(name, ()))
+        kept = [row for number, row in enumerate(rows) if number not in numbers and not seen(row)]
         if not kept:
             raise UserError(f"every held-out row of '{name}' is also in the training data: use another split or file")
         if len(kept) < len(rows):
             console.print(f"  {len(rows) - len(kept)} rows of {name} left out: they were trained on", highlight=False)
             rows[:] = kept
+
+
+def _is_generated(recipe: Recipe, name: str) -> bool:
+    """Whether the rows of a domain, or of an extra task, are generated."""
+    source = recipe.domains[name].held_out if name in recipe.domains else recipe.evaluation.extra[name]
+    return all(part.generated for part in source.parts or (source,))
 
 
 def _scores(

@@ -191,7 +191,8 @@ def codeio(path: Path, source: DataSource, domain: str) -> list[ChatExample]:
     kept = [row for row in kept if split_of(row["task_description"]) == source.split]
     store = cache_folder() / f"codeio-{hashlib.sha256(CODEIO_PROGRAM.encode()).hexdigest()[:8]}.json"
     known: dict[str, list[str]] = read_json(store) if store.is_file() else {}
-    before, rows = len(known), []
+    before = len(known)
+    rows: list[ChatExample] = []
     for row in track(kept[: 4 * (source.rows or len(kept))], f"codeio, {source.split}"):
         if len(rows) == source.rows:
             break

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from fusion import ahead
-from fusion.ahead import reading_ahead, weight_files
+from fusion.ahead import Part, merged_parts, reading_ahead
+from fusion.architecture import is_mlp
+from fusion.headers import tensor_places
 from fusion.recipe_file import load_recipe
+from tests.recipes import make_recipe
 
 
 def cached(path: Path, page: int = -1) -> bool:
@@ -47,20 +50,33 @@ def waited_for(path: Path) -> bool:
 
 def test_files_come_into_the_cache(tmp_path: Path) -> None:
     files = [evicted(tmp_path / name, 2**20) for name in ("a", "b")]
-    with reading_ahead(files):
+    with reading_ahead([Part(path, 0, 2**20) for path in files]):
         assert all(waited_for(path) for path in files)
 
 
 def test_no_more_than_a_share_of_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (evicted(tmp_path / name, 2**20) for name in ("a", "b"))
     monkeypatch.setattr(ahead, "available_memory", lambda: 2**20)
-    with reading_ahead([first, second]):
+    with reading_ahead([Part(first, 0, 2**20), Part(second, 0, 2**20)]):
         assert waited_for(first)
     assert not cached(second)
 
 
 def test_what_is_missing_is_left_to_the_merge(tmp_path: Path) -> None:
-    with reading_ahead([tmp_path / "missing", tmp_path]):
+    with reading_ahead([Part(tmp_path / "missing", 0, 9), Part(tmp_path, 0, 9)]):
         pass
     recipe = load_recipe(Path("configs/qwen2.5-0.5b-two-experts.yaml"), [f"output={tmp_path}"])
-    assert weight_files(recipe) == []
+    assert merged_parts(recipe) == []
+
+
+def test_a_merge_reads_the_base_and_the_experts_mlps(
+    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]
+) -> None:
+    experts = {"general": anchor, "math": anchored_experts["math"]}
+    parts = merged_parts(make_recipe(tmp_path, anchor, experts))
+    covered = {(part.file.parent, byte) for part in parts for byte in range(part.begin, part.end)}
+    assert sum(part.end - part.begin for part in parts) == len(covered)
+    for folder in experts.values():
+        for name, place in tensor_places(folder).items():
+            read = {(folder, byte) for byte in range(place.begin, place.end)} <= covered
+            assert read is (folder == anchor or is_mlp(name)), name

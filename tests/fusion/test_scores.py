@@ -1,6 +1,7 @@
 """What each task score takes for right, on answers made to be nearly right; and greedy answers by draft."""
 
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fusion.evaluation import generate as generate_module
 from fusion.evaluation import scores
 from fusion.evaluation.generate import answer_examples, answer_losses, generate
 from fusion.evaluation.scores import SCORES, score
+from fusion.sandbox import run_python
 from fusion.tasks.extraction import render
 from tests.families import byte_tokenizer, config
 
@@ -116,7 +118,7 @@ def test_code_is_run_against_its_tests(monkeypatch):
     assert score("def add(a, b):\n    return a + b", row) == 1.0
     assert score("def add(a, b):\n    return a - b", row) == 0.0
     assert score("def add(a, b)", row) == 0.0
-    monkeypatch.setattr(scores, "TEST_SECONDS", 1)
+    monkeypatch.setattr(scores, "run_python", partial(run_python, seconds=1))
     began = time.monotonic()
     assert score("while True: pass", row) == 0.0
     assert score("x = bytearray(3 << 30)\ndef add(a, b):\n    return a + b", row) == 0.0

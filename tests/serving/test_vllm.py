@@ -200,3 +200,60 @@ def test_ctrl_c_leaves_nothing_behind(server: tuple[subprocess.Popen[str], str])
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
     assert all_gone(family)
+
+
+@pytest.mark.usefixtures("server")
+def test_the_harness_asks_through_the_guard(
+    server: tuple[subprocess.Popen[str], str], folder: Path, tmp_path: Path
+) -> None:
+    """Answers through the chat route and likelihoods through the completions route, each against a plain request."""
+    from fusion.data import chat as row
+    from fusion.evaluation.harness import CONFIGS, TaskFile, run_tasks
+    from fusion.evaluation.harness_metrics import row_of
+    from fusion.evaluation.harness_models import Served
+
+    url, questions = server[1], ["one?", "two?", "three?"]
+    answers = [
+        chat(url, "tiny", [{"role": "user", "content": q}], temperature=0, max_tokens=256).text for q in questions
+    ]
+    rows = [row(q, a, "general") for q, a in zip(questions[:2], answers, strict=False)]
+    rows.append(row(questions[2], "nobody says this", "general"))
+    (tmp_path / "general.jsonl").write_text("\n".join(json.dumps(row_of(r)) for r in rows))
+    text = (CONFIGS / "domains.yaml").read_text().replace("${each}", "general").replace("${data}", str(tmp_path))
+    kept = [line for line in text.split("\n") if not line.startswith(("each:", "rows:"))]
+    (tmp_path / "general.yaml").write_text("\n".join(kept))
+    pairs = [
+        {"start": "The sun", "a": " sets", "b": " rises", "label": 0},
+        {"start": "1+1=", "a": "2", "b": "7", "label": 1},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (tmp_path / "pairs.yaml").write_text(PAIRS.replace("DATA", str(tmp_path / "pairs.jsonl")))
+    tasks = [TaskFile(name, name, "general", None, None, tmp_path / f"{name}.yaml") for name in ("general", "pairs")]
+    found = run_tasks(Served(url, "tiny", folder / "model", 1024, 2), tasks, {}, None, tmp_path / "cache")
+    assert found["general"].scores == (1.0, 1.0, 0.0)
+
+    def likelihood(start: str, end: str) -> float:
+        body = {"model": "tiny", "prompt": start + end, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+        request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            told = json.load(answer)["choices"][0]["logprobs"]["token_logprobs"]
+        return float(sum(told[len(start) : len(start) + len(end)]))  # one token a byte
+
+    picked = [int(likelihood(p["start"], p["b"]) > likelihood(p["start"], p["a"])) for p in pairs]
+    assert found["pairs"].scores == tuple(float(p["label"] == n) for p, n in zip(pairs, picked, strict=True))
+
+
+PAIRS = """
+task: pairs
+dataset_path: json
+dataset_kwargs: {data_files: {test: "DATA"}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{start}}"
+doc_to_target: label
+doc_to_choice: ["{{a}}", "{{b}}"]
+target_delimiter: ""
+metric_list: [{metric: acc}]
+"""

@@ -1,0 +1,52 @@
+"""The requests of a benchmark: held-out questions of all domains, with the lengths of their answers, in two orders.
+
+    rows = trace(recipe, tokenizer, 120, "bursts")
+
+Prompts are the recipe's own held-out ones; an answer has as many tokens as the row's own, within bounds that keep a
+request from being nothing or the whole run.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any, Literal
+
+from fusion.checkpoint import write_text
+from fusion.data import load_examples
+from fusion.encoding import encode
+from fusion.recipe import Recipe
+
+LEAST, MOST = 8, 128  # tokens of an answer
+BURST = 8  # requests of one domain in a row
+Order = Literal["evenly", "bursts"]
+ORDERS: tuple[Order, ...] = ("evenly", "bursts")
+
+
+def trace(recipe: Recipe, tokenizer: Any, count: int, order: Order) -> list[dict[str, Any]]:
+    """`count` requests, {prompt, output_tokens, domain}, the same share of each domain."""
+    share = -(-count // len(recipe.domains))
+    by_domain: dict[str, list[dict[str, Any]]] = {}
+    for name, domain in recipe.domains.items():
+        rows = load_examples(domain.held_out, name, share, recipe.evaluation.seed)
+        found = []
+        for number in range(share):
+            row = rows[number % len(rows)]
+            encoded = encode(tokenizer, row)
+            length = min(MOST, max(LEAST, len(encoded.ids) - encoded.answer_start))
+            text = "\n\n".join(message["content"] for message in row.prompt)
+            found.append({"prompt": text, "output_tokens": length, "domain": name})
+        by_domain[name] = found
+    if order == "evenly":
+        mixed = [row for rows in zip(*by_domain.values(), strict=True) for row in rows]
+    else:
+        blocks = [rows[i : i + BURST] for rows in by_domain.values() for i in range(0, share, BURST)]
+        random.Random(0).shuffle(blocks)
+        mixed = [row for block in blocks for row in block]
+    return mixed[:count]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """The requests as vLLM's load generator reads them (its data set `custom`)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path

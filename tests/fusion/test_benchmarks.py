@@ -1,0 +1,303 @@
+"""Benchmarks: the harness's figures against the same figures computed here, its tasks against upstream's own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from fusion.cli import app
+from fusion.data import chat
+from fusion.errors import UserError
+from fusion.evaluation import harness
+from fusion.evaluation.benchmark_data import write_split
+from fusion.evaluation.benchmark_table import draw, markdown
+from fusion.evaluation.benchmarks import benchmark, summary
+from fusion.evaluation.harness import Measured, TaskFile, known_groups, task_files
+from fusion.evaluation.harness_metrics import (
+    CodeEval,
+    example_of,
+    is_valid,
+    pass_at_k,
+    row_of,
+    structured_score,
+    unpacked,
+)
+from fusion.evaluation.intervals import retained_share
+from fusion.merge import merge
+from fusion.recipe import Recipe
+from tests.recipes import make_recipe, recipe_data
+
+OURS = {"task", "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "metadata", "custom_dataset"}
+TOKENS = 24
+
+
+def greedy(folder: Path, prompts: list[list[dict[str, str]]]) -> list[str]:
+    """Greedy answers of a model, one at a time, with transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    answers = []
+    for prompt in prompts:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
+        answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    return answers
+
+
+@pytest.fixture
+def short_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task files with answers of TOKENS tokens."""
+    configs = tmp_path / "benchmarks"
+    configs.mkdir()
+    text = (harness.CONFIGS / "domains.yaml").read_text(encoding="utf-8")
+    (configs / "domains.yaml").write_text(text.replace("max_gen_toks: 256", f"max_gen_toks: {TOKENS}"))
+    monkeypatch.setattr(harness, "CONFIGS", configs)
+
+
+PROMPTS: dict[str, list[list[dict[str, str]]]] = {
+    "general": [[{"role": "user", "content": f"Who is number {i}?"}] for i in range(4)],
+    "math": [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+2="}],
+        [{"role": "user", "content": "3*4="}],
+        [{"role": "user", "content": "5"}, {"role": "assistant", "content": "6"}, {"role": "user", "content": "7"}],
+        [{"role": "user", "content": "10-7="}],
+    ],
+}
+
+
+def with_answers(folder: Path, recipe: Recipe, fused: Path, anchor: Path) -> Recipe:
+    """The recipe with held-out rows: right are the fused model's answers to the first two of each, the anchor's to the
+    third (unless both answer alike), nobody's to the last."""
+    data = recipe.model_dump(mode="json")
+    for name, prompts in PROMPTS.items():
+        ours, theirs = greedy(fused, prompts), greedy(anchor, prompts)
+        answers = [ours[0], ours[1], theirs[2], "nobody says this"]
+        rows = [{"messages": [*p, {"role": "assistant", "content": a}]} for p, a in zip(prompts, answers, strict=True)]
+        path = folder / f"{name}-held-out.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+        data["domains"][name]["held_out"] = {"path": str(path)}
+    return Recipe.model_validate(data)
+
+
+@pytest.mark.usefixtures("short_answers")
+def test_scores_are_those_of_greedy_answers(tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]) -> None:
+    experts = {"general": anchor, "math": anchored_experts["math"]}
+    recipe = make_recipe(tmp_path, anchor, experts, benchmark={"backend": "transformers"})
+    fused = merge(recipe)
+    recipe = with_answers(tmp_path, recipe, fused, anchor)
+    result = benchmark(recipe)
+    models = {"fused": fused, "anchor": anchor, "own_expert": experts["math"]}
+    for name, own in (("general", anchor), ("math", experts["math"])):
+        row, path = result["tasks"][name], tmp_path / f"{name}-held-out.jsonl"
+        wanted = [json.loads(line)["messages"][-1]["content"] for line in path.read_text().splitlines()]
+        for column, folder in (models | {"own_expert": own}).items():
+            answers = greedy(folder, PROMPTS[name])
+            golden = sum(a.strip() == w.strip() for a, w in zip(answers, wanted, strict=True)) / len(wanted)
+            assert row["scores"][column]["value"] == golden, (name, column)
+        assert row["scores"]["fused"]["value"] >= 0.5 and row["rows"] == 4
+    assert result["versions"].keys() >= {"lm-eval", "qwen-fusion"} and result["seed"] == 0
+    logged = (recipe.folder / "benchmark" / "samples" / "fused" / "math.jsonl").read_text().splitlines()
+    assert [json.loads(line)["doc_id"] for line in logged] == [0, 1, 2, 3]
+    assert (recipe.folder / "benchmark" / "benchmark.png").stat().st_size > 1000
+    assert "| math (score, 4) |" in (recipe.folder / "benchmark" / "benchmark.md").read_text()
+
+
+@pytest.mark.usefixtures("short_answers")
+def test_a_run_that_was_stopped_asks_for_the_rest_alone(
+    tmp_path: Path, anchor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(
+        tmp_path, anchor, {"general": anchor, "math": anchor}, benchmark={"backend": "transformers", "against": []}
+    )
+    merge(recipe)
+    first = benchmark(recipe.model_copy(update={"benchmark": recipe.benchmark.model_copy(update={"limit": 2})}))
+    from lm_eval.models.huggingface import HFLM
+
+    asked: list[int] = []
+    real = HFLM.generate_until
+
+    def counted(self: Any, requests: list[Any], **kwargs: Any) -> Any:
+        asked.append(len(requests))
+        return real(self, requests, **kwargs)
+
+    monkeypatch.setattr(HFLM, "generate_until", counted)
+    second = benchmark(recipe)
+    assert first["tasks"]["math"]["rows"] == 2 and second["tasks"]["math"]["rows"] == 4
+    assert sum(asked) == 4  # of eight
+    assert benchmark(recipe) == second and sum(asked) == 4
+
+
+def prepared(tmp_path: Path, group: str) -> tuple[Recipe, list[TaskFile]]:
+    """A recipe with local copies of the benchmark (no more than a row), and its task files."""
+    given = yaml.load((harness.CONFIGS / f"{group}.yaml").read_text(), Loader=harness._Plain)
+    rows: dict[str, Any] = {
+        "json_lines": {"question": "1+1?", "answer": "#### 2", "prompt": "def f():\n", "test": "", "entry_point": "f"},
+        "mbpp": {"task_id": 11, "text": "Add.", "test_list": ["assert True"] * 3, "code": "pass"},
+    }
+    texts = {
+        "mgsm": "Wie viel?\t1,000\n",
+        "xquad": json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": []}] * 201}]}),
+        "bbh": json.dumps({"examples": [{"input": "not True is", "target": "False"}]}),
+    }
+    data = tmp_path / "data"
+    for word in given.get("each", [""]):
+        form = given["prepare"]["as"]
+        for split, name in given["prepare"].items():
+            if split != "as":
+                path = data / name.replace("${each}", word)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(texts.get(form) or json.dumps(rows[form]))
+    recipe = Recipe.model_validate(recipe_data(tmp_path, tmp_path, {"general": tmp_path, "math": tmp_path}))
+    recipe = recipe.model_copy(update={"data_folder": str(data)})
+    return recipe, task_files(recipe, [group], tmp_path / "tasks")
+
+
+INCLUDING = [name for name in known_groups() if "include:" in (harness.CONFIGS / f"{name}.yaml").read_text()]
+
+
+@pytest.mark.parametrize("group", INCLUDING)
+def test_task_files_are_upstreams_tasks_with_other_data(
+    tmp_path: Path, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    monkeypatch.setattr(harness, "_nltk_has", lambda resource: True)
+    _, tasks = prepared(tmp_path, group)
+    upstream_of = {
+        load_yaml(path, resolve_func=False)["task"]: path
+        for path in Path(harness._tasks())
+        .joinpath({"gsm8k": "gsm8k", "bbh": "bbh/zeroshot", "mgsm": "mgsm/direct"}.get(group, group))
+        .glob("*.yaml")
+        if "task" in yaml.load(path.read_text(), Loader=harness._Plain)
+    }
+    assert tasks
+    for task in tasks:
+        assert task.file is not None
+        ours = load_yaml(task.file, resolve_func=False)
+        theirs = load_yaml(upstream_of[ours["metadata"]["upstream"]], resolve_func=False)
+        assert {k: v for k, v in ours.items() if k not in OURS} == {k: v for k, v in theirs.items() if k not in OURS}
+        for path in ours["dataset_kwargs"]["data_files"].values():
+            assert Path(path).is_file()
+
+
+def test_without_a_copy_the_hubs_task_is_taken(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, tmp_path, {"general": tmp_path, "math": tmp_path})
+    [task] = task_files(recipe.model_copy(update={"data_folder": str(tmp_path)}), ["gsm8k"], tmp_path / "tasks")
+    assert (task.name, task.group, task.domain, task.file) == ("gsm8k_cot_zeroshot", "gsm8k", "math", None)
+
+
+def test_benchmarks_without_nltk_data_are_left_out_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "_nltk_has", lambda resource: False)
+    assert prepared(tmp_path, "ifeval")[1] == []
+    assert "ifeval left out: nltk's tokenizers/punkt_tab is not here" in capsys.readouterr().err
+
+
+def test_mgsms_numbers_are_read(tmp_path: Path) -> None:
+    (tmp_path / "mgsm_de.tsv").write_text('Sie sagt "ja". Wie viel?\t1,234\nWie viel?\t-2.5\n', encoding="utf-8")
+    write_split("mgsm", tmp_path / "mgsm_de.tsv", tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["answer_number"] for row in rows] == [1234, -2.5]
+    assert rows[0]["question"] == 'Sie sagt "ja". Wie viel?'
+    (tmp_path / "mgsm_de.tsv").write_text("Wie viel?\tviel\n")
+    with pytest.raises(UserError, match="not the benchmark's own file"):
+        write_split("mgsm", tmp_path / "mgsm_de.tsv", tmp_path / "out.jsonl")
+
+
+def test_programs_are_judged_in_the_sandbox(tmp_path: Path) -> None:
+    left = tmp_path / "left behind"
+    programs = ["def f(x):\n    return x + 1", f"open({str(left)!r}, 'w')\ndef f(x):\n    return x + 1", "exit(0)"]
+    found, _ = CodeEval().compute(references=["assert f(1) == 2"] * 3, predictions=[[p] for p in programs], k=[1])
+    assert found == {"pass@1": pytest.approx(1 / 3)}
+    assert not left.exists()
+
+
+def test_upstreams_code_metric_is_the_sandboxed_one(tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    _, [task] = prepared(tmp_path, "humaneval")
+    assert task.file is not None
+    with harness._sandboxed_code():
+        loaded = harness._load(TaskManager(include_path=[str(task.file.parent)], include_defaults=False), task)[
+            task.name
+        ]
+    doc = {"prompt": "def f(x):\n", "test": "def check(g):\n    assert g(1) == 2", "entry_point": "f"}
+    for body, right in (("    return x + 1\n", 1.0), ("    return x\n", 0.0)):
+        assert loaded.process_results(doc, [[doc["prompt"] + body]])["pass@1"] == right
+
+
+def test_pass_at_k_is_the_share_of_draws_with_one_that_is_right() -> None:
+    from itertools import combinations
+
+    for samples, right, k in ((5, 2, 1), (5, 2, 3), (6, 0, 2), (4, 4, 2), (6, 3, 4)):
+        draws = list(combinations([i < right for i in range(samples)], k))
+        assert pass_at_k(samples, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_a_row_travels_through_the_harness_unchanged() -> None:
+    row = chat(
+        "你好?",
+        "[1]",
+        "structured",
+        system="Be brief.",
+        score="exact_values",
+        reference={"format": "json", "value": [1]},
+    )
+    doc = row_of(row)
+    assert example_of(doc) == row
+    assert unpacked([{"role": "user", "content": doc["prompt"]}]) == row.prompt
+    plain = chat("q", "a", "general")
+    assert row_of(plain)["prompt"] == "q" and unpacked(plain.prompt) == plain.prompt
+    assert structured_score(doc, ["```json\n[1]\n```"]) == {"score": 1.0, "valid": 1.0}
+    assert structured_score(doc, ["[2]"]) == {"score": 0.0, "valid": 1.0}
+    assert structured_score(doc, ["[2"]) == {"score": 0.0, "valid": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("form", "answer", "valid"),
+    [("yaml", "a: 1", True), ("yaml", "a: [1", False), ("xml", "<a>1</a>", True), ("xml", "<a>1</b>", False)],
+)
+def test_validity_is_that_of_the_rows_own_format(form: str, answer: str, valid: bool) -> None:
+    row = chat("", "", "structured", score="exact_values", reference={"format": form, "value": {"a": 1}})
+    assert is_valid(answer, row) is valid
+
+
+def test_figures_are_paired_by_row(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, tmp_path, {"general": tmp_path, "math": tmp_path})
+    scores = {"anchor": [0, 0, 1, 0, 0, 1], "math": [1, 1, 1, 0, 1, 1], "fused": [1, 1, 1, 0, 0, 1]}
+    measured = {
+        model: {"gsm": Measured("exact_match", tuple(range(6)), tuple(map(float, row)), {"valid": (1.0,) * 6}, [])}
+        for model, row in scores.items()
+    }
+    result = summary(recipe, [TaskFile("gsm", "gsm", "math", "exact_match", None, tmp_path)], measured)
+    row = result["tasks"]["gsm"]
+    assert [row["scores"][c]["value"] for c in ("anchor", "own_expert", "fused")] == [2 / 6, 5 / 6, 4 / 6]
+    share = retained_share(*(list(map(float, scores[m])) for m in ("anchor", "fused", "math")))
+    assert share is not None and row["retained_share"]["value"] == pytest.approx(share.value) == pytest.approx(2 / 3)
+    assert row["fused_minus"]["anchor"]["value"] == pytest.approx(1 / 3)
+    assert row["others"]["fused"] == {"valid": 1.0}
+    text = markdown(result)
+    assert "| gsm (exact_match, 6) | 0.333" in text and "fused valid 1.000" in text
+    draw(result, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_mistake_is_one_sentence(tmp_path: Path, anchor: Path) -> None:
+    data = recipe_data(tmp_path, anchor, {"general": anchor, "math": anchor})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data))
+    merge(Recipe.model_validate(data))
+    for arguments, said in (
+        (["--tasks", "no_such_task", "--backend", "transformers"], "benchmark no_such_task cannot be had"),
+        (["--url", "ftp://x"], "--url ftp://x: give the address of a server"),
+        (["--backend", "guess"], "benchmark.backend"),
+        (["--against", "friends"], "benchmark.against"),
+    ):
+        with pytest.raises(UserError, match=said):
+            CliRunner().invoke(app, ["benchmark", str(path), *arguments], catch_exceptions=False)
