@@ -20,7 +20,7 @@ INSTALL := $(UV) pip install -q $(COMPILE) --python $(BIN)/python -c constraints
            -e ".[cpu,registry-weights,dev]"
 endif
 
-.PHONY: help setup demo demo-real test check format bench bench-fusion bench-gates bench-guard soak bench-runs constraints clean
+.PHONY: help setup demo demo-real test check format bench bench-fusion bench-gates bench-guard bench-traffic soak bench-runs constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ bench-guard: setup  ## what the guard costs (before a stub, beside LiteLLM) and 
 
 bench-fusion: setup  ## a merge beside mergekit-moe and cp at three sizes, a plan's time (70 GB): BENCH="--sizes demo"
 	QWEN_FUSION_QUIET=1 $(BIN)/python -m fusion.bench $(BENCH)
+
+bench-traffic: setup  ## mixed traffic on the fused model, on its experts side by side, on LoRA adapters (after make demo)
+	QWEN_FUSION_QUIET=1 $(BIN)/python -m serving.bench.traffic configs/demo.yaml $(BENCH)
 
 soak: setup  ## ten minutes of requests through the guard while vLLM is killed behind it (after make demo)
 	$(BIN)/python -m serving.bench.soak configs/demo.yaml $(BENCH)

@@ -1,13 +1,14 @@
 """Which experts the tokens of given texts go to, by the fused checkpoint's own gates, layer by layer."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fusion.checkpoint import Checkpoint
-from fusion.data import chat
-from fusion.encoding import encode_batches, load_tokenizer
+from fusion.data import ChatExample, chat
+from fusion.encoding import encode, encode_batches, load_tokenizer
 from fusion.layers import Batch, Choice, Layer, LayerStream, checkpoint_gates, gated
 from fusion.recipe import Recipe
 
@@ -42,3 +43,33 @@ def expert_shares(recipe: Recipe, answers: Sequence[dict[str, Any]]) -> list[dic
     shares = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-9)
     names = [expert.name for expert in recipe.experts]
     return [dict(zip(names, row.tolist(), strict=True)) for row in shares]
+
+
+@dataclass(frozen=True)
+class TokenRoutes:
+    """How each token of one conversation went: `experts` and `weights` are `(layers, tokens, top_k)`."""
+
+    tokens: list[str]
+    answer_start: int
+    layers: list[int]
+    experts: torch.Tensor
+    weights: torch.Tensor
+
+
+def token_routes(checkpoint: Checkpoint, tokenizer: Any, example: ChatExample, top_k: int | None = None) -> TokenRoutes:
+    """The experts of every token in every sparse layer, by the checkpoint's own gates; `top_k` None: its own."""
+    encoded = encode(tokenizer, example)
+    [batch] = encode_batches(tokenizer, [example], batch_tokens=len(encoded.ids))
+    layers: list[int] = []
+    experts: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
+
+    def see(layer: Layer, batch: Batch, x: torch.Tensor, choice: Choice) -> None:
+        layers.append(layer.index)
+        experts.append(choice.experts.cpu())
+        weights.append(choice.weights.float().cpu())
+
+    k = top_k or checkpoint.config["num_experts_per_tok"]
+    LayerStream(checkpoint, [batch]).run(gated(checkpoint_gates(checkpoint), k), see)
+    tokens = [tokenizer.decode([token]) for token in encoded.ids]
+    return TokenRoutes(tokens, encoded.answer_start, layers, torch.stack(experts), torch.stack(weights))

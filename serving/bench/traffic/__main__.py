@@ -163,9 +163,8 @@ def _print(table: Table, sides: dict[str, Side], decode: dict[str, dict[str, flo
     print("\n| side | weights, GB | KV tokens |")
     print("| --- | --- | --- |")
     for name, side in sides.items():
-        print(
-            f"| {name}{', the best placement' if name == best else ''} | {side.weights / 1e9:.2f} | {side.kv_tokens:,} |"
-        )
+        marked = f"{name}, the best placement" if name == best else name
+        print(f"| {marked} | {side.weights / 1e9:.2f} | {side.kv_tokens:,} |")
     print("\n| tokens/s at so many requests | " + " | ".join(map(str, AT_ONCE)) + " |")
     print("| --- " * (len(AT_ONCE) + 1) + "|")
     for name, speeds in decode.items():
