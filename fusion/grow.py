@@ -26,6 +26,7 @@ from fusion.sources import base_source, expert_source
 from fusion.steps import run_step
 from gate_training.methods.new_row import with_row
 
+FIGURES = ("evaluation.json", "evaluation.md", "routing.png", "long.json", "long.md", "report.md", "answers.json")
 JOINING = "joining"  # in the manifest's note on gates: the expert whose row is still to be fitted
 
 
@@ -55,6 +56,7 @@ def add_expert(recipe: Recipe, name: str) -> None:
         joining = Joining(index, {layer: _left(rows, index) for layer, rows in _gates(recipe).items()})
         run_step(road.gates_step(recipe, lambda r, f: train_gates(r, f, joining)), recipe.folder, force=True)
         write_papers(recipe, folder)
+    _take_figures_away(recipe)
 
 
 def remove_expert(recipe: Recipe, name: str) -> None:
@@ -78,6 +80,17 @@ def remove_expert(recipe: Recipe, name: str) -> None:
 
         run_step(road.gates_step(smaller, measured), recipe.folder, force=True)
         said = f"tokens of '{name}' go where the rows that stay send them: `train-gates` fits these to the fallback"
+        console.print(said, highlight=False, soft_wrap=True)
+    _take_figures_away(recipe)
+
+
+def _take_figures_away(recipe: Recipe) -> None:
+    """Removes what was measured on the experts of before."""
+    stale = [path for name in FIGURES if (path := recipe.folder / name).is_file()]
+    for path in stale:
+        path.unlink()
+    if stale:
+        said = f"{', '.join(path.name for path in stale)} told of the experts before: run `qwen-fusion evaluate` again"
         console.print(said, highlight=False, soft_wrap=True)
 
 

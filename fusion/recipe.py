@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+MAX_TOKENS = 8192  # of an answer
 DEMO_ROPE_THETA = 1e4  # of a pretrained anchor: its sequences are short
 NAME = r"^[a-z0-9][a-z0-9_-]*$"
 # fusion/evaluation/scores.py
@@ -468,7 +469,7 @@ class Sampling(Section):
 
     temperature: float = Field(0.7, ge=0)
     top_p: float = Field(0.9, gt=0, le=1)
-    max_tokens: int = Field(8192, gt=0)
+    max_tokens: int = Field(MAX_TOKENS, gt=0)
 
 
 class Question(Section):
@@ -549,6 +550,17 @@ class Serving(Section):
     sampling: Sampling = Sampling()
     guard: Guarding = Guarding()
     questions: tuple[Question, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _room_for_a_prompt(cls, given: Any) -> Any:
+        """Half of a short context is for the answer, where the recipe does not say how much."""
+        if not isinstance(given, dict) or not isinstance(length := given.get("max_model_len"), int):
+            return given
+        sampling = given.get("sampling") or {}
+        if not isinstance(sampling, dict) or "max_tokens" in sampling or not 2 <= length <= MAX_TOKENS:
+            return given
+        return {**given, "sampling": {**sampling, "max_tokens": length // 2}}
 
 
 class Recipe(Section):

@@ -275,3 +275,15 @@ def test_the_index_is_of_what_is_there(tmp_path: Path, anchor: Path, experts: di
     assert weight_map[gate_tensor(0)] == GATES_FILE
     stream = LayerStream(Checkpoint(recipe.fused), make_batches([[1, 2, 3]]))
     stream.run(gated(checkpoint_gates(Checkpoint(recipe.fused)), 1))
+
+
+def test_figures_of_the_experts_before_are_taken_away(
+    tmp_path: Path, anchor: Path, experts: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(tmp_path, anchor, experts, NAMES)
+    merge(recipe)
+    for name in ("evaluation.json", "long.md", "gates.json"):
+        (recipe.folder / name).write_text("{}")
+    remove_expert(recipe_of(tmp_path, anchor, experts, ("general", "coding")), "math")
+    assert [(recipe.folder / name).exists() for name in ("evaluation.json", "long.md")] == [False, False]
+    assert "evaluation.json, long.md told of the experts before" in capsys.readouterr().err

@@ -369,3 +369,17 @@ def test_the_guards_own_file_is_loaded_and_mistakes_in_it_are_a_sentence(tmp_pat
             load_section(Guarding, wrong, None, "configs/guard.yaml")
     with pytest.raises(UserError, match=r"--set attempts=x: attempts"):
         load_section(Guarding, None, ["attempts=x"], "")
+
+
+@pytest.mark.parametrize(
+    ("serving", "tokens"),
+    [
+        ("max_model_len: 512", 256),
+        ("max_model_len: 512\n  sampling: {temperature: 0.1}", 256),
+        ("max_model_len: 32768", 8192),
+        ("max_model_len: 512\n  sampling: {max_tokens: 100}", 100),
+    ],
+)
+def test_half_of_a_short_context_is_for_the_answer(tmp_path: Path, serving: str, tokens: int) -> None:
+    text = RECIPE[: RECIPE.index("serving:")] + f"serving:\n  {serving}\n"
+    assert load_recipe(write(tmp_path, text)).serving.sampling.max_tokens == tokens
