@@ -60,15 +60,19 @@ def trained_rows(recipe: Recipe) -> list[ChatExample]:
     return rows
 
 
-def check(recipe: Recipe, held_out: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
+def check(
+    recipe: Recipe, held_out: Mapping[str, Sequence[str]], trained: Sequence[str] | None = None
+) -> dict[str, list[int]]:
     """The numbers of contaminated held-out texts, by the key in `held_out`; none where the recipe sets no n-gram.
+
+    `trained` are the texts of `trained_texts`, for a caller who has them.
 
     Raises UserError, with an example, unless the recipe says that they are to be left out.
     """
     words = recipe.evaluation.contamination_ngram
     if words is None:
         return {}
-    trained = [" ".join(message["content"] for message in row.messages) for row in _public_rows(recipe)]
+    trained = trained_texts(recipe) if trained is None else trained
     found = {name: shared_runs(trained, texts, words) for name, texts in held_out.items()}
     said = [
         f"{len(runs)} of {len(held_out[name])} held-out rows of '{name}' (\"{next(iter(runs.values()))}\")"
@@ -84,8 +88,8 @@ def check(recipe: Recipe, held_out: Mapping[str, Sequence[str]]) -> dict[str, li
     return {name: list(runs) for name, runs in found.items() if runs}
 
 
-def _public_rows(recipe: Recipe) -> list[ChatExample]:
-    """The rows of `trained_rows` that are not generated."""
+def trained_texts(recipe: Recipe) -> list[str]:
+    """The conversations of `trained_rows` that are not generated, as plain text."""
     wanted: list[tuple[DataSource, str, int, int]] = []
     for name, domain in recipe.domains.items():
         wanted.append((domain.train, name, recipe.gate_training.rows, recipe.gate_training.seed))
@@ -100,4 +104,4 @@ def _public_rows(recipe: Recipe) -> list[ChatExample]:
         for part in source.parts or (source,):
             if not part.generated:
                 rows += load_examples(part, name, count, seed)
-    return rows
+    return [" ".join(message["content"] for message in row.messages) for row in rows]

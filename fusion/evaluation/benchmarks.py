@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.checkpoint import weight_stamps, write_json, write_text
+from fusion.contamination import check, trained_texts
 from fusion.errors import UserError
 from fusion.evaluation.benchmark_table import draw, markdown
 from fusion.evaluation.harness import SUBSET_SEED, Measured, TaskFile, run_tasks, task_files
@@ -51,6 +52,7 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
     if not tasks:
         raise UserError("no task is left to run: see the notes above, or name others with --tasks")
     scores: Scores = {}
+    seen = _contaminated(recipe)
     for name, source in models(recipe, tasks).items():
         mine = [
             task
@@ -61,7 +63,7 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
         cache.parent.mkdir(parents=True, exist_ok=True)
         console.print(f"[bold]benchmark[/bold]: {name}, {len(mine)} tasks", highlight=False)
         with _asked(recipe, source, folder, url if name == FUSED else None) as model:
-            scores[name] = run_tasks(model, mine, settings.limits, settings.limit, cache)
+            scores[name] = run_tasks(model, mine, settings.limits, settings.limit, cache, seen)
         _log_samples(folder / "samples" / name, scores[name])
     result = summary(recipe, tasks, scores)
     result["through"] = url or settings.backend
@@ -69,6 +71,22 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
     draw(result, folder / "benchmark.png")
     write_json(folder / "benchmark.json", result)
     return result
+
+
+def _contaminated(recipe: Recipe) -> Callable[[str, list[str]], Collection[int]]:
+    """Which questions of a task share words with training data, looked for once a task."""
+    known: dict[str, list[int]] = {}
+    trained = trained_texts(recipe) if recipe.evaluation.contamination_ngram else []
+
+    def seen(name: str, questions: list[str]) -> Collection[int]:
+        if name not in known:
+            known[name] = check(recipe, {name: questions}, trained).get(name, [])
+            if known[name]:
+                said = f"  {len(known[name])} of {len(questions)} rows of {name} left out: their words were trained on"
+                console.print(said, highlight=False)
+        return known[name]
+
+    return seen
 
 
 def models(recipe: Recipe, tasks: Sequence[TaskFile]) -> dict[str, ModelSource]:

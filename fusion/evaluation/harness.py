@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ class TaskFile:
     score: str | None  # None: the task's first metric
     filter: str | None  # None: the task's last filter
     file: Path | None  # None: a task that the harness itself has
+    public: bool = True  # its questions may also be in public data that was trained on
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def _from_file(recipe: Recipe, path: Path, folder: Path) -> list[TaskFile]:
         target = folder / f"{name}.yaml"
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, kept)
-        found.append(TaskFile(name, path.stem, domain, meta["score"], meta.get("filter"), target))
+        public = "prepare" in given or "file" in given["rows"]
+        found.append(TaskFile(name, path.stem, domain, meta["score"], meta.get("filter"), target, public))
     return found
 
 
@@ -182,9 +184,16 @@ def _sandboxed_code() -> Iterator[None]:
 
 
 def run_tasks(
-    models: Models, tasks: Sequence[TaskFile], limits: dict[str, int], limit: int | None, cache: Path
+    models: Models,
+    tasks: Sequence[TaskFile],
+    limits: dict[str, int],
+    limit: int | None,
+    cache: Path,
+    seen: Callable[[str, list[str]], Collection[int]] = lambda name, questions: (),
 ) -> dict[str, Measured]:
     """Runs tasks on one model; by task name. `limits` are rows of a task by group, `limit` of every other.
+
+    Rows of public tasks whose questions, as `seen` says by their numbers, were trained on are left out.
 
     Answers are kept in `cache`, so that a run that was killed goes on. Raises UserError where a data set cannot be had.
     """
@@ -205,10 +214,15 @@ def run_tasks(
         chosen = {n: o for n, o in objects.items() if (o.get_config("output_type") in LIKELIHOODS) == by_likelihood}
         if not chosen:
             continue
+        rows = {}
+        for name, object_ in chosen.items():
+            docs = list(object_.eval_docs)
+            out = seen(name, [str(object_.doc_to_text(doc)) for doc in docs]) if owner[name].public else ()
+            rows[name] = _subset(len(docs), limits.get(owner[name].group, limit), out)
         results = lm_eval.simple_evaluate(
             model=models.likelihoods() if by_likelihood else models.generations(),
             tasks=list(chosen.values()),
-            samples={n: _subset(len(o.eval_docs), limits.get(owner[n].group, limit)) for n, o in chosen.items()},
+            samples=rows,
             apply_chat_template=not by_likelihood,
             log_samples=True,
             bootstrap_iters=0,
@@ -232,11 +246,12 @@ def _load(manager: Any, task: TaskFile) -> dict[str, Any]:
     return loaded
 
 
-def _subset(rows: int, limit: int | None) -> list[int]:
+def _subset(rows: int, limit: int | None, left_out: Collection[int] = ()) -> list[int]:
     """`limit` of the rows, the same for every model."""
-    if limit is None or limit >= rows:
-        return list(range(rows))
-    return sorted(random.Random(SUBSET_SEED).sample(range(rows), limit))
+    kept = [number for number in range(rows) if number not in left_out]
+    if limit is None or limit >= len(kept):
+        return kept
+    return sorted(random.Random(SUBSET_SEED).sample(kept, limit))
 
 
 def _measured(task: TaskFile, samples: list[dict[str, Any]]) -> Measured:

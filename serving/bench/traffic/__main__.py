@@ -68,7 +68,7 @@ def main(*given: str) -> None:
             table[side.name] = _loads(side, recipe, requests, rates, folder)
     decode = _decode(recipe, memory, folder)
     best = min((n for n in table if n.startswith("separate")), key=lambda n: _mean(table[n], "mean_e2el_ms"))
-    result = _ratios(table, sides, best, decode, memory)
+    result = _ratios(table, sides, best, decode)
     write_json(folder / "traffic.json", {"table": table, "decode": decode, "best_placement": best, "ratios": result})
     _print(table, sides, decode, best)
     print(json.dumps(result))
@@ -131,9 +131,7 @@ def _mean(rows: dict[str, dict[str, float]], key: str) -> float:
     return sum(values) / len(values)
 
 
-def _ratios(
-    table: Table, sides: dict[str, Side], best: str, decode: dict[str, dict[str, float]], memory: int
-) -> dict[str, Any]:
+def _ratios(table: Table, sides: dict[str, Side], best: str, decode: dict[str, dict[str, float]]) -> dict[str, Any]:
     ours, theirs, adapters = table["fused"], table[best], table["anchor with LoRA adapters"]
 
     def throughput(rows: dict[str, dict[str, float]]) -> float:

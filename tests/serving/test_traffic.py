@@ -1,0 +1,194 @@
+"""Mixed traffic: requests in their orders, each at its expert, adapters that are the experts, ratios of figures."""
+
+import http.client
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fusion.adapter import Adapter
+from fusion.encoding import load_tokenizer
+from fusion.merge import merge
+from fusion.recipe import Recipe
+from serving.bench.traffic.__main__ import _ratios, _with_top
+from serving.bench.traffic.router import expert_of, question_of
+from serving.bench.traffic.sides import PLACEMENTS, Side, _placed, extracted, router, total_memory, weight_bytes
+from serving.bench.traffic.trace import BURST, LEAST, MOST, trace, write
+from serving.engine import EngineSettings, Hardware, engine_arguments
+from tests.recipes import make_recipe, recipe_data
+
+RULES = {"math": [{"pattern": r"\d"}], "coding": [{"words": ["def", "class", "import", "for"]}]}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, anchor: Path) -> Recipe:
+    data = recipe_data(tmp_path, anchor, {"math": anchor, "coding": anchor, "general": anchor})
+    for name, rules in RULES.items():
+        data["domains"][name]["rules"] = rules
+    return Recipe.model_validate(data)
+
+
+@pytest.mark.parametrize("order", ["evenly", "bursts"])
+def test_every_domain_has_its_share_of_the_requests(recipe: Recipe, anchor: Path, order: Any) -> None:
+    rows = trace(recipe, load_tokenizer(anchor), 48, order)
+    domains = [row["domain"] for row in rows]
+    assert len(rows) == 48 and {domains.count(name) for name in recipe.domains} == {16}
+    assert all(LEAST <= row["output_tokens"] <= MOST for row in rows)
+    runs = [len({*domains[i : i + BURST]}) for i in range(0, 48, BURST)]
+    assert set(runs) == ({3} if order == "evenly" else {1})
+    assert rows == trace(recipe, load_tokenizer(anchor), 48, order)
+
+
+def test_requests_are_written_as_vllms_generator_reads_them(tmp_path: Path, recipe: Recipe, anchor: Path) -> None:
+    path = write(tmp_path / "deep" / "evenly.jsonl", trace(recipe, load_tokenizer(anchor), 3, "evenly"))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 3 and all({"prompt", "output_tokens"} <= row.keys() for row in rows)
+
+
+def test_a_question_is_the_last_of_the_user() -> None:
+    messages = [
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "3"},
+    ]
+    assert question_of({"messages": messages}) == "3"
+    assert question_of({"prompt": "4"}) == "4"
+
+
+def test_rules_say_whose_a_question_is(recipe: Recipe) -> None:
+    asked = {"1+2=": "math", "import os": "coding", "Who lives here?": "general"}
+    assert {question: expert_of(recipe, question) for question in asked} == asked
+
+
+class _Echo(BaseHTTPRequestHandler):
+    """Streams the model that it was asked for, piece by piece."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("connection", "close")
+        self.end_headers()
+        for piece in (self.server.server_address[1], body["model"], self.path):
+            self.wfile.write(f"data: {piece}\n\n".encode())
+            self.wfile.flush()
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@contextmanager
+def echo() -> Iterator[int]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Echo)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_the_router_asks_the_expert_of_the_question(tmp_path: Path, recipe: Recipe) -> None:
+    import yaml
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    with echo() as first, echo() as second:
+        targets = {name: (f"http://127.0.0.1:{first}", name) for name in ("math", "general")}
+        targets["coding"] = (f"http://127.0.0.1:{second}", "adapter")
+        with router(path, recipe, targets) as url:
+            for question, port, model in (("1+2=", first, "math"), ("import os", second, "adapter")):
+                connection = http.client.HTTPConnection(url.removeprefix("http://"))
+                body = {"model": "any", "messages": [{"role": "user", "content": question}]}
+                connection.request(
+                    "POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"}
+                )
+                answer = connection.getresponse()
+                assert answer.headers["content-type"].startswith("text/event-stream")
+                said = answer.read().decode().split("\n\n")
+                assert said[:3] == [f"data: {port}", f"data: {model}", "data: /v1/chat/completions"]
+
+
+def test_adapters_are_the_experts(tmp_path: Path, anchor: Path) -> None:
+    expert = Path(shutil.copytree(anchor, tmp_path / "expert"))
+    tensors = load_file(expert / "model.safetensors")
+    torch.manual_seed(0)
+    changed = [name for name in tensors if ".mlp." in name]
+    for name in changed:
+        rows, columns = tensors[name].shape
+        tensors[name] += 0.1 * torch.randn(rows, 4) @ torch.randn(4, columns)
+    save_file(tensors, expert / "model.safetensors", metadata={"format": "pt"})
+    recipe = make_recipe(tmp_path, anchor, {"general": anchor, "math": expert})
+    found = extracted(recipe, tmp_path / "adapters")
+    assert list(found) == ["math"]
+    adapter, base = Adapter(found["math"]), load_file(anchor / "model.safetensors")
+    assert sorted(adapter.targets) == sorted(changed)
+    for name in changed:
+        assert torch.allclose(adapter.apply(name, base[name]), tensors[name], atol=1e-4)
+
+
+def test_every_side_has_the_same_memory(tmp_path: Path, anchor: Path) -> None:
+    recipe = make_recipe(tmp_path, anchor, {"general": anchor, "math": anchor})
+    merge(recipe)
+    assert total_memory(recipe, 1000) == 2 * (weight_bytes(anchor) + 1000)
+    assert weight_bytes(recipe.fused) < 2 * weight_bytes(anchor)
+
+
+@pytest.mark.parametrize("cores", [(0,), (0, 1), (0, 1, 2, 3)])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_engines_are_placed_on_cores_that_are_there(placement: str, cores: tuple[int, ...]) -> None:
+    placed = [_placed(Hardware(0, cores), placement, number).cores for number in range(5)]
+    assert all(placed) and all(set(mine) <= set(cores) for mine in placed)
+    if placement == PLACEMENTS[0]:
+        assert set(placed) == {cores}
+    elif len(cores) > 1:
+        assert {len(mine) for mine in placed} == {1} and {core for mine in placed for core in mine} == set(cores)
+    assert _placed(Hardware(4, cores), placement, 3) == Hardware(4, cores)
+
+
+def test_another_number_of_experts_a_token_is_another_config(tmp_path: Path, anchor: Path) -> None:
+    recipe = make_recipe(tmp_path, anchor, {"general": anchor, "math": anchor})
+    merge(recipe)
+    with _with_top(recipe.fused, "top-2") as place:
+        assert json.loads((place / "config.json").read_text())["num_experts_per_tok"] == 2
+        assert weight_bytes(place) == weight_bytes(recipe.fused)
+    with _with_top(recipe.fused, "top-1") as place:
+        assert place == recipe.fused
+    with _with_top(anchor, "dense") as place:
+        assert place == anchor
+
+
+def test_adapters_are_named_to_vllm(tmp_path: Path, anchor: Path) -> None:
+    settings = EngineSettings(str(anchor), "anchor", lora_modules=(("math", "/a"), ("coding", "/b")), max_lora_rank=32)
+    arguments = engine_arguments(settings, Hardware(0, (0, 1)), 8000)
+    assert {"--enable-lora", "--max-loras=2", "--max-lora-rank=32", "math=/a", "coding=/b"} <= set(arguments)
+    assert "--enable-lora" not in engine_arguments(EngineSettings(str(anchor), "x"), Hardware(0, (0, 1)), 8000)
+
+
+def test_ratios_are_of_the_measured_figures() -> None:
+    def figures(latency: float, throughput: float) -> dict[str, dict[str, float]]:
+        row = {"mean_e2el_ms": latency, "p95_e2el_ms": 2 * latency, "output_throughput": throughput}
+        return {"evenly, 1 a second": row, "evenly, all at once": row | {"mean_e2el_ms": 1e9}}
+
+    table = {"fused": figures(62, 30), "separate": figures(100, 20), "anchor with LoRA adapters": figures(50, 40)}
+    sides = {name: Side(name, "", "", weights, 0) for name, weights in (("fused", 3), ("separate", 5))}
+    decode = {name: {"1": speed} for name, speed in (("dense", 10.0), ("top-1", 9.0), ("top-2", 7.0))}
+    assert _ratios(table, sides, "separate", decode) == {
+        "mean_latency_vs_separate": 0.62,
+        "p95_latency_vs_separate": 0.62,
+        "throughput_vs_separate": 1.5,
+        "memory_vs_separate": 0.6,
+        "mean_latency_vs_lora": 1.24,
+        "decode_top1_vs_dense": 0.9,
+        "decode_top2_vs_dense": 0.7,
+    }
