@@ -62,7 +62,7 @@ class DataSource(Section):
     config: str | None = None
     split: str = "train"
     lines: tuple[PositiveInt, PositiveInt] | None = None  # first and last line of the file that count
-    form: Literal["table", "bfcl", "codeio", "xquad"] = "table"
+    form: Literal["table", "bfcl", "codeio", "xquad", "xquad_json"] = "table"
     prompt: str = "prompt"  # column, or a text with {columns} in it
     answer: str = "answer"  # column, or a text with {columns} in it
     reference: str | None = None  # column that the scorer compares with; None: the answer

@@ -19,6 +19,15 @@ def markdown(result: dict[str, Any]) -> str:
         cells.append(_with_interval(row["fused_minus"].get("own_expert"), "+.3f"))
         cells.append(_with_interval(row["retained_share"]) or "no gain to retain")
         lines.append(f"| {name} ({row['metric']}, {row['rows']}) | " + " | ".join(cells) + " |")
+    for name, row in result["tasks"].items():
+        if "experts" in row:
+            each = ", ".join(f"{expert} {score['value']:.3f}" for expert, score in row["experts"].items())
+            best, routed = (_with_interval(row[key], "+.3f") for key in ("fused_minus_best", "fused_minus_routed"))
+            lines += [
+                "",
+                f"{name}, every expert alone: {each}; a router of whole experts {_with_interval(row['routed'])}. "
+                f"Fused less the best of them ({row['best_expert']}): {best}; less the router: {routed}.",
+            ]
     more = {name: row["others"] for name, row in result["tasks"].items() if any(row["others"].values())}
     for name, columns in more.items():
         said = [

@@ -29,6 +29,7 @@ from fusion.hardware import compute_dtype
 from fusion.progress import console
 from fusion.recipe import Benchmarking, Recipe
 from fusion.sources import ModelSource, anchor_source, own_source, whole_model
+from gate_training.labelling.rules import label_by_rules
 
 FUSED, ANCHOR = "fused", "anchor"
 PACKAGES = ("qwen-fusion", "lm-eval", "torch", "transformers", "mergekit")
@@ -54,11 +55,7 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
     scores: Scores = {}
     seen = _contaminated(recipe)
     for name, source in models(recipe, tasks).items():
-        mine = [
-            task
-            for task in tasks
-            if name in (FUSED, ANCHOR) or recipe.experts[recipe.expert_of(task.domain)].name == name
-        ]
+        mine = [task for task in tasks if _asks(recipe, task, name)]
         cache = folder / "answers" / f"{name}-{_stamp(source)}"
         cache.parent.mkdir(parents=True, exist_ok=True)
         console.print(f"[bold]benchmark[/bold]: {name}, {len(mine)} tasks", highlight=False)
@@ -89,6 +86,11 @@ def _contaminated(recipe: Recipe) -> Callable[[str, list[str]], Collection[int]]
     return seen
 
 
+def _asks(recipe: Recipe, task: TaskFile, model: str) -> bool:
+    """Whether a task is asked of a model: of fused and anchor always, of an expert where it is its domain's or mixed."""
+    return model in (FUSED, ANCHOR) or task.mixed or recipe.experts[recipe.expert_of(task.domain)].name == model
+
+
 def models(recipe: Recipe, tasks: Sequence[TaskFile]) -> dict[str, ModelSource]:
     """The models that are asked: the fused one, and as `against` says the anchor and each task's own expert.
 
@@ -99,7 +101,10 @@ def models(recipe: Recipe, tasks: Sequence[TaskFile]) -> dict[str, ModelSource]:
     if "anchor" in recipe.benchmark.against:
         found[ANCHOR] = anchor
     if "experts" in recipe.benchmark.against:
-        for index in sorted({recipe.expert_of(task.domain) for task in tasks}):
+        asked = (
+            range(len(recipe.experts)) if any(t.mixed for t in tasks) else {recipe.expert_of(t.domain) for t in tasks}
+        )
+        for index in sorted(asked):
             source = own_source(recipe, recipe.experts[index])
             if source.paths != anchor.paths or ANCHOR not in found:
                 found[recipe.experts[index].name] = source
@@ -196,7 +201,11 @@ def _row(recipe: Recipe, group: str, domain: str, tasks: list[TaskFile], scores:
         for column in ("own_expert", ANCHOR)
         if column in values
     }
+    several = {}
+    if any(task.mixed for task in tasks):
+        several = _several(recipe, names, scores)
     return {
+        **several,
         "group": group,
         "domain": domain,
         "expert": own,
@@ -207,6 +216,26 @@ def _row(recipe: Recipe, group: str, domain: str, tasks: list[TaskFile], scores:
         "others": others,
         "fused_minus": against,
         "retained_share": _plain(share) if share else None,
+    }
+
+
+def _several(recipe: Recipe, names: list[str], scores: Scores) -> dict[str, Any]:
+    """Of a task for several experts: each one's mean, the best of them, and a router that picks one by the question."""
+    models_ = {e.name: e.name if e.name in scores else ANCHOR for e in recipe.experts}
+    if not set(models_.values()) <= scores.keys():
+        return {}
+    by_expert = {e: [s for n in names for s in scores[m][n].scores] for e, m in models_.items()}
+    questions = [question for name in names for question in scores[FUSED][name].questions]
+    picked = [recipe.experts[recipe.expert_of(label_by_rules(q, recipe.domains).domain)].name for q in questions]
+    routed = [by_expert[expert][row] for row, expert in enumerate(picked)]
+    fused = [s for n in names for s in scores[FUSED][n].scores]
+    best = max(by_expert, key=lambda expert: sum(by_expert[expert]))
+    return {
+        "experts": {expert: _plain(mean_interval(found)) for expert, found in by_expert.items()},
+        "best_expert": best,
+        "routed": _plain(mean_interval(routed)),
+        "fused_minus_best": _plain(difference(fused, by_expert[best])),
+        "fused_minus_routed": _plain(difference(fused, routed)),
     }
 
 

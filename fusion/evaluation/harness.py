@@ -6,7 +6,7 @@
 A task file of configs/benchmarks includes an upstream task and says where its data lie. Beside the harness's own keys
 it has `each` (one task for each word of a list, or for each of the recipe's `domains`), `prepare` (a local copy that
 becomes the hub's rows) or `rows` (chat rows of ours), and `metadata`: `domain`, the `score` that counts, its `filter`,
-and `upstream`, the task that stands for it where there is no copy.
+`upstream`, the task that stands for it where there is no copy, and `mixed`, where every expert is to be asked.
 """
 
 import json
@@ -47,6 +47,7 @@ class TaskFile:
     filter: str | None  # None: the task's last filter
     file: Path | None  # None: a task that the harness itself has
     public: bool = True  # its questions may also be in public data that was trained on
+    mixed: bool = False  # a task for several experts: each is asked
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Measured:
 
     metric: str
     rows: tuple[int, ...]  # of the data set
+    questions: tuple[str, ...]
     scores: tuple[float, ...]
     others: dict[str, tuple[float, ...]]
     samples: list[dict[str, Any]]
@@ -94,15 +96,17 @@ def _from_file(recipe: Recipe, path: Path, folder: Path) -> list[TaskFile]:
         if (nltk := meta.get("nltk")) and not _nltk_has(nltk):
             console.print(f"  {path.stem} left out: nltk's {nltk} is not here (NLTK_DATA names its folder)")
             continue
+        mixed = meta.get("mixed", False)
         if not _prepare(recipe, given, word, folder):
-            found.append(TaskFile(meta["upstream"], path.stem, domain, meta["score"], meta.get("filter"), None))
+            known = (meta["upstream"], path.stem, domain, meta["score"], meta.get("filter"))
+            found.append(TaskFile(*known, None, mixed=mixed))
             continue
         kept = "\n".join(_without(filled, ("each", "prepare", "rows")))
         target = folder / f"{name}.yaml"
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, kept)
         public = "prepare" in given or "file" in given["rows"]
-        found.append(TaskFile(name, path.stem, domain, meta["score"], meta.get("filter"), target, public))
+        found.append(TaskFile(name, path.stem, domain, meta["score"], meta.get("filter"), target, public, mixed))
     return found
 
 
@@ -262,7 +266,14 @@ def _measured(task: TaskFile, samples: list[dict[str, Any]]) -> Measured:
     metric = task.score or metrics[0]
     scores = values.pop(metric) if metric in values else values.pop(metrics[0])
     logged = [{key: sample[key] for key in ("doc_id", "arguments", "resps", "target", *metrics)} for sample in kept]
-    return Measured(metric, tuple(sample["doc_id"] for sample in kept), scores, values, logged)
+    rows, questions = (tuple(of(sample) for sample in kept) for of in (lambda s: s["doc_id"], _question))
+    return Measured(metric, rows, questions, scores, values, logged)
+
+
+def _question(sample: dict[str, Any]) -> str:
+    """What was asked, without examples and template."""
+    doc = sample["doc"]
+    return str(next((doc[key] for key in ("prompt", "question", "text", "input") if key in doc), ""))
 
 
 def _number(value: Any) -> float:

@@ -4,15 +4,18 @@ A row of ours travels as JSON text beside its prompt, since the columns of a dat
 """
 
 import json
+import re
 from math import comb
 from typing import Any
 
 from fusion.data import ChatExample
 from fusion.evaluation.scores import score, unfenced
+from fusion.language import detect_language
 from fusion.sandbox import run_python
 from serving.guard import formats, strict_json
 from serving.guard.schema import Checker
 
+COMMENT = re.compile(r"#\s*(.+)")
 MESSAGES = "\x00messages\x00"  # begins a prompt that is a whole conversation
 
 
@@ -54,6 +57,15 @@ def structured_score(doc: dict[str, str], results: list[str]) -> dict[str, float
     """The row's own score, and whether the answer can be parsed in its format and fits its schema, if it has one."""
     example = example_of(doc)
     return {"score": score(results[0], example), "valid": float(is_valid(results[0], example))}
+
+
+def german_comments(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """Whether a program passes its tests, whether its comments are German, and both, which is what was asked for."""
+    passed = score(results[0], example_of(doc))
+    code = formats.FENCE.search(results[0])
+    comments = " ".join(COMMENT.findall(code[1] if code else results[0]))
+    german = float(bool(comments) and detect_language(comments) == "de")
+    return {"score": passed * german, "passed": passed, "german": german}
 
 
 def is_valid(answer: str, example: ChatExample) -> bool:

@@ -4,6 +4,7 @@
 
 `bfcl`: function calls (Apache-2.0), the synthetic ones to train on, the `live` ones, which users wrote, held out.
 `xquad`: paragraphs in eleven languages (CC BY-SA 4.0), to be translated and asked about; the first 200 train.
+`xquad_json`: the same paragraphs with two questions whose answers are wanted as JSON.
 `codeio`: problems with a solution and a generator of inputs (Apache-2.0), turned into tests by running both.
 """
 
@@ -50,6 +51,14 @@ ASK_TRANSLATION = (
     "Translate the following {source} text into {target}.\n\n{text}",
     "{text}\n\nWhat is this in {target}? Give the translation alone.",
 )
+
+ASK_JSON = 'JSON: {"first": "...", "second": "..."}, each answer in the words of the text.'
+JSON_ANSWERS = {
+    "type": "object",
+    "properties": {"first": {"type": "string"}, "second": {"type": "string"}},
+    "required": ["first", "second"],
+    "additionalProperties": False,
+}
 
 CODEIO_PROMPT = """{task_description}
 
@@ -179,6 +188,23 @@ def xquad(folder: Path, source: DataSource, domain: str) -> list[ChatExample]:
     return rows
 
 
+def xquad_json(folder: Path, source: DataSource, domain: str) -> list[ChatExample]:
+    """Two questions in one language about a paragraph in it, to be answered as JSON: two experts' skills in one row."""
+    texts = {code: list(_paragraphs(folder / f"xquad.{code}.json")) for code in LANGUAGES}
+    rows = []
+    for code, paragraphs in texts.items():
+        for number, (text, asked) in enumerate(paragraphs):
+            if (number < XQUAD_TRAIN) != (source.split == "train") or len(asked) < 2 or len(text) > LONGEST_PARAGRAPH:
+                continue
+            first, second = asked[:2]
+            value = {"first": first["answers"][0]["text"], "second": second["answers"][0]["text"]}
+            question = f"{text}\n\n1. {first['question']}\n2. {second['question']}\n\n{ASK_JSON}"
+            reference = {"format": "json", "value": value}
+            answer = json.dumps(value, ensure_ascii=False)
+            rows.append(chat(question, answer, domain, score="exact_values", reference=reference, schema=JSON_ANSWERS))
+    return rows
+
+
 def _paragraphs(path: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     for article in _json(path)["data"]:
         for paragraph in article["paragraphs"]:
@@ -241,6 +267,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 READERS: dict[str, Callable[[Path, DataSource, str], list[ChatExample]]] = {
     "bfcl": bfcl,
     "xquad": xquad,
+    "xquad_json": xquad_json,
     "codeio": codeio,
 }
 
