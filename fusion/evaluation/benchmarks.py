@@ -101,9 +101,9 @@ def models(recipe: Recipe, tasks: Sequence[TaskFile]) -> dict[str, ModelSource]:
     if "anchor" in recipe.benchmark.against:
         found[ANCHOR] = anchor
     if "experts" in recipe.benchmark.against:
-        asked = (
-            range(len(recipe.experts)) if any(t.mixed for t in tasks) else {recipe.expert_of(t.domain) for t in tasks}
-        )
+        domains = {task.domain for task in tasks}
+        mixed = any(task.mixed for task in tasks)
+        asked = range(len(recipe.experts)) if mixed else {recipe.expert_of(domain) for domain in domains}
         for index in sorted(asked):
             source = own_source(recipe, recipe.experts[index])
             if source.paths != anchor.paths or ANCHOR not in found:

@@ -266,7 +266,7 @@ def _measured(task: TaskFile, samples: list[dict[str, Any]]) -> Measured:
     metric = task.score or metrics[0]
     scores = values.pop(metric) if metric in values else values.pop(metrics[0])
     logged = [{key: sample[key] for key in ("doc_id", "arguments", "resps", "target", *metrics)} for sample in kept]
-    rows, questions = (tuple(of(sample) for sample in kept) for of in (lambda s: s["doc_id"], _question))
+    rows, questions = tuple(sample["doc_id"] for sample in kept), tuple(map(_question, kept))
     return Measured(metric, rows, questions, scores, values, logged)
 
 

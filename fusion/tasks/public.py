@@ -192,7 +192,7 @@ def xquad_json(folder: Path, source: DataSource, domain: str) -> list[ChatExampl
     """Two questions in one language about a paragraph in it, to be answered as JSON: two experts' skills in one row."""
     texts = {code: list(_paragraphs(folder / f"xquad.{code}.json")) for code in LANGUAGES}
     rows = []
-    for code, paragraphs in texts.items():
+    for paragraphs in texts.values():
         for number, (text, asked) in enumerate(paragraphs):
             if (number < XQUAD_TRAIN) != (source.split == "train") or len(asked) < 2 or len(text) > LONGEST_PARAGRAPH:
                 continue

@@ -21,6 +21,7 @@ from fusion.evaluation.harness import Measured, TaskFile, known_groups, task_fil
 from fusion.evaluation.harness_metrics import (
     CodeEval,
     example_of,
+    german_comments,
     is_valid,
     pass_at_k,
     row_of,
@@ -268,11 +269,51 @@ def test_validity_is_that_of_the_rows_own_format(form: str, answer: str, valid: 
     assert is_valid(answer, row) is valid
 
 
+QUESTIONS = ("1+1=", "who?", "2+2=", "3+3=", "where?", "4+4=")
+
+
+def test_a_task_for_several_experts_is_compared_with_the_best_and_with_a_router(tmp_path: Path) -> None:
+    data = recipe_data(tmp_path, tmp_path, {"math": tmp_path, "general": tmp_path})
+    data["domains"]["math"]["rules"] = [{"pattern": r"\d"}]
+    recipe = Recipe.model_validate(data)
+    scores = {"anchor": [0, 1, 0, 0, 1, 0], "math": [1, 0, 1, 0, 0, 1], "fused": [1, 1, 1, 0, 0, 1]}
+    measured = {
+        model: {"mixed": Measured("score", tuple(range(6)), QUESTIONS, tuple(map(float, row)), {}, [])}
+        for model, row in {**scores, "general": scores["anchor"]}.items()
+    }
+    task = TaskFile("mixed", "mixed", "math", "score", None, tmp_path, mixed=True)
+    row = summary(recipe, [task], measured)["tasks"]["mixed"]
+    assert {name: score["value"] for name, score in row["experts"].items()} == {"math": 3 / 6, "general": 2 / 6}
+    assert row["best_expert"] == "math" and row["routed"]["value"] == 5 / 6
+    assert row["fused_minus_best"]["value"] == pytest.approx(1 / 6)
+    assert row["fused_minus_routed"]["value"] == pytest.approx(-1 / 6)
+    assert "less the router: -0.167" in markdown(summary(recipe, [task], measured))
+
+
+@pytest.mark.parametrize(
+    ("code", "passed", "german"),
+    [
+        ("def f():\n    # Wir geben die Zahl eins zurück\n    return 1", 1.0, 1.0),
+        ("def f():\n    # We give back the number one\n    return 1", 1.0, 0.0),
+        ("def f():\n    return 1", 1.0, 0.0),
+        ("def f():\n    # Wir geben die Zahl zwei zurück\n    return 2", 0.0, 1.0),
+    ],
+)
+def test_comments_have_their_language_and_code_its_tests(code: str, passed: float, german: float) -> None:
+    doc = row_of(chat("", "", "coding", score="tests_passed", reference=["assert f() == 1"]))
+    found = german_comments(doc, [f"```python\n{code}\n```"])
+    assert found == {"score": passed * german, "passed": passed, "german": german}
+
+
 def test_figures_are_paired_by_row(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, tmp_path, {"general": tmp_path, "math": tmp_path})
     scores = {"anchor": [0, 0, 1, 0, 0, 1], "math": [1, 1, 1, 0, 1, 1], "fused": [1, 1, 1, 0, 0, 1]}
     measured = {
-        model: {"gsm": Measured("exact_match", tuple(range(6)), tuple(map(float, row)), {"valid": (1.0,) * 6}, [])}
+        model: {
+            "gsm": Measured(
+                "exact_match", tuple(range(6)), QUESTIONS, tuple(map(float, row)), {"valid": (1.0,) * 6}, []
+            )
+        }
         for model, row in scores.items()
     }
     result = summary(recipe, [TaskFile("gsm", "gsm", "math", "exact_match", None, tmp_path)], measured)
