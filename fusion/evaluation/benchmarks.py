@@ -87,7 +87,7 @@ def _contaminated(recipe: Recipe) -> Callable[[str, list[str]], Collection[int]]
 
 
 def _asks(recipe: Recipe, task: TaskFile, model: str) -> bool:
-    """Whether a task is asked of a model: of fused and anchor always, of an expert where it is its domain's or mixed."""
+    """Whether a task is asked of a model: always of fused and anchor, of an expert where it is its own or mixed."""
     return model in (FUSED, ANCHOR) or task.mixed or recipe.experts[recipe.expert_of(task.domain)].name == model
 
 

@@ -62,19 +62,25 @@ class Measured:
     samples: list[dict[str, Any]]
 
 
-def known_groups() -> list[str]:
-    """What configs/benchmarks has."""
+def known_tasks() -> list[str]:
+    """The task files of configs/benchmarks."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
+def known_groups() -> dict[str, list[str]]:
+    """What a name stands for that is no task's own: the tasks of a domain."""
+    path = CONFIGS / "groups.yml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def task_files(recipe: Recipe, groups: Sequence[str], folder: Path) -> list[TaskFile]:
-    """The tasks of `groups`: names of task files, or tasks, groups and tags of the harness, which fetch from the hub.
+    """The tasks of `groups`: names of groups.yml, task files, or tasks, groups and tags of the harness (from the hub).
 
     Files for the harness, and the rows that they name, are written into `folder`. Raises UserError for a file that
     cannot be used.
     """
     found: list[TaskFile] = []
-    for group in groups:
+    for group in dict.fromkeys(task for name in groups for task in known_groups().get(name, [name])):
         path = CONFIGS / f"{group}.yaml"
         general = general_domain(recipe.domains)
         own = path.is_file()
@@ -244,7 +250,7 @@ def _load(manager: Any, task: TaskFile) -> dict[str, Any]:
         loaded: dict[str, Any] = manager.load([task.name])["tasks"]
     except Exception as error:  # a hub that does not answer, a name that is unknown: every one is a user's to mend
         reason = str(error).split("\n")[0]
-        known = ", ".join(known_groups())
+        known = ", ".join([*known_groups(), *known_tasks()])
         what = f"benchmark {task.name} cannot be had ({reason})"
         raise UserError(f"{what}: name a data_folder with a copy, or other tasks, of {known} or the harness") from error
     return loaded
