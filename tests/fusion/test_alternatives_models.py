@@ -1,0 +1,104 @@
+"""What else experts can become: an average is one, a router of whole experts goes by the question, a union learns all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusion.checkpoint import Checkpoint
+from fusion.evaluation import alternatives
+from fusion.evaluation.alternatives import (
+    DENSE,
+    UNION,
+    dense_step,
+    folder_of,
+    losses,
+    markdown,
+    routed_experts,
+    union_step,
+)
+from fusion.evaluation.evaluate import held_out_rows
+from fusion.merge import merge
+from fusion.recipe import Recipe
+from fusion.sources import load_model, trained_expert
+from fusion.steps import run_step
+from tests.recipes import recipe_data
+
+RULES = {"math": [{"pattern": r"\d"}], "coding": [{"words": ["def", "class", "import", "for"]}]}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, anchor: Path, anchored_experts: dict[str, Path]) -> Recipe:
+    """Three anchored experts, merged, with held-out rows that nobody has trained on."""
+    folder = tmp_path_factory.mktemp("alternatives")
+    names = ("math", "coding", "general")
+    data = recipe_data(folder, anchor, {name: anchored_experts[name] for name in names})
+    for name in names:
+        data["domains"][name]["train"] = {"generated": f"demo.{name}"}
+        data["domains"][name]["rules"] = RULES.get(name, [])
+    made = Recipe.model_validate(data)
+    merge(made)
+    return made
+
+
+def test_the_average_is_the_mean_of_the_experts(recipe: Recipe, anchored_experts: dict[str, Path]) -> None:
+    run_step(dense_step(recipe, "average"), recipe.folder)
+    made = Checkpoint(folder_of(recipe, "average"))
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"):
+        mean = torch.stack([Checkpoint(anchored_experts[e.name]).tensor(name) for e in recipe.experts]).mean(dim=0)
+        assert torch.allclose(made.tensor(name).float(), mean, atol=2e-2)  # written in bfloat16
+    assert not run_step(dense_step(recipe, "average"), recipe.folder)  # unchanged, skipped
+
+
+@pytest.mark.parametrize("name", [name for name in DENSE if name != "average"])
+def test_sums_of_task_vectors_are_models(recipe: Recipe, name: str) -> None:
+    run_step(dense_step(recipe, name), recipe.folder)
+    model = load_model(alternatives.ModelSource(name, folder_of(recipe, name)))
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_every_way_has_its_losses(recipe: Recipe) -> None:
+    run_step(dense_step(recipe, "average"), recipe.folder)
+    found = losses(recipe)
+    assert {
+        "anchor",
+        "own expert",
+        "dense, average",
+        "fused, perfect routing",
+        "fused, mergekit random",
+    } <= found.keys()
+    for name in recipe.domains:
+        assert found["fused, perfect routing"][name] == pytest.approx(found["own expert"][name], rel=1e-4)
+        assert found["dense, average"][name] != pytest.approx(found["own expert"][name], rel=1e-3)
+    picked = routed_experts(
+        recipe, [row for rows in held_out_rows(recipe, list(recipe.domains)).values() for row in rows]
+    )
+    assert picked == [0] * 4 + [1] * 4 + [2] * 4
+    assert found["whole expert, by its question"] == pytest.approx(found["own expert"], rel=1e-4)
+    assert "| dense, average |" in markdown(found)
+
+
+def test_shares_are_of_the_experts_gain() -> None:
+    found = {
+        "anchor": {"math": 2.0, "general": 1.0},
+        "own expert": {"math": 1.0, "general": 1.0},
+        "half": {"math": 1.5, "general": 1.0},
+    }
+    assert markdown(found).splitlines()[-1] == "| half | 1.500 | 1.000 | 1.250 | 0.500, 0.500 |"
+
+
+def test_one_model_learns_from_all_the_data(tmp_path: Path, anchor: Path) -> None:
+    data = recipe_data(tmp_path, anchor, {"general": anchor, "math": anchor})
+    branch = {"rows": 16, "steps": 2, "batch_rows": 4, "max_length": 256, "held_out_rows": 2, "score_rows": 1}
+    branch |= {"warmup_steps": 0, "max_new_tokens": 4, "allow_no_gain": True}
+    for expert in data["experts"]:
+        del expert["model"]
+        expert["branch"] = branch | {"data": {"generated": f"demo.{expert['name']}"}}
+    recipe = Recipe.model_validate(data)
+    step = union_step(recipe)
+    assert step.settings[0].steps == 4
+    run_step(step, recipe.folder)
+    made, start = Checkpoint(folder_of(recipe, UNION)), Checkpoint(anchor)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(made.tensor(name), start.tensor(name))
+    assert not trained_expert(recipe, recipe.experts[0]).exists()
