@@ -91,7 +91,7 @@ def _filled(
     room = length - len(encode(tokenizer, row).ids)
     for number in order * (1 + length // max(1, len(order))):
         filler = fillers[number]
-        size = len(encode(tokenizer, filler).ids)
+        size = len(encode(tokenizer, filler).ids) + 1  # the line break behind an answer that is not the last
         if size <= room:
             turns += [message for message in filler.messages if message["role"] != "system"]
             room -= size

