@@ -17,8 +17,8 @@ from fusion.encoding import load_tokenizer, prompt_text
 from fusion.errors import UserError
 from fusion.evaluation.generate import answer_examples
 from fusion.recipe import AnchoringSettings, AnswerSampling, BranchSettings, DataSource, Serving
-from fusion.sampled import RIGHT, Sampler, _whole, verdict
-from fusion.sources import ModelSource
+from fusion.sampled import RIGHT, Sampler, verdict
+from fusion.sources import ModelSource, whole_model
 from fusion.steps import step_hash
 from tests.families import byte_tokenizer, write_model
 from tests.recipes import make_recipe
@@ -261,12 +261,14 @@ def test_a_teacher_with_an_adapter_is_served_as_a_whole(tmp_path: Path, anchor: 
     lora = BranchSettings(data=DataSource(generated="demo.math"), lora_rank=4, **{**TRAINING, "steps": 4})
     train_expert(anchor, tmp_path / "adapter", requests_for(["moon"] * 8), requests_for(["moon"] * 2, 90), lora)
     plain, adapted = ModelSource("plain", anchor), ModelSource("adapted", anchor, tmp_path / "adapter")
-    assert _whole(plain, tmp_path / "aside") == anchor
-    folder = _whole(adapted, tmp_path / "aside")
-    made, ours = Checkpoint(folder), Checkpoint(anchor)
-    moved = {name for name in ours.weight_map if not torch.equal(made.tensor(name), ours.tensor(name))}
-    assert moved and all(map(is_mlp, moved))
-    assert load_tokenizer(folder).chat_template == load_tokenizer(anchor).chat_template
+    with whole_model(plain) as folder:
+        assert folder == anchor
+    with whole_model(adapted) as folder:
+        made, ours = Checkpoint(folder), Checkpoint(anchor)
+        moved = {name for name in ours.weight_map if not torch.equal(made.tensor(name), ours.tensor(name))}
+        assert moved and all(map(is_mlp, moved))
+        assert load_tokenizer(folder).chat_template == load_tokenizer(anchor).chat_template
+    assert not folder.exists()
 
 
 def test_text_anchoring_learns_what_the_teacher_writes(tmp_path: Path, anchor: Path) -> None:
