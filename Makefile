@@ -51,7 +51,7 @@ format: setup  ## mend what lint and format can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-fusion bench-gates bench-guard  ## all benchmarks
+bench: bench-fusion bench-gates bench-guard bench-traffic  ## all benchmarks
 
 bench-gates: setup  ## gate training against a plain forward pass and the peers' way, on the demo's model (after make demo)
 	QWEN_FUSION_QUIET=1 $(BIN)/python -m gate_training.bench configs/demo.yaml

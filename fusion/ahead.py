@@ -14,6 +14,7 @@ from threading import Event, Thread
 from typing import NamedTuple
 
 from fusion.architecture import is_mlp
+from fusion.checkpoint import resolve_model
 from fusion.errors import UserError
 from fusion.hardware import available_memory
 from fusion.headers import tensor_places
@@ -35,9 +36,13 @@ class Part(NamedTuple):
 def merged_parts(recipe: Recipe) -> list[Part]:
     """What a merge reads, in its order: the base, then the experts' MLPs; none where a model is missing or broken.
 
-    The merge itself will tell what is wrong with it.
+    Nothing is downloaded for it: the plan comes first. The merge itself will tell what is wrong.
     """
+    named = [recipe.anchor.model, recipe.routing.shared_expert if "/" in str(recipe.routing.shared_expert) else None]
+    named += [model for expert in recipe.experts for model in (expert.model, expert.adapter)]
     try:
+        for model in filter(None, named):
+            resolve_model(model, allow_download=False)
         shared = shared_expert_source(recipe)
         sources = [*expert_sources(recipe), *([shared] if shared else [])]
         places = [place for place in tensor_places(base_source(recipe).folder).values()]

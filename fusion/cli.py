@@ -47,6 +47,8 @@ def _silence(quiet: bool) -> None:
     """Switches progress bars off, here and in the processes that are started."""
     if quiet:
         os.environ["QWEN_FUSION_QUIET"] = "1"
+    if os.environ.get("QWEN_FUSION_QUIET"):
+        os.environ["TQDM_DISABLE"] = "1"  # other libraries' bars; read when tqdm is imported
 
 
 def _load(path: Path, overrides: list[str] | None, quiet: bool = False) -> Recipe:

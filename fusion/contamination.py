@@ -11,9 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from fusion.data import ChatExample, gate_rows, general_rows, load_examples, train_rows
+from fusion.data import ChatExample, general_count, load_examples
 from fusion.errors import UserError
-from fusion.recipe import DataSource, Recipe
+from fusion.recipe import DataSource, Recipe, general_domain
 
 COMMON = 10  # rows
 # a word is a run of letters and digits, or one character of a script without spaces
@@ -23,9 +23,9 @@ WORD = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff\u0e00-\u0e7f]|[^\W_\u3040-\u30ff
 def shared_runs(trained: Sequence[str], held_out: Sequence[str], words: int) -> dict[int, str]:
     """{number of a held-out text: a run of words that it shares with a text that was trained on}."""
     texts = [WORD.findall(text.casefold()) for text in held_out]
-    asked = Counter(run for text in texts for run in set(_runs(text, words)))
+    asked = Counter(run for text in dict.fromkeys(map(tuple, texts)) for run in set(_runs(text, words)))
     taught: Counter[str] = Counter()
-    for text in trained:
+    for text in dict.fromkeys(trained):
         taught.update(asked.keys() & set(_runs(WORD.findall(text.casefold()), words)))
     found = {}
     for number, found_words in enumerate(texts):
@@ -46,17 +46,34 @@ def _runs(text: Sequence[str], words: int) -> Iterator[str]:
     return (" ".join(text[begin : begin + words]) for begin in range(len(text) - words + 1))
 
 
-def trained_rows(recipe: Recipe) -> list[ChatExample]:
-    """All rows that an expert, the gates or a healing learns from."""
-    rows = [row for found in gate_rows(recipe).values() for row in found]
+def trained_rows(recipe: Recipe, generated: bool = True) -> list[ChatExample]:
+    """All rows that the anchor, an expert, the gates or a healing learns from; without generated ones where said so."""
+    rows: list[ChatExample] = []
+
+    def add(source: DataSource, name: str, count: int, seed: int) -> None:
+        if generated or not source.parts:
+            if generated or not source.generated:
+                rows.extend(load_examples(source, name, count, seed))
+            return
+        share = -(-count // len(source.parts))
+        for part in source.parts:
+            add(part, name, max(share, part.rows or 0), seed)
+
+    settings = recipe.gate_training
+    for name, domain in recipe.domains.items():
+        add(domain.train, name, settings.rows, settings.seed)
+        if recipe.heal:
+            add(domain.train, name, recipe.heal.rows, recipe.heal.seed)
+    pretrain = recipe.anchor.pretrain
+    if pretrain and not pretrain.data.generated:
+        add(pretrain.data, "anchor", pretrain.rows, pretrain.seed)
+    general = general_domain(recipe.domains)
     for expert in recipe.experts:
         for section in (expert.branch, expert.anchor):
             if section:
-                rows += load_examples(section.data, expert.domain, section.rows, section.seed)
-        if expert.branch:
-            rows += general_rows(recipe, expert.branch)
-    if recipe.heal:
-        rows += train_rows(recipe, recipe.heal.rows, recipe.heal.seed)
+                add(section.data, expert.domain, section.rows, section.seed)
+        if expert.branch and (count := general_count(expert.branch)):
+            add(recipe.domains[general].train, general, count, expert.branch.seed)
     return rows
 
 
@@ -89,19 +106,6 @@ def check(
 
 
 def trained_texts(recipe: Recipe) -> list[str]:
-    """The conversations of `trained_rows` that are not generated, as plain text."""
-    wanted: list[tuple[DataSource, str, int, int]] = []
-    for name, domain in recipe.domains.items():
-        wanted.append((domain.train, name, recipe.gate_training.rows, recipe.gate_training.seed))
-        if recipe.heal:
-            wanted.append((domain.train, name, recipe.heal.rows, recipe.heal.seed))
-    for expert in recipe.experts:
-        for section in (expert.branch, expert.anchor):
-            if section:
-                wanted.append((section.data, expert.domain, section.rows, section.seed))
-    rows = []
-    for source, name, count, seed in wanted:
-        for part in source.parts or (source,):
-            if not part.generated:
-                rows += load_examples(part, name, count, seed)
-    return [" ".join(message["content"] for message in row.messages) for row in rows]
+    """The conversations of `trained_rows` that are not generated, as plain text, each once."""
+    rows = trained_rows(recipe, generated=False)
+    return list(dict.fromkeys(" ".join(message["content"] for message in row.messages) for row in rows))

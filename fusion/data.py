@@ -111,10 +111,14 @@ def gate_rows(recipe: Recipe) -> dict[str, list[ChatExample]]:
 
 def general_rows(recipe: Recipe, settings: BranchSettings) -> list[ChatExample]:
     """The rows of the general domain that a branch mixes into its own: at least `general_share` of all."""
-    share, name = settings.general_share, general_domain(recipe.domains)
-    at_most = settings.rows * (settings.sampling.keep if settings.answers == "sampled" else 1)
-    count = round(at_most * share / (1 - share))
+    name, count = general_domain(recipe.domains), general_count(settings)
     return load_examples(recipe.domains[name].train, name, count, settings.seed) if count else []
+
+
+def general_count(settings: BranchSettings) -> int:
+    """How many rows of the general domain a branch mixes in."""
+    at_most = settings.rows * (settings.sampling.keep if settings.answers == "sampled" else 1)
+    return round(at_most * settings.general_share / (1 - settings.general_share))
 
 
 def trained_on(rows: Sequence[ChatExample]) -> Callable[[ChatExample], bool]:
@@ -185,8 +189,14 @@ def _local(path: Path, source: DataSource, domain: str) -> list[ChatExample]:
     if source.form != "table":
         from fusion.tasks.public import READERS
 
-        return READERS[source.form](_existing(path), source, domain)
+        try:
+            return READERS[source.form](_existing(path), source, domain)
+        except BAD_ROW as error:
+            what = f"{path} is not what form '{source.form}' reads ({type(error).__name__}: {error})"
+            raise UserError(f"{what}: name the data set's own files") from error
     rows = []
+    if path.is_dir():
+        raise UserError(f"data file {path} is a folder: name a file of JSON lines, or the 'form' that reads it")
     try:
         text = _existing(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

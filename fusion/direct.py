@@ -19,10 +19,12 @@ ALIGNMENT = 2**12  # bytes, no less than any disk's sector
 
 
 class DirectFile:
-    """A new file, or one that is written over. Raises OSError where the disk is full or refuses."""
+    """A new file in the place of what was there, whose other names keep it. Raises OSError where the disk refuses."""
 
     def __init__(self, path: Path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        if path.is_file():
+            path.unlink()  # not truncated: a hard link of it may be served
         self._direct = getattr(os, "O_DIRECT", 0)
         try:
             self._descriptor = os.open(path, flags | self._direct, 0o666)

@@ -8,6 +8,8 @@ tensors' names, so those behind the one that joins or leaves are written again: 
 the others stay as they are, bit for bit; the new one is fitted against them (gate_training/methods/new_row.py).
 """
 
+import shutil
+
 import torch
 from pydantic import ValidationError
 
@@ -26,7 +28,16 @@ from fusion.sources import base_source, expert_source
 from fusion.steps import run_step
 from gate_training.methods.new_row import with_row
 
-FIGURES = ("evaluation.json", "evaluation.md", "routing.png", "long.json", "long.md", "report.md", "answers.json")
+FIGURES = (
+    "evaluation.json",
+    "evaluation.md",
+    "routing.png",
+    "long.json",
+    "long.md",
+    "report.md",
+    "answers.json",
+    "traffic",
+)
 JOINING = "joining"  # in the manifest's note on gates: the expert whose row is still to be fitted
 
 
@@ -86,9 +97,9 @@ def remove_expert(recipe: Recipe, name: str) -> None:
 
 def _take_figures_away(recipe: Recipe) -> None:
     """Removes what was measured on the experts of before."""
-    stale = [path for name in FIGURES if (path := recipe.folder / name).is_file()]
+    stale = [path for name in FIGURES if (path := recipe.folder / name).exists()]
     for path in stale:
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     if stale:
         said = f"{', '.join(path.name for path in stale)} told of the experts before: run `qwen-fusion evaluate` again"
         console.print(said, highlight=False, soft_wrap=True)

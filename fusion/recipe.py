@@ -27,7 +27,12 @@ NAME = r"^[a-z0-9][a-z0-9_-]*$"
 ScoreName = Literal["exact_match", "exact_values", "function_calls", "number", "tests_passed", "chrf"]
 Detector = Literal["secrets", "email", "phone", "cn_identity", "bank_card"]  # serving/guard/detectors.py
 SharedMethod = Literal["anchor", "mean", "multislerp", "karcher", "regmean"]
-RESERVED = {"anchor": "the anchor", "shared": "the shared parts", "shared-expert": "the shared expert"}
+RESERVED = {
+    "anchor": "the anchor",
+    "fused": "the fused model",
+    "shared": "the shared parts",
+    "shared-expert": "the shared expert",
+}
 SCORE_NAMES: tuple[str, ...] = get_args(ScoreName)
 
 

@@ -70,6 +70,10 @@ def run(recipe: Recipe) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("`run` is the work of one process: launch several for `train-gates` alone")
     plan(recipe)
+    if recipe.evaluation.contamination_ngram:
+        from fusion.evaluation.evaluate import held_out_rows
+
+        held_out_rows(recipe, list(recipe.domains))  # refuses what would be found out after the training
     branch(recipe)
     if any(expert.anchor for expert in recipe.experts):
         anchor(recipe)

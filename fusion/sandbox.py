@@ -7,6 +7,7 @@ network and no other process: https://docs.kernel.org/userspace-api/seccomp_filt
 """
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion.errors import UserError
-from fusion.sandbox_child import NO_SANDBOX, PASSED
+from fusion.sandbox_child import NO_SANDBOX
 
 SECONDS = 10
 MEMORY_BYTES = 2**30
@@ -29,6 +30,7 @@ class Done:
 
     passed: bool
     output: str
+    timed_out: bool = False
 
 
 def run_python(source: str, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES) -> Done:
@@ -36,28 +38,32 @@ def run_python(source: str, seconds: int = SECONDS, memory_bytes: int = MEMORY_B
 
     Raises UserError where the machine cannot make a sandbox: code is never run without one.
     """
-    with tempfile.TemporaryFile() as output:
+    token = secrets.token_hex(16)  # what the child says last, which code that leaves early does not
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             [sys.executable, "-I", str(CHILD), str(seconds), str(memory_bytes)],
             env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=output,
-            stderr=subprocess.DEVNULL,
+            stderr=errors,
             cwd="/",
             start_new_session=True,
         )
         try:
-            child.communicate(source.encode("utf-8", "replace"), timeout=seconds)
+            child.communicate(f"{token}\n{source}".encode("utf-8", "replace"), timeout=seconds)
         except subprocess.TimeoutExpired:
-            return Done(False, "")
+            return Done(False, "", timed_out=True)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-        if child.returncode == NO_SANDBOX:
+        for file in (output, errors):
+            file.seek(0)
+        said = errors.read()
+        if said.startswith(NO_SANDBOX.encode()):
             raise UserError(
                 "code of a model is run in a sandbox alone, and this machine has no libseccomp, or no seccomp: "
                 "install it (apt install libseccomp2), or leave out what is scored by tests_passed"
             )
-        output.seek(0)
-        return Done(child.returncode == PASSED, output.read().decode("utf-8", "replace"))
+        passed = child.returncode == 0 and said.endswith(token.encode())
+        return Done(passed, output.read().decode("utf-8", "replace"))

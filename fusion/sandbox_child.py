@@ -1,7 +1,8 @@
 """What runs in the sandbox: reads code from standard input, gives up all but computing, runs the code.
 
-fusion/sandbox.py starts it by its path, with seconds and bytes of memory. Modules of the standard library and numpy are
-imported, by the code's own import statements, before files are out of reach.
+fusion/sandbox.py starts it by its path, with seconds and bytes of memory; a token and the code come in on standard
+input. Modules of the standard library and numpy are imported, by the code's own import statements, before files are out
+of reach.
 """
 
 import ast
@@ -9,9 +10,12 @@ import importlib
 import os
 import resource
 import sys
+import types
 from contextlib import suppress
 
-PASSED, NO_SANDBOX = 86, 85  # exit codes; 0 is also that of code which leaves before its tests
+NO_SANDBOX = "no sandbox"  # said before any code is run
+# what numpy imports when it is asked for
+NUMPY = ("numpy.random", "numpy.fft", "numpy.linalg", "numpy.polynomial", "numpy.testing", "numpy.ma")
 OUTPUT_BYTES = 2**20
 # what others import late
 EARLY = (
@@ -33,10 +37,10 @@ ALLOWED = (
 
 
 def main() -> None:
-    """Runs the code; leaves with PASSED where it came to its end."""
+    """Runs the code; says the token that it was given as the last word where the code came to its end."""
     seconds, memory = int(sys.argv[1]), int(sys.argv[2])
     del sys.argv[1:]
-    source = sys.stdin.buffer.read().decode()
+    token, _, source = sys.stdin.buffer.read().decode().partition("\n")
     program = compile(source, "<answer>", "exec")
     import_early(source)
     for what, limit in (
@@ -49,10 +53,17 @@ def main() -> None:
     try:
         give_up()
     except (ImportError, OSError, RuntimeError):
-        os._exit(NO_SANDBOX)
-    exec(program, {"__name__": "__main__"})
+        os.write(2, NO_SANDBOX.encode())
+        os._exit(1)
+    os.write(2, b"\n")  # what the code says begins here
+    answer = types.ModuleType(
+        "answer"
+    )  # its `if __name__ == "__main__"` is left out, as upstream's harnesses leave it out
+    sys.modules["answer"] = answer
+    exec(program, answer.__dict__)
     sys.stdout.flush()
-    os._exit(PASSED)
+    os.write(2, token.encode())
+    os._exit(0)
 
 
 def import_early(source: str) -> None:
@@ -64,6 +75,8 @@ def import_early(source: str) -> None:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    if any(name.split(".")[0] == "numpy" for name in names):
+        names.update(NUMPY)
     known = (sys.stdlib_module_names | {"numpy"}) - {"antigravity"}  # which opens a browser
     for name in sorted(names):
         if name.split(".")[0] in known:

@@ -39,7 +39,8 @@ class EngineSettings:
 
     `dtype` `auto` is the checkpoint's, and float32 on a CPU that would have to emulate bfloat16, which takes several
     times as long. `yarn_factor` stretches the model's positions by that factor. `cpu_kv_cache_bytes` is used on CPU,
-    where a share of all memory would be asked for per worker; `gpu_memory_utilization` on GPU. `compact_json` writes
+    where a share of all memory would be asked for per worker; `gpu_memory_utilization` on GPU. `kv_cache_bytes` is a
+    worker's cache whatever the hardware. `compact_json` writes
     constrained JSON without any white space, so that no model can fill its budget with spaces; experts trained on
     another style answer better without it. `quantization` `fp8` lets vLLM convert the linear maps while it loads.
     `lora_modules` are names and folders of adapters that requests may name as their model.
@@ -55,9 +56,11 @@ class EngineSettings:
     max_model_len: int | None = None
     yarn_factor: float | None = None
     cpu_kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int | None = None
     temperature: float = 0.7
     top_p: float = 0.9
     compact_json: bool = False
+    prefix_caching: bool = True
     lora_modules: tuple[tuple[str, str], ...] = ()
     max_lora_rank: int = 16
 
@@ -109,6 +112,8 @@ def engine_arguments(settings: EngineSettings, hardware: Hardware, port: int) ->
     if settings.quantization == "fp8":
         _check_quantization(settings, hardware)
         arguments.append("--quantization=fp8_per_tensor")  # plain `fp8` is vLLM 0.32's deprecated name for it
+    if not settings.prefix_caching:
+        arguments.append("--no-enable-prefix-caching")
     if settings.lora_modules:
         count = len(settings.lora_modules)
         arguments += ["--enable-lora", f"--max-loras={count}", f"--max-lora-rank={settings.max_lora_rank}"]
@@ -122,8 +127,11 @@ def engine_arguments(settings: EngineSettings, hardware: Hardware, port: int) ->
         arguments.append(f"--max-model-len={length}")
     if hardware.gpus:
         arguments.append(f"--gpu-memory-utilization={settings.gpu_memory_utilization}")
+        if settings.kv_cache_bytes is not None:
+            arguments.append(f"--kv-cache-memory-bytes={settings.kv_cache_bytes}")
     else:
-        arguments += [f"--kv-cache-memory-bytes={settings.cpu_kv_cache_bytes}", "--enforce-eager"]
+        cache = settings.kv_cache_bytes or settings.cpu_kv_cache_bytes
+        arguments += [f"--kv-cache-memory-bytes={cache}", "--enforce-eager"]
         # vLLM 0.32's CPU build ends when a request with a seed has its prompt cut ("CPU Generator does not use offset")
         arguments.append("--no-enable-chunked-prefill")
     return arguments

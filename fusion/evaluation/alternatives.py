@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.checkpoint import Checkpoint, put_in_place, write_json, write_text
-from fusion.data import ChatExample, load_examples, train_rows
+from fusion.data import ChatExample, choosing_rows, train_rows
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import run_main
 from fusion.evaluation.answer_loss import answer_losses
@@ -83,7 +83,10 @@ def dense_step(recipe: Recipe, name: str) -> Step:
 
 
 def union_step(recipe: Recipe) -> Step:
-    """One dense model trained on what all branched experts have learnt from, for the steps of all of them."""
+    """One dense model trained on what all branched experts have learnt from, for the steps of all of them.
+
+    All else is as the first of them was trained.
+    """
     anchor, out = anchor_source(recipe), folder_of(recipe, UNION)
     branched = [(expert, expert.branch) for expert in recipe.experts if expert.branch]
     steps = sum(settings.steps for _, settings in branched)
@@ -91,21 +94,18 @@ def union_step(recipe: Recipe) -> Step:
         update={"steps": steps, "evaluate_every": max(1, steps // 8), "allow_no_gain": True, "answers": "reference"}
     )
 
+    rows = [row for expert, own in branched for row in learnt_rows(recipe, expert, own)]
+    held_out = [
+        row for expert, own in branched for row in choosing_rows(recipe, expert.domain, own.held_out_rows, own.seed + 1)
+    ]
+
     def action() -> str:
         from fusion.branch import train_expert
 
-        rows = [row for expert, own in branched for row in learnt_rows(recipe, expert, own)]
-        held_out = [
-            row
-            for expert, own in branched
-            for row in load_examples(
-                recipe.domains[expert.domain].held_out, expert.domain, own.held_out_rows, own.seed + 1
-            )
-        ]
         result = train_expert(anchor.folder, out, rows, held_out, settings, trained_layers(recipe))
         return f"{UNION}: loss {result.loss_before:.3f} -> {result.loss_after:.3f}, {result.tokens:,} tokens"
 
-    data = [settings, [own for _, own in branched], {n: d.held_out for n, d in recipe.domains.items()}]
+    data = [settings, [[row.messages for row in found] for found in (rows, held_out)]]
     return Step(f"alternative {UNION}", data, [anchor.folder], [out], action)
 
 

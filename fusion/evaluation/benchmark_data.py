@@ -34,6 +34,12 @@ def json_lines(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
+def ifeval(path: Path) -> list[Row]:
+    """IFEval's multilingual copy, whose instructions have their language before their names."""
+    rows = json_lines(path)
+    return [row | {"instruction_id_list": [n.removeprefix("en:") for n in row["instruction_id_list"]]} for row in rows]
+
+
 def mbpp(path: Path) -> list[Row]:
     """MBPP's one file cut to the split that is tested on."""
     return [row for row in json_lines(path) if row["task_id"] in MBPP_TEST]
@@ -71,6 +77,7 @@ def bbh(path: Path) -> list[Row]:
 
 FORMS: dict[str, Callable[[Path], list[Row]]] = {
     "json_lines": json_lines,
+    "ifeval": ifeval,
     "mbpp": mbpp,
     "mgsm": mgsm,
     "xquad": xquad,

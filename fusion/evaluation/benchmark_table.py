@@ -5,6 +5,7 @@ from typing import Any
 
 from fusion.checkpoint import written_aside
 
+SHOWN = 12  # tasks of a group
 COLUMNS = {"anchor": "anchor", "own_expert": "own expert", "fused": "fused"}
 
 
@@ -25,9 +26,16 @@ def markdown(result: dict[str, Any]) -> str:
             best, routed = (_with_interval(row[key], "+.3f") for key in ("fused_minus_best", "fused_minus_routed"))
             lines += [
                 "",
-                f"{name}, every expert alone: {each}; a router of whole experts {_with_interval(row['routed'])}. "
+                f"{name}, every expert alone: {each}; picked by the recipe's rules {_with_interval(row['routed'])}. "
                 f"Fused less the best of them ({row['best_expert']}): {best}; less the router: {routed}.",
             ]
+    for name, row in result["tasks"].items():
+        if 1 < len(row["by_task"]) <= SHOWN:
+            said = [
+                f"{task} " + ", ".join(f"{COLUMNS[c]} {by[c]:.3f}" for c in COLUMNS if c in by)
+                for task, by in row["by_task"].items()
+            ]
+            lines += ["", f"{name} by task: {'; '.join(said)}."]
     more = {name: row["others"] for name, row in result["tasks"].items() if any(row["others"].values())}
     for name, columns in more.items():
         said = [

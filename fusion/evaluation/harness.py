@@ -1,21 +1,21 @@
 """lm-evaluation-harness on one model: our task files made its, its answers made ours.
 
-    tasks = task_files(recipe, ["domains", "gsm8k"], folder)
-    measured = run_tasks(Served(url, "fused", tokenizer), tasks, {"gsm8k": 100}, 50, folder / "fused")
+    tasks = load_tasks(task_files(recipe, ["domains", "gsm8k"], folder))
+    measured = run_tasks(Served(url, "fused", tokenizer), tasks, rows_of(tasks, {"gsm8k": 100}, 50), folder / "fused")
 
 A task file of configs/benchmarks includes an upstream task and says where its data lie. Beside the harness's own keys
 it has `each` (one task for each word of a list, or for each of the recipe's `domains`), `prepare` (a local copy that
-becomes the hub's rows) or `rows` (chat rows of ours), and `metadata`: `domain`, the `score` that counts, its `filter`,
-`upstream`, the task that stands for it where there is no copy, and `mixed`, where every expert is to be asked.
+becomes the hub's rows) or `rows` (chat rows of ours, of one `format` alone where that is said), and `metadata`:
+`domain`, the `score` that counts, its `filter`, `upstream`, the task that stands for it where there is no copy, and
+`mixed`, where every expert is to be asked.
 """
 
 import json
 import logging
-import os
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from fusion.evaluation.benchmark_data import write_split
 from fusion.evaluation.evaluate import held_out_rows
 from fusion.evaluation.harness_metrics import CodeEval, row_of
 from fusion.evaluation.harness_models import Models
-from fusion.progress import console, quiet
+from fusion.progress import console
 from fusion.recipe import DataSource, Recipe, general_domain
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "benchmarks"
+OURS = ("each", "prepare", "rows", "format")  # keys of a task file that the harness does not know
 LIKELIHOODS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 SUBSET_SEED = 0
 
@@ -43,17 +44,33 @@ class TaskFile:
     name: str
     group: str
     domain: str
-    score: str | None  # None: the task's first metric
-    filter: str | None  # None: the task's last filter
-    file: Path | None  # None: a task that the harness itself has
+    score: str | None = None  # None: the task's first metric
+    filter: str | None = None  # None: the task's last filter
+    file: Path | None = None  # None: a task that the harness itself has
     public: bool = True  # its questions may also be in public data that was trained on
     mixed: bool = False  # a task for several experts: each is asked
+    optional: bool = False  # of a group: left out with a sentence where it cannot be had
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Tasks as the harness has them, by its names, and which of ours each belongs to."""
+
+    manager: Any
+    objects: dict[str, Any]
+    owners: dict[str, TaskFile]
+
+    def of(self, tasks: Collection[TaskFile]) -> "Loaded":
+        """Those of `tasks` alone."""
+        kept = {name: owner for name, owner in self.owners.items() if owner in tasks}
+        return replace(self, objects={name: self.objects[name] for name in kept}, owners=kept)
 
 
 @dataclass(frozen=True)
 class Measured:
     """One task on one model: each row's score and the values of all other metrics, and the samples as logged."""
 
+    task: TaskFile
     metric: str
     rows: tuple[int, ...]  # of the data set
     questions: tuple[str, ...]
@@ -67,59 +84,77 @@ def known_tasks() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def known_groups() -> dict[str, list[str]]:
-    """What a name stands for that is no task's own: the tasks of a domain."""
+def known_groups() -> dict[str, dict[str, str | None]]:
+    """The tasks that a domain's name stands for, each with the score that counts where it is the harness's own."""
     path = CONFIGS / "groups.yml"
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def task_files(recipe: Recipe, groups: Sequence[str], folder: Path) -> list[TaskFile]:
-    """The tasks of `groups`: names of groups.yml, task files, or tasks, groups and tags of the harness (from the hub).
+def task_files(recipe: Recipe, names: Sequence[str], folder: Path) -> list[TaskFile]:
+    """The tasks of `names`: of groups.yml, task files, or tasks, groups and tags of the harness (from the hub).
 
     Files for the harness, and the rows that they name, are written into `folder`. Raises UserError for a file that
     cannot be used.
     """
+    groups = known_groups()
+    wanted = {task: name not in groups for name in reversed(names) for task in groups.get(name, {name: None})}
     found: list[TaskFile] = []
-    for group in dict.fromkeys(task for name in groups for task in known_groups().get(name, [name])):
-        path = CONFIGS / f"{group}.yaml"
-        general = general_domain(recipe.domains)
-        own = path.is_file()
-        found += _from_file(recipe, path, folder) if own else [TaskFile(group, group, general, None, None, None)]
+    for name, asked_for in reversed(wanted.items()):
+        if (path := CONFIGS / f"{name}.yaml").is_file():
+            found += _from_file(recipe, path, folder, not asked_for)
+            continue
+        domain, score = next(((d, rows[name]) for d, rows in groups.items() if name in rows), ("", None))
+        found.append(TaskFile(name, name, _domain(recipe, domain), score, optional=not asked_for))
     return found
 
 
-def _from_file(recipe: Recipe, path: Path, folder: Path) -> list[TaskFile]:
-    text = path.read_text(encoding="utf-8")
+def _domain(recipe: Recipe, domain: str) -> str:
+    return domain if domain in recipe.domains else general_domain(recipe.domains)
+
+
+def _from_file(recipe: Recipe, path: Path, folder: Path, optional: bool) -> list[TaskFile]:
+    text = path.read_text(encoding="utf-8").replace("${data}", str(folder.absolute())).replace("${lm_eval}", _tasks())
     each = yaml.load(text, Loader=_Plain).get("each", [""])
     found = []
     for word in recipe.domains if each == "domains" else each:
-        filled = (
-            text.replace("${each}", word).replace("${data}", str(folder.absolute())).replace("${lm_eval}", _tasks())
-        )
+        filled = text.replace("${each}", word)
         given = yaml.load(filled, Loader=_Plain)
         meta, name = given["metadata"], given["task"]
-        domain = meta["domain"] if meta["domain"] in recipe.domains else general_domain(recipe.domains)
         if (nltk := meta.get("nltk")) and not _nltk_has(nltk):
             console.print(f"  {path.stem} left out: nltk's {nltk} is not here (NLTK_DATA names its folder)")
             continue
-        mixed = meta.get("mixed", False)
-        if not _prepare(recipe, given, word, folder):
-            known = (meta["upstream"], path.stem, domain, meta["score"], meta.get("filter"))
-            found.append(TaskFile(*known, None, mixed=mixed))
+        task = TaskFile(
+            name,
+            path.stem,
+            _domain(recipe, meta["domain"]),
+            meta["score"],
+            meta.get("filter"),
+            folder / f"{name}.yaml",
+            public="prepare" in given or "file" in given["rows"],
+            mixed=meta.get("mixed", False),
+            optional=optional,
+        )
+        try:
+            there = _prepare(recipe, given, word, folder)
+        except UserError as error:
+            if not optional:
+                raise
+            console.print(f"  {path.stem} left out: {error}", highlight=False, soft_wrap=True)
             continue
-        kept = "\n".join(_without(filled, ("each", "prepare", "rows")))
-        target = folder / f"{name}.yaml"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, kept)
-        public = "prepare" in given or "file" in given["rows"]
-        found.append(TaskFile(name, path.stem, domain, meta["score"], meta.get("filter"), target, public, mixed))
+        if not there:
+            found.append(replace(task, name=meta["upstream"], file=None))
+            continue
+        assert task.file is not None
+        task.file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(task.file, "\n".join(_without(filled, OURS)))
+        found.append(task)
     return found
 
 
 def _prepare(recipe: Recipe, given: dict[str, Any], word: str, folder: Path) -> bool:
     """Writes the rows that a task reads; False where a local copy is missing and upstream's task stands for it."""
     if "rows" in given:
-        rows = _rows(recipe, given, word)
+        rows = [row for row in _rows(recipe, given, word) if _has_format(row, given.get("format"))]
         target = folder / f"{given['task']}.jsonl"
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, "".join(json.dumps(row_of(row), ensure_ascii=False) + "\n" for row in rows))
@@ -141,6 +176,10 @@ def _rows(recipe: Recipe, given: dict[str, Any], word: str) -> list[ChatExample]
     if "file" in source:
         source["path"] = str(Path(recipe.data_folder or "data") / source["file"])
     return load_examples(DataSource.model_validate(source), given["metadata"]["domain"], None, SUBSET_SEED)
+
+
+def _has_format(row: ChatExample, wanted: str | None) -> bool:
+    return wanted is None or (isinstance(row.reference, dict) and row.reference.get("format") == wanted)
 
 
 def _without(text: str, keys: tuple[str, ...]) -> Iterator[str]:
@@ -193,87 +232,134 @@ def _sandboxed_code() -> Iterator[None]:
         evaluate.load = fetch
 
 
-def run_tasks(
-    models: Models,
-    tasks: Sequence[TaskFile],
-    limits: dict[str, int],
-    limit: int | None,
-    cache: Path,
-    seen: Callable[[str, list[str]], Collection[int]] = lambda name, questions: (),
-) -> dict[str, Measured]:
-    """Runs tasks on one model; by task name. `limits` are rows of a task by group, `limit` of every other.
+def load_tasks(tasks: Sequence[TaskFile]) -> Loaded:
+    """The harness's tasks with their data; a group or a tag of it becomes several.
 
-    Rows of public tasks whose questions, as `seen` says by their numbers, were trained on are left out.
-
-    Answers are kept in `cache`, so that a run that was killed goes on. Raises UserError where a data set cannot be had.
+    Optional ones that cannot be had are left out with a sentence; for others a UserError says why. One that runs
+    programs anywhere but in our sandbox is refused.
     """
-    import lm_eval
     from lm_eval.tasks import TaskManager
 
-    if quiet():
-        os.environ["TQDM_DISABLE"] = "1"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folders = sorted({str(task.file.parent) for task in tasks if task.file})
+    objects: dict[str, Any] = {}
+    owners: dict[str, TaskFile] = {}
     with _sandboxed_code():
         manager = TaskManager(include_path=folders, include_defaults=any(task.file is None for task in tasks))
-        loaded = {task.name: _load(manager, task) for task in tasks}
-    owner = {name: task for task in tasks for name in loaded[task.name]}
-    objects = {name: object_ for found in loaded.values() for name, object_ in found.items()}
+        for task in tasks:
+            try:
+                found: dict[str, Any] = manager.load([task.name])["tasks"]
+                for name, object_ in found.items():
+                    _refuse_unsafe(name, object_)
+            except Exception as error:  # no hub, no such name, a broken copy: every one is a user's to mend
+                reason = str(error).strip().split("\n")[0]
+                if task.optional:
+                    said = f"  {task.name} left out: it cannot be had ({reason})"
+                    console.print(said, highlight=False, soft_wrap=True)
+                    continue
+                known = ", ".join([*known_groups(), *known_tasks()])
+                raise UserError(
+                    f"benchmark {task.name} cannot be had ({reason}): name a data_folder with a copy, or other tasks, "
+                    f"of {known} or the harness"
+                ) from error
+            objects |= found
+            owners |= dict.fromkeys(found, task)
+    return Loaded(manager, objects, owners)
+
+
+def _refuse_unsafe(name: str, task: Any) -> None:
+    """Raises UserError for a task that runs what a model wrote, unless that is done by CodeEval."""
+    if not getattr(task, "UNSAFE_CODE", False):
+        return
+    functions = getattr(task, "_metric_fn_list", {}).values()
+    plain = [getattr(function, "__self__", function) for function in functions]  # the harness keeps f.__call__
+    known = [value for function in plain for value in getattr(function, "__globals__", {}).values()]
+    if not any(isinstance(value, CodeEval) for value in known):
+        raise UserError(f"{name} runs a model's programs with an executor of its own")
+
+
+def rows_of(
+    loaded: Loaded,
+    limits: dict[str, int],
+    limit: int | None,
+    seen: Callable[[str, list[str]], Collection[int]] = lambda name, questions: (),
+) -> dict[str, list[int]]:
+    """Which rows of each task are asked, the same for every model: `limits` by group, `limit` of every other.
+
+    Rows of public tasks whose questions, as `seen` says by their numbers, were trained on are left out, and a task of
+    which nothing stays.
+    """
+    rows = {}
+    for name, task in loaded.objects.items():
+        owner, docs = loaded.owners[name], list(task.eval_docs)
+        out = seen(name, [str(task.doc_to_text(doc)) for doc in docs]) if owner.public else ()
+        kept = [number for number in range(len(docs)) if number not in out]
+        count = limits.get(owner.group, limit)
+        if count is not None and count < len(kept):
+            kept = sorted(random.Random(SUBSET_SEED).sample(kept, count))
+        if kept:
+            rows[name] = kept
+        else:
+            console.print(f"  {name} left out: no row of it was not trained on", highlight=False)
+    return rows
+
+
+def run_tasks(models: Models, loaded: Loaded, rows: dict[str, list[int]], cache: Path) -> dict[str, Measured]:
+    """Runs tasks on one model; by the harness's names.
+
+    Answers are kept in `cache`, so that a run that was killed goes on. Raises UserError where the model's server fails.
+    """
+    import aiohttp
+    import lm_eval
+    import requests
+    import tenacity
+
+    failures = (aiohttp.ClientError, requests.RequestException, tenacity.RetryError, TimeoutError)
     measured: dict[str, Measured] = {}
     for by_likelihood in (False, True):
-        chosen = {n: o for n, o in objects.items() if (o.get_config("output_type") in LIKELIHOODS) == by_likelihood}
+        chosen = {
+            name: task
+            for name, task in loaded.objects.items()
+            if name in rows and (task.get_config("output_type") in LIKELIHOODS) == by_likelihood
+        }
         if not chosen:
             continue
-        rows = {}
-        for name, object_ in chosen.items():
-            docs = list(object_.eval_docs)
-            out = seen(name, [str(object_.doc_to_text(doc)) for doc in docs]) if owner[name].public else ()
-            rows[name] = _subset(len(docs), limits.get(owner[name].group, limit), out)
-        results = lm_eval.simple_evaluate(
-            model=models.likelihoods() if by_likelihood else models.generations(),
-            tasks=list(chosen.values()),
-            samples=rows,
-            apply_chat_template=not by_likelihood,
-            log_samples=True,
-            bootstrap_iters=0,
-            confirm_run_unsafe_code=True,  # it is run in our sandbox
-            task_manager=manager,
-            use_cache=str(cache),
-        )
-        measured |= {name: _measured(owner[name], results["samples"][name]) for name in chosen}
+        try:
+            results = lm_eval.simple_evaluate(
+                model=models.likelihoods() if by_likelihood else models.generations(),
+                tasks=list(chosen.values()),
+                samples={name: rows[name] for name in chosen},
+                apply_chat_template=not by_likelihood,
+                log_samples=True,
+                bootstrap_iters=0,
+                confirm_run_unsafe_code=True,  # in our sandbox: load_tasks has refused all else
+                task_manager=loaded.manager,
+                use_cache=str(cache),
+            )
+        except failures as error:
+            what = f"the model stopped answering ({type(error).__name__}: {error})"
+            raise UserError(f"{what}; what it has answered is kept: the same command goes on") from error
+        measured |= {name: _measured(loaded.owners[name], results["samples"][name]) for name in chosen}
     return measured
-
-
-def _load(manager: Any, task: TaskFile) -> dict[str, Any]:
-    """The harness's objects of a task, a group or a tag, by name."""
-    try:
-        loaded: dict[str, Any] = manager.load([task.name])["tasks"]
-    except Exception as error:  # a hub that does not answer, a name that is unknown: every one is a user's to mend
-        reason = str(error).split("\n")[0]
-        known = ", ".join([*known_groups(), *known_tasks()])
-        what = f"benchmark {task.name} cannot be had ({reason})"
-        raise UserError(f"{what}: name a data_folder with a copy, or other tasks, of {known} or the harness") from error
-    return loaded
-
-
-def _subset(rows: int, limit: int | None, left_out: Collection[int] = ()) -> list[int]:
-    """`limit` of the rows, the same for every model."""
-    kept = [number for number in range(rows) if number not in left_out]
-    if limit is None or limit >= len(kept):
-        return kept
-    return sorted(random.Random(SUBSET_SEED).sample(kept, limit))
 
 
 def _measured(task: TaskFile, samples: list[dict[str, Any]]) -> Measured:
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
     kept = [sample for sample in samples if sample["filter"] == (task.filter or filters[-1])]
-    metrics = [name for name in kept[0]["metrics"]]
-    values = {name: tuple(_number(sample[name]) for sample in kept) for name in metrics}
+    metrics = list(kept[0]["metrics"]) if kept else []
     metric = task.score or metrics[0]
-    scores = values.pop(metric) if metric in values else values.pop(metrics[0])
+    if metric not in metrics:
+        raise UserError(
+            f"{task.name} has no score '{metric}' (filters {', '.join(filters)}; metrics {', '.join(metrics)}): "
+            "correct the metadata of its file"
+        )
+    metrics = [name for name in metrics if all(_is_figure(sample[name]) for sample in kept)]
+    if metric not in metrics:
+        raise UserError(f"{task.name}: its score '{metric}' is no figure of a row, so it cannot be compared by row")
+    values = {name: tuple(_number(sample[name]) for sample in kept) for name in metrics}
     logged = [{key: sample[key] for key in ("doc_id", "arguments", "resps", "target", *metrics)} for sample in kept]
     rows, questions = tuple(sample["doc_id"] for sample in kept), tuple(map(_question, kept))
-    return Measured(metric, rows, questions, scores, values, logged)
+    return Measured(task, metric, rows, questions, values.pop(metric), values, logged)
 
 
 def _question(sample: dict[str, Any]) -> str:
@@ -282,10 +368,17 @@ def _question(sample: dict[str, Any]) -> str:
     return str(next((doc[key] for key in ("prompt", "question", "text", "input") if key in doc), ""))
 
 
+def _is_figure(value: Any) -> bool:
+    """Whether a metric says something of a row alone, unlike f1 or perplexity, which the harness sums up from pairs."""
+    if isinstance(value, dict):
+        return len(value) == 1 and _is_figure(next(iter(value.values())))
+    return isinstance(value, int | float) or (isinstance(value, list) and all(isinstance(v, bool) for v in value))
+
+
 def _number(value: Any) -> float:
-    """A metric's value of one row: a number, a truth value, or {pass@1: number}."""
+    """A metric's value of one row: a number, a truth value, or several of them."""
     if isinstance(value, dict):
         value = next(iter(value.values()))
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):  # truth values, as IFEval's of one prompt
         value = sum(map(float, value)) / max(1, len(value))
     return float(value)

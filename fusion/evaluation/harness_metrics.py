@@ -82,6 +82,16 @@ def is_valid(answer: str, example: ChatExample) -> bool:
     return example.schema is None or not Checker(example.schema).violations(value)
 
 
+def programs(resps: list[list[str]], docs: list[dict[str, Any]]) -> list[list[str]]:
+    """The code of answers that go on behind an opened fence: up to its end, or that of a fence of their own."""
+    return [[_program(answer) for answer in answers] for answers in resps]
+
+
+def _program(answer: str) -> str:
+    own = formats.FENCE.match(answer.lstrip())
+    return own[1] if own else answer.partition("```")[0]
+
+
 class CodeEval:
     """Stands in for the hub's `code_eval` metric, which upstream's tasks fetch and run unsandboxed."""
 

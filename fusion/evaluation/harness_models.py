@@ -34,16 +34,28 @@ class Served:
 
     def generations(self) -> Any:
         """Through /v1/chat/completions."""
+        from aiohttp import ClientResponseError
         from lm_eval.models.openai_completions import LocalChatCompletion
 
+        longest = self.max_model_len // 2  # of an answer: some tasks ask for more than a small model has room for
+
         class Chat(LocalChatCompletion):
-            """Whole conversations, and answers whose beginning is given."""
+            """Whole conversations, answers whose beginning is given; a prompt over the context's length has none."""
+
+            async def amodel_call(self, session: Any, sem: Any, messages: Any, **kwargs: Any) -> Any:
+                try:
+                    return await super().amodel_call(session, sem, messages, **kwargs)
+                except ClientResponseError as error:
+                    if error.status != 400:
+                        raise
+                    return [""] * len(messages)
 
             def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> Any:
                 return super().apply_chat_template(unpacked(chat_history), add_generation_prompt)
 
             def _create_payload(self, messages: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
                 payload: dict[str, Any] = super()._create_payload(messages, *args, **kwargs)
+                payload["max_tokens"] = min(payload["max_tokens"], longest)
                 if not any(payload["stop"]):
                     del payload["stop"]
                 if messages[-1]["role"] == "assistant":

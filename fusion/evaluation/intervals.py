@@ -23,15 +23,25 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], weights: Sequence[float] | None = None) -> Interval:
-    """The (weighted) mean of `values` over rows. A loss per token is summed nats weighted by each row's tokens."""
+    """The (weighted) mean of `values` over rows. A loss per token is summed nats weighted by each row's tokens.
+
+    Where every row is right, or every one wrong, the interval is Wilson's.
+    """
     rows = np.asarray(values, dtype=float)
-    counts = np.ones_like(rows) if weights is None else np.asarray(weights, dtype=float)
+    if weights is None and len(rows) > 1 and np.ptp(rows) == 0 and rows[0] in (0, 1):  # nothing to resample
+        exact = stats.binomtest(int(rows.sum()), len(rows)).proportion_ci(method="wilson")
+        return Interval(float(rows[0]), float(exact.low), float(exact.high))
+    return _weighted_mean(rows, np.ones_like(rows) if weights is None else np.asarray(weights, dtype=float))
+
+
+def _weighted_mean(rows: np.ndarray, counts: np.ndarray) -> Interval:
     return _bootstrap((rows, counts), lambda v, w, axis=-1: v.sum(axis=axis) / w.sum(axis=axis))
 
 
 def difference(first: Sequence[float], second: Sequence[float], weights: Sequence[float] | None = None) -> Interval:
     """mean(first) - mean(second), paired by row."""
-    return mean_interval(np.asarray(first, dtype=float) - np.asarray(second, dtype=float), weights)
+    rows = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    return _weighted_mean(rows, np.ones_like(rows) if weights is None else np.asarray(weights, dtype=float))
 
 
 def retained_share(anchor: Sequence[float], fused: Sequence[float], own: Sequence[float]) -> Interval | None:

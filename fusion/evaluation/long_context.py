@@ -90,14 +90,20 @@ def _filled(
     order = rng.sample(range(len(fillers)), len(fillers))
     room = length - len(encode(tokenizer, row).ids)
     for number in order * (1 + length // max(1, len(order))):
-        filler = fillers[number]
-        size = len(encode(tokenizer, filler).ids) + 1  # the line break behind an answer that is not the last
+        found = [message for message in fillers[number].messages if message["role"] != "system"]
+        size = _tokens(tokenizer, found) - _tokens(tokenizer, [])
         if size <= room:
-            turns += [message for message in filler.messages if message["role"] != "system"]
+            turns += found
             room -= size
         if room < MARGIN:
             break
     return turns
+
+
+def _tokens(tokenizer: Any, turns: list[Any]) -> int:
+    """How long turns are behind an empty system message, which keeps a template from putting in one of its own."""
+    text = tokenizer.apply_chat_template([{"role": "system", "content": ""}, *turns], tokenize=False)
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _after(

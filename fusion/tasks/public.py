@@ -223,9 +223,10 @@ def codeio(path: Path, source: DataSource, domain: str) -> list[ChatExample]:
         if len(rows) == source.rows:
             break
         key = hashlib.sha256(f"{row['code_sample']}\n{row['input_generator']}".encode()).hexdigest()
-        if key not in known:
-            known[key] = _tests(row)
-        if tests := known[key]:
+        tests = known[key] if key in known else _tests(row)
+        if tests is not None:
+            known[key] = tests
+        if tests:
             prompt = CODEIO_PROMPT.format(**row | {"tests": "\n".join(tests)})
             answer = f"```python\n{_without_scaffold(row['code_sample'])}\n```"
             rows.append(chat(prompt, answer, domain, score="tests_passed", reference=tests))
@@ -234,11 +235,16 @@ def codeio(path: Path, source: DataSource, domain: str) -> list[ChatExample]:
     return rows
 
 
-def _tests(row: dict[str, Any]) -> list[str]:
-    """Assertions on what the problem's solution answers to generated inputs; none where it fails, or its own test."""
+def _tests(row: dict[str, Any]) -> list[str] | None:
+    """Assertions on what the problem's solution answers to generated inputs; none where it fails, or its own test.
+
+    None where it has not ended in time, which may be the machine's doing.
+    """
     program = CODEIO_PROGRAM.format(tests=CODEIO_TESTS, longest=LONGEST_TEST)
     parts = ["import random\nfrom random import Random", row["code_sample"], row["input_generator"], program]
     done = run_python("\n".join(parts), CODEIO_SECONDS)
+    if done.timed_out:
+        return None
     tests: list[str] = json.loads(done.output.splitlines()[-1]) if done.passed and done.output else []
     right = len(tests) == CODEIO_TESTS and run_python("\n".join([row["code_sample"], *tests]), CODEIO_SECONDS).passed
     return tests if right else []

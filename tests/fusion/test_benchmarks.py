@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from fusion.evaluation import harness
 from fusion.evaluation.benchmark_data import write_split
 from fusion.evaluation.benchmark_table import draw, markdown
 from fusion.evaluation.benchmarks import benchmark, summary
-from fusion.evaluation.harness import Measured, TaskFile, known_groups, known_tasks, task_files
+from fusion.evaluation.harness import Measured, TaskFile, known_groups, known_tasks, load_tasks, rows_of, task_files
 from fusion.evaluation.harness_metrics import (
     CodeEval,
     example_of,
@@ -140,6 +140,7 @@ def prepared(tmp_path: Path, group: str) -> tuple[Recipe, list[TaskFile]]:
     given = yaml.load((harness.CONFIGS / f"{group}.yaml").read_text(), Loader=harness._Plain)
     rows: dict[str, Any] = {
         "json_lines": {"question": "1+1?", "answer": "#### 2", "prompt": "def f():\n", "test": "", "entry_point": "f"},
+        "ifeval": {"key": 1, "prompt": "p", "instruction_id_list": ["en:punctuation:no_comma"], "kwargs": [{}]},
         "mbpp": {"task_id": 11, "text": "Add.", "test_list": ["assert True"] * 3, "code": "pass"},
     }
     texts = {
@@ -183,7 +184,8 @@ def test_task_files_are_upstreams_tasks_with_other_data(
         assert task.file is not None
         ours = load_yaml(task.file, resolve_func=False)
         theirs = load_yaml(upstream_of[ours["metadata"]["upstream"]], resolve_func=False)
-        assert {k: v for k, v in ours.items() if k not in OURS} == {k: v for k, v in theirs.items() if k not in OURS}
+        said = OURS | ({"filter_list"} if group == "mbpp" else set())  # upstream's loses code (its file says how)
+        assert {k: v for k, v in ours.items() if k not in said} == {k: v for k, v in theirs.items() if k not in said}
         for path in ours["dataset_kwargs"]["data_files"].values():
             assert Path(path).is_file()
 
@@ -192,10 +194,12 @@ def test_a_domains_group_is_its_tasks(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(harness, "_nltk_has", lambda resource: True)
     recipe = make_recipe(tmp_path, tmp_path, {"general": tmp_path, "math": tmp_path})
     for name, tasks in known_groups().items():
-        ours = [task for task in tasks if task in known_tasks()]
-        assert ours, name
+        assert set(tasks) & set(known_tasks()), name
         if name not in ("structured", "mixed"):  # which read rows of ours
-            assert {task.group for task in task_files(recipe, [name], tmp_path / "tasks")} == set(tasks)
+            found = task_files(recipe, [name], tmp_path / "tasks")
+            assert {task.group for task in found} == set(tasks) and all(task.optional for task in found)
+    [task] = task_files(recipe, ["hendrycks_math"], tmp_path / "tasks")
+    assert (task.domain, task.score, task.optional) == ("math", "exact_match", False)
 
 
 def test_without_a_copy_the_hubs_task_is_taken(tmp_path: Path) -> None:
@@ -232,17 +236,92 @@ def test_programs_are_judged_in_the_sandbox(tmp_path: Path) -> None:
 
 
 def test_upstreams_code_metric_is_the_sandboxed_one(tmp_path: Path) -> None:
-    from lm_eval.tasks import TaskManager
-
     _, [task] = prepared(tmp_path, "humaneval")
-    assert task.file is not None
-    with harness._sandboxed_code():
-        loaded = harness._load(TaskManager(include_path=[str(task.file.parent)], include_defaults=False), task)[
-            task.name
-        ]
+    loaded = load_tasks([task]).objects[task.name]
     doc = {"prompt": "def f(x):\n", "test": "def check(g):\n    assert g(1) == 2", "entry_point": "f"}
     for body, right in (("    return x + 1\n", 1.0), ("    return x\n", 0.0)):
         assert loaded.process_results(doc, [[doc["prompt"] + body]])["pass@1"] == right
+
+
+ROWS_OF: dict[
+    str, tuple[dict[str, Any], Any, Any]
+] = {  # a row of the benchmark's own file, a right answer, a wrong one
+    "gsm8k": ({"question": "1+1?", "answer": "1+1=2\n#### 2"}, "So it is 2.", "So it is 3."),
+    "mbpp": (
+        {"task_id": 11, "text": "Add one.", "test_list": ["assert f(1) == 2"] * 3, "code": "", "test_setup_code": ""},
+        "def f(x):\n    return x + 1\n```\nThat is all.",
+        "def f(x):\n    return x\n```",
+    ),
+    "humaneval": (
+        {"prompt": "def f(x):\n", "test": "def check(g):\n    assert g(1) == 2", "entry_point": "f"},
+        "    return x + 1\n```",
+        "    return x\n```",
+    ),
+    "ifeval": (
+        {"key": 1, "prompt": "No commas.", "instruction_id_list": ["en:punctuation:no_comma"], "kwargs": [{}]},
+        "None here",
+        "One, here",
+    ),
+}
+
+
+@pytest.mark.parametrize("group", ROWS_OF)
+def test_a_right_answer_scores_and_a_wrong_one_does_not(
+    tmp_path: Path, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upstream's own scoring of the file as it is given: the harness loads it, filters an answer, judges it."""
+    if group == "ifeval":
+        monkeypatch.setattr("nltk.data.find", lambda resource: True)  # the one instruction needs no sentences
+    row, right, wrong = ROWS_OF[group]
+    given = yaml.load((harness.CONFIGS / f"{group}.yaml").read_text(), Loader=harness._Plain)
+    for split, name in given["prepare"].items():
+        if split != "as":
+            path = tmp_path / "data" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(row))
+    recipe = Recipe.model_validate(recipe_data(tmp_path, tmp_path, {"general": tmp_path, "math": tmp_path}))
+    recipe = recipe.model_copy(update={"data_folder": str(tmp_path / "data")})
+    [task] = task_files(recipe, [group], tmp_path / "tasks")
+    loaded = load_tasks([task])
+    assert rows_of(loaded, {}, None) == {task.name: [0]}
+    for answer, score in ((right, 1.0), (wrong, 0.0)):
+        assert _scored(loaded.objects[task.name], task, answer) == score
+
+
+def _scored(object_: Any, task: TaskFile, answer: str) -> float:
+    object_.build_all_requests(limit=1, rank=0, world_size=1)
+    for instance in object_.instances:
+        instance.resps = [answer]
+    object_.apply_filters()
+    instance = object_.instances[0]
+    name = task.filter or list(instance.filtered_resps)[-1]
+    found = object_.process_results(instance.doc, [instance.filtered_resps[name]])
+    return harness._number(found[task.score])
+
+
+def test_a_task_with_an_executor_of_its_own_is_refused() -> None:
+    class Unsafe:
+        UNSAFE_CODE = True
+        _metric_fn_list: ClassVar = {"pass": print}
+
+    with pytest.raises(UserError, match="an executor of its own"):
+        harness._refuse_unsafe("other", Unsafe())
+
+
+def test_rows_that_were_trained_on_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Task:
+        eval_docs: ClassVar = [{"q": str(i)} for i in range(9)]
+
+        def doc_to_text(self, doc: dict[str, str]) -> str:
+            return doc["q"]
+
+    owner = TaskFile("t", "t", "math")
+    loaded = harness.Loaded(None, {"t": Task()}, {"t": owner})
+    assert rows_of(loaded, {}, None, lambda name, questions: [0, 3]) == {"t": [1, 2, 4, 5, 6, 7, 8]}
+    drawn = rows_of(loaded, {"t": 3}, None, lambda name, questions: [0, 3])["t"]
+    assert len(drawn) == 3 and not {0, 3} & set(drawn)
+    assert rows_of(loaded, {}, 2, lambda name, questions: range(9)) == {}
+    assert "t left out" in capsys.readouterr().err
 
 
 def test_pass_at_k_is_the_share_of_draws_with_one_that_is_right() -> None:
@@ -281,6 +360,8 @@ def test_validity_is_that_of_the_rows_own_format(form: str, answer: str, valid: 
     assert is_valid(answer, row) is valid
 
 
+ROWS = tuple(range(6))
+TASK = TaskFile("gsm", "gsm", "math", "exact_match")
 QUESTIONS = ("1+1=", "who?", "2+2=", "3+3=", "where?", "4+4=")
 
 
@@ -288,18 +369,20 @@ def test_a_task_for_several_experts_is_compared_with_the_best_and_with_a_router(
     data = recipe_data(tmp_path, tmp_path, {"math": tmp_path, "general": tmp_path})
     data["domains"]["math"]["rules"] = [{"pattern": r"\d"}]
     recipe = Recipe.model_validate(data)
+    task = TaskFile("mixed", "mixed", "math", "score", None, tmp_path, mixed=True)
     scores = {"anchor": [0, 1, 0, 0, 1, 0], "math": [1, 0, 1, 0, 0, 1], "fused": [1, 1, 1, 0, 0, 1]}
     measured = {
-        model: {"mixed": Measured("score", tuple(range(6)), QUESTIONS, tuple(map(float, row)), {}, [])}
+        model: {"mixed": Measured(task, "score", ROWS, QUESTIONS, tuple(map(float, row)), {}, [])}
         for model, row in {**scores, "general": scores["anchor"]}.items()
     }
-    task = TaskFile("mixed", "mixed", "math", "score", None, tmp_path, mixed=True)
-    row = summary(recipe, [task], measured)["tasks"]["mixed"]
+    experts = {"math": "math", "general": "general"}
+    row = summary(recipe, [task], measured, experts)["tasks"]["mixed"]
     assert {name: score["value"] for name, score in row["experts"].items()} == {"math": 3 / 6, "general": 2 / 6}
     assert row["best_expert"] == "math" and row["routed"]["value"] == 5 / 6
     assert row["fused_minus_best"]["value"] == pytest.approx(1 / 6)
     assert row["fused_minus_routed"]["value"] == pytest.approx(-1 / 6)
-    assert "less the router: -0.167" in markdown(summary(recipe, [task], measured))
+    assert "less the router: -0.167" in markdown(summary(recipe, [task], measured, experts))
+    assert "experts" not in summary(recipe, [task], measured, {"math": "math"})["tasks"]["mixed"]  # not all were asked
 
 
 @pytest.mark.parametrize(
@@ -322,13 +405,11 @@ def test_figures_are_paired_by_row(tmp_path: Path) -> None:
     scores = {"anchor": [0, 0, 1, 0, 0, 1], "math": [1, 1, 1, 0, 1, 1], "fused": [1, 1, 1, 0, 0, 1]}
     measured = {
         model: {
-            "gsm": Measured(
-                "exact_match", tuple(range(6)), QUESTIONS, tuple(map(float, row)), {"valid": (1.0,) * 6}, []
-            )
+            "gsm": Measured(TASK, "exact_match", ROWS, QUESTIONS, tuple(map(float, row)), {"valid": (1.0,) * 6}, [])
         }
         for model, row in scores.items()
     }
-    result = summary(recipe, [TaskFile("gsm", "gsm", "math", "exact_match", None, tmp_path)], measured)
+    result = summary(recipe, [TASK], measured, {"math": "math"})
     row = result["tasks"]["gsm"]
     assert [row["scores"][c]["value"] for c in ("anchor", "own_expert", "fused")] == [2 / 6, 5 / 6, 4 / 6]
     share = retained_share(*(list(map(float, scores[m])) for m in ("anchor", "fused", "math")))

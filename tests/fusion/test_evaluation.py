@@ -8,6 +8,7 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.moe.config import Expert
 from mergekit.moe.router import get_gate_params
+from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from fusion.checkpoint import Checkpoint
@@ -47,9 +48,18 @@ def test_weighted_means_and_paired_differences() -> None:
     paired = difference(first, first - 0.2)
     assert paired.low == pytest.approx(0.2) and paired.high == pytest.approx(0.2)
     interval = mean_interval(first)
-    width = 1.96 * first.std() / 20  # the normal approximation of the same interval
-    assert interval.low == pytest.approx(first.mean() - width, abs=0.03)
-    assert interval.high == pytest.approx(first.mean() + width, abs=0.03)
+    theirs = stats.bootstrap((first,), np.mean, n_resamples=2000, method="percentile", rng=5).confidence_interval
+    assert interval.low == pytest.approx(theirs.low, abs=0.02)
+    assert interval.high == pytest.approx(theirs.high, abs=0.02)
+
+
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_rows_that_are_all_alike_have_wilsons_interval(right: float) -> None:
+    interval = mean_interval([right] * 100)
+    z2 = stats.norm.ppf(0.975) ** 2
+    far = z2 / (100 + z2)  # of 0 or 100 in 100 (Wilson 1927)
+    assert interval.value == right
+    assert (interval.low, interval.high) == pytest.approx((0.0, far) if right == 0 else (1 - far, 1.0))
 
 
 @pytest.mark.parametrize("mode", ["hidden", "hidden_last", "hidden_avg", "cheap_embed"])

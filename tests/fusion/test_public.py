@@ -11,6 +11,7 @@ from fusion.errors import UserError
 from fusion.evaluation.harness_metrics import is_valid
 from fusion.evaluation.scores import score
 from fusion.recipe import DataSource, Recipe
+from fusion.sandbox import Done
 from fusion.tasks import public
 from fusion.tasks.public import LANGUAGES
 from tests.recipes import recipe_data
@@ -143,20 +144,17 @@ def codeio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_problems_are_kept_where_their_solution_passes_its_own_tests(codeio: Path) -> None:
+def test_problems_are_kept_where_their_solution_passes_its_own_tests(
+    codeio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = [row for split in ("train", "held_out") for row in _or_none(codeio, split)]
     [row] = found
     assert row.question.startswith("add two numbers") and len(row.reference) == 3
     assert score(row.answer, row) == 1.0
     assert score("def main_solution(a, b):\n    return a - b", row) == 0.0
     assert split_of("add two numbers") in ("train", "held_out")
-    public.run_python = None  # type: ignore[assignment]
-    try:
-        assert [again for split in ("train", "held_out") for again in _or_none(codeio, split)] == found  # remembered
-    finally:
-        from fusion.sandbox import run_python
-
-        public.run_python = run_python
+    monkeypatch.setattr(public, "run_python", lambda *_: Done(False, "", timed_out=True))
+    assert [again for split in ("train", "held_out") for again in _or_none(codeio, split)] == found  # remembered
 
 
 def _or_none(path: Path, split: str) -> list[ChatExample]:

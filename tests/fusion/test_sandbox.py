@@ -32,7 +32,9 @@ print(made)
         ("import math, re, collections, itertools, heapq\nprint(math.comb(5, 2))", "10\n"),
         ("import datetime\nprint(datetime.datetime.strptime('2020', '%Y').year)", "2020\n"),
         ("import numpy as np\nprint(int(np.arange(4).sum()))", "6\n"),
-        ("if __name__ == '__main__':\n    print('main')", "main\n"),
+        ("if __name__ == '__main__':\n    print(input())\nprint('no main')", "no main\n"),
+        ("import numpy as np\nprint(np.random.default_rng(0).integers(1), np.linalg.det(np.eye(2)))", "0 1.0\n"),
+        ("import typing\nclass A:\n    b: 'A'\nprint(typing.get_type_hints(A)['b'] is A)", "True\n"),
         ("print('ä 中')", "ä 中\n"),
     ],
 )
@@ -51,7 +53,10 @@ def test_what_computes_runs(source: str, printed: str) -> None:
         "exit(0)",
         "import sys\nsys.exit(0)",
         "import os\nos._exit(0)",
+        "import os\nos._exit(86)",
+        "import sys\nsys.stderr.write('passed')\nexit(0)",
         "raise SystemExit",
+        "exit(85)",
         "import does_not_exist",
         "x = bytearray(3 * 2**30)",
         "def f(): return f()\nf()",
@@ -122,7 +127,7 @@ def test_the_environment_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> No
 def test_without_a_sandbox_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ran"
     child = tmp_path / "child.py"
-    child.write_text(f"import os\nos._exit({NO_SANDBOX})")
+    child.write_text(f"import os\nos.write(2, {NO_SANDBOX.encode()})\nos._exit(1)")
     monkeypatch.setattr(sandbox, "CHILD", child)
     with pytest.raises(UserError, match="libseccomp"):
         run_python(f"open({str(path)!r}, 'w')")

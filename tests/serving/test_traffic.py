@@ -99,14 +99,10 @@ def echo() -> Iterator[int]:
 
 
 def test_the_router_asks_the_expert_of_the_question(tmp_path: Path, recipe: Recipe) -> None:
-    import yaml
-
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
     with echo() as first, echo() as second:
         targets = {name: (f"http://127.0.0.1:{first}", name) for name in ("math", "general")}
         targets["coding"] = (f"http://127.0.0.1:{second}", "adapter")
-        with router(path, recipe, targets) as url:
+        with router(recipe, targets) as url:
             for question, port, model in (("1+2=", first, "math"), ("import os", second, "adapter")):
                 connection = http.client.HTTPConnection(url.removeprefix("http://"))
                 body = {"model": "any", "messages": [{"role": "user", "content": question}]}

@@ -208,7 +208,7 @@ def test_the_harness_asks_through_the_guard(
 ) -> None:
     """Answers through the chat route and likelihoods through the completions route, each against a plain request."""
     from fusion.data import chat as row
-    from fusion.evaluation.harness import CONFIGS, TaskFile, run_tasks
+    from fusion.evaluation.harness import CONFIGS, TaskFile, load_tasks, rows_of, run_tasks
     from fusion.evaluation.harness_metrics import row_of
     from fusion.evaluation.harness_models import Served
 
@@ -228,10 +228,10 @@ def test_the_harness_asks_through_the_guard(
     ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     (tmp_path / "pairs.yaml").write_text(PAIRS.replace("DATA", str(tmp_path / "pairs.jsonl")))
-    tasks = [
-        TaskFile(name, name, "general", None, None, tmp_path / f"{name}.yaml") for name in ("own_general", "pairs")
-    ]
-    found = run_tasks(Served(url, "tiny", folder / "model", 1024, 2), tasks, {}, None, tmp_path / "cache")
+    tasks = [TaskFile(name, name, "general", file=tmp_path / f"{name}.yaml") for name in ("own_general", "pairs")]
+    loaded = load_tasks(tasks)
+    model = Served(url, "tiny", folder / "model", 1024, 2)
+    found = run_tasks(model, loaded, rows_of(loaded, {}, None), tmp_path / "cache")
     assert found["own_general"].scores == (1.0, 1.0, 0.0)
 
     def likelihood(start: str, end: str) -> float:

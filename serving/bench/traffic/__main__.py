@@ -19,6 +19,7 @@ from typing import Any
 from fusion.checkpoint import read_json, write_json
 from fusion.encoding import load_tokenizer
 from fusion.errors import UserError, run_main
+from fusion.plan.budget import kv_bytes_per_token
 from fusion.progress import console
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
@@ -29,6 +30,7 @@ from serving.bench.traffic.trace import ORDERS, trace, write
 from serving.engine import detect_hardware
 
 AT_ONCE = (1, 8, 32)
+LEAST_KV = 64 * 2**20
 DECODED = 64  # tokens of an answer where tokens a second are measured
 Table = dict[str, dict[str, dict[str, float]]]  # side -> "order, rate" -> figures
 
@@ -39,7 +41,7 @@ def main(*given: str) -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--requests", type=int, default=100, help="of each load")
     parser.add_argument("--rates", default="1,2,4", help="arrivals a second")
-    parser.add_argument("--kv-mb", type=int, default=64, help="KV cache of each separate engine")
+    parser.add_argument("--kv-mb", type=int, help="KV cache of each separate engine; default: for two full sequences")
     parser.add_argument("--placements", type=int, default=len(PLACEMENTS), help="how many of the core placements")
     parser.add_argument("--folder", type=Path, help="for logs; default: OUTPUT/traffic")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
@@ -49,8 +51,10 @@ def main(*given: str) -> None:
         raise UserError(f"nothing is fused in {recipe.fused} yet: run `qwen-fusion run {arguments.recipe}` first")
     folder: Path = arguments.folder or recipe.folder / "traffic"
     folder.mkdir(parents=True, exist_ok=True)
-    rates = [float(rate) for rate in arguments.rates.split(",")]
-    kv_bytes = arguments.kv_mb * 2**20
+    rates = _rates(arguments.rates)
+    if arguments.placements < 1 or arguments.requests < 1:
+        raise UserError("--placements and --requests are greater than 0")
+    kv_bytes = arguments.kv_mb * 2**20 if arguments.kv_mb else _two_sequences(recipe)
     requests = _requests(recipe, arguments.requests, folder)
     memory = total_memory(recipe, kv_bytes)
     table: Table = {}
@@ -58,8 +62,8 @@ def main(*given: str) -> None:
     placements = PLACEMENTS[: arguments.placements] if not detect_hardware().gpus else PLACEMENTS[:1]
     ways: list[AbstractContextManager[Side]] = [
         fused(recipe, memory, folder),
-        lora(recipe, arguments.recipe, memory, folder),
-        *(separate(recipe, arguments.recipe, kv_bytes, folder, placement) for placement in placements),
+        lora(recipe, memory, folder),
+        *(separate(recipe, kv_bytes, folder, placement) for placement in placements),
     ]
     for way in ways:
         with way as side:
@@ -72,6 +76,22 @@ def main(*given: str) -> None:
     write_json(folder / "traffic.json", {"table": table, "decode": decode, "best_placement": best, "ratios": result})
     _print(table, sides, decode, best)
     print(json.dumps(result))
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        found = [float(rate) for rate in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < rate < float("inf") for rate in found):
+        raise UserError(f"--rates {text}: give arrivals a second with commas between, for example 0.5,1,2")
+    return found
+
+
+def _two_sequences(recipe: Recipe) -> int:
+    """Bytes of KV cache for two sequences of max_model_len, at least LEAST_KV."""
+    config = read_json(anchor_source(recipe).folder / "config.json")
+    return max(LEAST_KV, 2 * recipe.serving.max_model_len * kv_bytes_per_token(config, 1, "float32"))
 
 
 def _requests(recipe: Recipe, count: int, folder: Path) -> dict[str, Path]:

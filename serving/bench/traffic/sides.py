@@ -4,23 +4,28 @@ with fused(recipe, memory, folder) as side:
     print(side.url, side.kv_tokens)
 """
 
+import hashlib
 import json
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fusion.checkpoint import read_json
+import yaml
+
+from fusion.checkpoint import weight_stamps
 from fusion.errors import UserError
-from fusion.plan.budget import kv_bytes_per_token
 from fusion.recipe import Recipe
-from fusion.sources import ModelSource, anchor_source, expert_sources
+from fusion.sources import ModelSource, anchor_source, expert_sources, whole_model
 from serving.bench.processes import becomes_healthy, pinned
 from serving.engine import Engine, EngineSettings, Hardware, detect_hardware, free_port
 
-PLACEMENTS = ("all cores each", "one core each", "one core each, heaviest alone")
+PLACEMENTS = ("all cores each", "one core each", "one core each, the first alone")
 LORA_RANK = 32
 
 
@@ -45,22 +50,29 @@ def total_memory(recipe: Recipe, kv_bytes: int) -> int:
     return sum(weight_bytes(source.folder) + kv_bytes for source in expert_sources(recipe))
 
 
-def _settings(recipe: Recipe, model: Path, name: str, kv_bytes: int, **more: object) -> EngineSettings:
+def _settings(
+    recipe: Recipe, model: Path, name: str, kv_bytes: int, engines: int = 1, **more: object
+) -> EngineSettings:
+    """One of `engines` on the same cards, with `kv_bytes` of KV cache over all of them."""
     serving = recipe.serving
     return EngineSettings(
         model=str(model),
         served_name=name,
         dtype=serving.dtype,
         tensor_parallel_size=serving.tensor_parallel_size,
-        gpu_memory_utilization=serving.gpu_memory_utilization,
+        gpu_memory_utilization=serving.gpu_memory_utilization / engines,
         max_model_len=serving.max_model_len,
-        cpu_kv_cache_bytes=kv_bytes,
+        yarn_factor=serving.yarn_factor,
+        kv_cache_bytes=kv_bytes // serving.tensor_parallel_size,
+        prefix_caching=False,  # every load sends the same prompts
         **more,  # type: ignore[arg-type]
     )
 
 
-def _kv_tokens(model: Path, kv_bytes: int) -> int:
-    return kv_bytes // kv_bytes_per_token(read_json(model / "config.json"), 1, "bfloat16")
+def _kv_tokens(engine: Engine) -> int:
+    """The tokens of KV cache that an engine says it has; 0 where it does not say."""
+    match = re.search(r"KV cache size: ([\d,]+) tokens", engine.log.read_text(errors="replace"))
+    return int(match[1].replace(",", "")) if match else 0
 
 
 @contextmanager
@@ -69,23 +81,24 @@ def fused(recipe: Recipe, memory: int, folder: Path, model: Path | None = None) 
     place = model or recipe.fused
     weights = weight_bytes(place)
     with Engine(_settings(recipe, place, "fused", memory - weights), folder / "vllm-fused.log") as engine:
-        yield Side("fused", engine.url, "fused", weights, _kv_tokens(place, memory - weights))
+        yield Side("fused", engine.url, "fused", weights, _kv_tokens(engine))
 
 
 @contextmanager
-def separate(recipe: Recipe, path: Path, kv_bytes: int, folder: Path, placement: str) -> Iterator[Side]:
+def separate(recipe: Recipe, kv_bytes: int, folder: Path, placement: str) -> Iterator[Side]:
     """An engine for every expert behind a router, the cores shared out as `placement` says."""
     sources, cores = expert_sources(recipe), detect_hardware()
     with ExitStack() as stack:
         targets, weights, tokens = {}, 0, 0
         for number, (expert, source) in enumerate(zip(recipe.experts, sources, strict=True)):
             hardware = _placed(cores, placement, number)
-            settings = _settings(recipe, source.folder, expert.name, kv_bytes)
+            model = stack.enter_context(whole_model(source))
+            settings = _settings(recipe, model, expert.name, kv_bytes, len(sources))
             engine = stack.enter_context(Engine(settings, folder / f"vllm-{expert.name}.log", hardware))
             targets[expert.name] = (engine.url, expert.name)
             weights += weight_bytes(source.folder)
-            tokens += _kv_tokens(source.folder, kv_bytes)
-        url = stack.enter_context(router(path, recipe, targets))
+            tokens += _kv_tokens(engine)
+        url = stack.enter_context(router(recipe, targets))
         yield Side(f"separate, {placement}", url, "any", weights, tokens)
 
 
@@ -101,27 +114,31 @@ def _placed(hardware: Hardware, placement: str, number: int) -> Hardware:
 
 
 @contextmanager
-def lora(recipe: Recipe, path: Path, memory: int, folder: Path) -> Iterator[Side]:
+def lora(recipe: Recipe, memory: int, folder: Path) -> Iterator[Side]:
     """The anchor with an adapter for every expert that has moved, the adapter picked per request by the router."""
     anchor = anchor_source(recipe)
     adapters = extracted(recipe, folder / "adapters")
     weights = weight_bytes(anchor.folder) + sum(weight_bytes(adapter) for adapter in adapters.values())
-    more = {"lora_modules": tuple((n, str(a)) for n, a in adapters.items()), "max_lora_rank": LORA_RANK}
+    more: dict[str, Any] = {"lora_modules": tuple((n, str(a)) for n, a in adapters.items()), "max_lora_rank": LORA_RANK}
     with ExitStack() as stack:
         settings = _settings(recipe, anchor.folder, "anchor", memory - weights, **more)
         engine = stack.enter_context(Engine(settings, folder / "vllm-lora.log"))
         names = {e.name: (engine.url, e.name if e.name in adapters else "anchor") for e in recipe.experts}
-        url = stack.enter_context(router(path, recipe, names))
-        yield Side("anchor with LoRA adapters", url, "any", weights, _kv_tokens(anchor.folder, memory - weights))
+        url = stack.enter_context(router(recipe, names))
+        yield Side("anchor with LoRA adapters", url, "any", weights, _kv_tokens(engine))
 
 
 def extracted(recipe: Recipe, folder: Path) -> dict[str, Path]:
-    """Adapters of the experts' MLPs by mergekit-extract-lora, of rank LORA_RANK, for all that are not the anchor."""
+    """The experts' own adapters, or their MLPs' by mergekit-extract-lora, of rank LORA_RANK; none of the anchor."""
     anchor, found = anchor_source(recipe), {}
     for expert, source in zip(recipe.experts, expert_sources(recipe), strict=True):
         if source.paths == anchor.paths:
             continue
-        out = folder / expert.name
+        if source.adapter:
+            found[expert.name] = source.adapter
+            continue
+        stamp = hashlib.sha256(json.dumps([weight_stamps(path) for path in source.paths]).encode()).hexdigest()[:12]
+        out = folder / f"{expert.name}-{stamp}"
         if not (out / "adapter_config.json").is_file():
             _extract(source, anchor, out)
         found[expert.name] = out
@@ -138,13 +155,17 @@ def _extract(source: ModelSource, anchor: ModelSource, out: Path) -> None:
 
 
 @contextmanager
-def router(path: Path, recipe: Recipe, targets: dict[str, tuple[str, str]]) -> Iterator[str]:
+def router(recipe: Recipe, targets: dict[str, tuple[str, str]]) -> Iterator[str]:
     """The router process; its address."""
     port = free_port()
-    arguments = [str(path), str(port), json.dumps(targets), f"output={recipe.output}"]
-    if recipe.data_folder:
-        arguments.append(f"data_folder={recipe.data_folder}")
-    command = [sys.executable, "-m", "serving.bench.traffic.router", *arguments]
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as as_it_is:  # with every override
+        yaml.safe_dump(recipe.model_dump(mode="json"), as_it_is)
+        as_it_is.flush()
+        command = [sys.executable, "-m", "serving.bench.traffic.router", as_it_is.name, str(port), json.dumps(targets)]
+        yield from _running(command, port)
+
+
+def _running(command: list[str], port: int) -> Iterator[str]:
     with pinned(command, None) as process:
         url = f"http://127.0.0.1:{port}"
         if not becomes_healthy(process, url, "/health"):
