@@ -191,28 +191,14 @@ def test_a_tool_whose_parameters_the_grammar_cannot_express_is_left_to_the_model
     )
 
 
-def test_ctrl_c_leaves_nothing_behind(server: tuple[subprocess.Popen[str], str]) -> None:
-    process, _ = server
-    family = descendants(process.pid)
-    assert len(family) >= 4  # supervisor, API server, engine core, worker
-    commands = {Path(f"/proc/{pid}/comm").read_text().strip() for pid in family}
-    assert any(command.startswith("VLLM::") for command in commands)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 0
-    assert all_gone(family)
-
-
-@pytest.mark.usefixtures("server")
-def test_the_harness_asks_through_the_guard(
-    server: tuple[subprocess.Popen[str], str], folder: Path, tmp_path: Path
-) -> None:
+def test_the_harness_asks_through_the_guard(url: str, folder: Path, tmp_path: Path) -> None:
     """Answers through the chat route and likelihoods through the completions route, each against a plain request."""
     from fusion.data import chat as row
     from fusion.evaluation.harness import CONFIGS, TaskFile, load_tasks, rows_of, run_tasks
     from fusion.evaluation.harness_metrics import row_of
     from fusion.evaluation.harness_models import Served
 
-    url, questions = server[1], ["one?", "two?", "three?"]
+    questions = ["one?", "two?", "three?"]
     answers = [
         chat(url, "tiny", [{"role": "user", "content": q}], temperature=0, max_tokens=256).text for q in questions
     ]
@@ -259,3 +245,14 @@ doc_to_choice: "{{[a, b]}}"
 target_delimiter: ""
 metric_list: [{metric: acc}]
 """
+
+
+def test_ctrl_c_leaves_nothing_behind(server: tuple[subprocess.Popen[str], str]) -> None:
+    process, _ = server
+    family = descendants(process.pid)
+    assert len(family) >= 4  # supervisor, API server, engine core, worker
+    commands = {Path(f"/proc/{pid}/comm").read_text().strip() for pid in family}
+    assert any(command.startswith("VLLM::") for command in commands)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert all_gone(family)
