@@ -16,19 +16,30 @@ from fusion.errors import UserError
 from fusion.recipe import DataSource, Recipe, general_domain
 
 COMMON = 10  # rows
-# a word is a run of letters and digits, or one character of a script without spaces
-WORD = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff\u0e00-\u0e7f]|[^\W_\u3040-\u30ff\u4e00-\u9fff\u0e00-\u0e7f]+")
+# a word is a run of letters, their marks and digits, or one character of a script without spaces
+ALONE = r"\u3040-\u30ff\u4e00-\u9fff\u0e00-\u0e7f"
+WORD = re.compile(rf"[{ALONE}]|(?:[^\W_{ALONE}]|[\u0300-\u036f\u0900-\u0dff])+")
+SHORTEST = 5  # words of a text that is looked for as a whole, where it has no run of the length that is asked for
 
 
 def shared_runs(trained: Sequence[str], held_out: Sequence[str], words: int) -> dict[int, str]:
-    """{number of a held-out text: a run of words that it shares with a text that was trained on}."""
+    """{number of a held-out text: a run of words that it shares with a text that was trained on}.
+
+    A shorter text, of SHORTEST words or more, is looked for as a whole.
+    """
     texts = [WORD.findall(text.casefold()) for text in held_out]
     asked = Counter(run for text in dict.fromkeys(map(tuple, texts)) for run in set(_runs(text, words)))
     taught: Counter[str] = Counter()
     for text in dict.fromkeys(trained):
         taught.update(asked.keys() & set(_runs(WORD.findall(text.casefold()), words)))
     found = {}
+    whole = [" ".join(WORD.findall(text.casefold())) for text in dict.fromkeys(trained)]
     for number, found_words in enumerate(texts):
+        if SHORTEST <= len(found_words) < words:
+            text = " ".join(found_words)
+            if 0 < sum(f" {text} " in f" {other} " for other in whole) <= COMMON:
+                found[number] = text
+            continue
         runs = list(_runs(found_words, words))
         wording = [False] * len(found_words)
         for begin, run in enumerate(runs):

@@ -137,7 +137,8 @@ def all_finite(piece: torch.Tensor) -> bool:
 
 def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     """Whether two flat pieces are equal bit for bit, also where both are NaN, and not where zeros differ in sign."""
-    wide = torch.int64 if ours.nbytes % 8 == theirs.nbytes % 8 == 0 else torch.uint8
+    even = all(t.nbytes % 8 == t.storage_offset() * t.itemsize % 8 == 0 for t in (ours, theirs))
+    wide = torch.int64 if even else torch.uint8
     return ours.dtype == theirs.dtype and torch.equal(ours.view(wide), theirs.view(wide))
 
 

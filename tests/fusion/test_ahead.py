@@ -12,7 +12,9 @@ import pytest
 from fusion import ahead
 from fusion.ahead import Part, merged_parts, reading_ahead
 from fusion.architecture import is_mlp
+from fusion.errors import UserError
 from fusion.headers import tensor_places
+from fusion.recipe import AnchorModel
 from fusion.recipe_file import load_recipe
 from tests.recipes import make_recipe
 
@@ -80,3 +82,16 @@ def test_a_merge_reads_the_base_and_the_experts_mlps(
         for name, place in tensor_places(folder).items():
             read = {(folder, byte) for byte in range(place.begin, place.end)} <= covered
             assert read is (folder == anchor or is_mlp(name)), name
+
+
+def test_nothing_is_downloaded_before_the_plan(tmp_path: Path, anchor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed: list[bool] = []
+
+    def resolve(model: str, allow_download: bool = True) -> Path:
+        allowed.append(allow_download)
+        raise UserError("not in the cache")
+
+    monkeypatch.setattr(ahead, "resolve_model", resolve)
+    recipe = make_recipe(tmp_path, anchor, {"general": anchor, "math": anchor})
+    assert merged_parts(recipe.model_copy(update={"anchor": AnchorModel(model="some/model")})) == []
+    assert allowed == [False]

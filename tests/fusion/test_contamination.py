@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion.contamination import shared_runs
+from fusion.contamination import WORD, shared_runs
 from fusion.errors import UserError
 from fusion.evaluation.evaluate import held_out_rows
 from fusion.recipe import Recipe
@@ -24,10 +24,19 @@ def test_a_planted_overlap_is_found() -> None:
     assert shared_runs(OTHER, [PLANTED], 8) == {}
 
 
-def test_fewer_words_than_a_run_are_no_overlap() -> None:
+def test_a_text_with_fewer_words_than_a_run_is_looked_for_as_a_whole() -> None:
     short = " ".join(PLANTED.split()[:12])
-    assert shared_runs([PLANTED], [short], 13) == {}
-    assert shared_runs([PLANTED], [short], 12)
+    assert shared_runs([PLANTED], [short], 13) == shared_runs([PLANTED], [short], 12) == {0: short.lower()}
+    assert shared_runs([PLANTED], [f"{short} else"], 14) == {}
+    assert shared_runs([PLANTED], [" ".join(PLANTED.split()[:4])], 13) == {}
+
+
+def test_copies_of_a_row_are_one() -> None:
+    assert shared_runs([*OTHER, *[PLANTED] * 30], [PLANTED], 13)
+
+
+def test_marks_belong_to_their_letters() -> None:
+    assert WORD.findall("हिन्दी में") == ["हिन्दी", "में"]
 
 
 def test_the_wording_of_a_task_is_none() -> None:

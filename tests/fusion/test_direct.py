@@ -67,3 +67,12 @@ def test_a_file_system_that_refuses_gets_it_through_the_cache(
 def test_an_error_of_the_disk_is_raised(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"), DirectFile(Path("/dev/full")) as file:
         file.write(memoryview(b"x"))
+
+
+def test_another_name_of_the_file_keeps_what_it_was(tmp_path: Path) -> None:
+    (tmp_path / "served").write_bytes(b"of before")
+    os.link(tmp_path / "served", tmp_path / "aside")
+    with DirectFile(tmp_path / "aside") as file:
+        file.write(memoryview(b"new"))
+    assert (tmp_path / "served").read_bytes() == b"of before"
+    assert (tmp_path / "aside").read_bytes() == b"new"

@@ -244,3 +244,12 @@ def test_the_command_says_what_it_found(fused: Path, tmp_path: Path) -> None:
     (fused / "expert-math.safetensors").unlink()
     done = CliRunner().invoke(app, ["verify", str(fused), "-q"])
     assert isinstance(done.exception, UserError)
+
+
+def test_shared_parts_that_were_healed_are_nobodys(fused: Path) -> None:
+    change(fused / "shared.safetensors", "model.norm.weight", lambda tensor: tensor + 1)
+    forgive(fused, "shared.safetensors")
+    assert verify(fused).problems
+    write_json(fused / MANIFEST, {**read_json(fused / MANIFEST), "healed": {}})
+    found = verify(fused)
+    assert found.problems == [] and found.not_compared["shared"] == "healed"
