@@ -61,6 +61,8 @@ def test_a_question_is_the_last_of_the_user() -> None:
     ]
     assert question_of({"messages": messages}) == "3"
     assert question_of({"prompt": "4"}) == "4"
+    parts = [{"type": "text", "text": "5"}, {"type": "text", "text": "6"}]
+    assert question_of({"messages": [{"role": "user", "content": parts}]}) == "5\n6"
 
 
 def test_rules_say_whose_a_question_is(recipe: Recipe) -> None:

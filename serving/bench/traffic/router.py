@@ -24,7 +24,10 @@ Targets = dict[str, tuple[str, str]]  # expert -> address, model
 def question_of(body: dict[str, Any]) -> str:
     """The last user message, or the prompt of a completion."""
     messages = body.get("messages") or [{"role": "user", "content": str(body.get("prompt", ""))}]
-    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+    content = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+    if isinstance(content, list):  # parts, as vLLM's load generator sends them
+        content = "\n".join(part.get("text", "") for part in content)
+    return str(content)
 
 
 def expert_of(recipe: Recipe, question: str) -> str:
