@@ -45,7 +45,7 @@ def merged_parts(recipe: Recipe) -> list[Part]:
             resolve_model(model, allow_download=False)
         shared = shared_expert_source(recipe)
         sources = [*expert_sources(recipe), *([shared] if shared else [])]
-        places = [place for place in tensor_places(base_source(recipe).folder).values()]
+        places = list(tensor_places(base_source(recipe).folder).values())
         for folder in dict.fromkeys(source.folder for source in sources):
             places += [place for name, place in tensor_places(folder).items() if is_mlp(name)]
     except UserError:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,16 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON aside and renames, so that a reader never sees half of it."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The rows of a JSON lines file; a line feed alone ends a line, as texts may hold other breaks. Raises as json."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Writes rows as JSON lines, aside, and renames; a value that is none of JSON's is written as its text."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -27,17 +27,17 @@ def shared_runs(trained: Sequence[str], held_out: Sequence[str], words: int) -> 
 
     A shorter text, of SHORTEST words or more, is looked for as a whole.
     """
-    texts = [WORD.findall(text.casefold()) for text in held_out]
+    texts, lessons = ([WORD.findall(text.casefold()) for text in given] for given in (held_out, dict.fromkeys(trained)))
     asked = Counter(run for text in dict.fromkeys(map(tuple, texts)) for run in set(_runs(text, words)))
     taught: Counter[str] = Counter()
-    for text in dict.fromkeys(trained):
-        taught.update(asked.keys() & set(_runs(WORD.findall(text.casefold()), words)))
+    for lesson in lessons:
+        taught.update(asked.keys() & set(_runs(lesson, words)))
+    whole = [f" {' '.join(lesson)} " for lesson in lessons]
     found = {}
-    whole = [" ".join(WORD.findall(text.casefold())) for text in dict.fromkeys(trained)]
     for number, found_words in enumerate(texts):
         if SHORTEST <= len(found_words) < words:
             text = " ".join(found_words)
-            if 0 < sum(f" {text} " in f" {other} " for other in whole) <= COMMON:
+            if 0 < sum(f" {text} " in lesson for lesson in whole) <= COMMON:
                 found[number] = text
             continue
         runs = list(_runs(found_words, words))
@@ -62,13 +62,12 @@ def trained_rows(recipe: Recipe, generated: bool = True) -> list[ChatExample]:
     rows: list[ChatExample] = []
 
     def add(source: DataSource, name: str, count: int, seed: int) -> None:
-        if generated or not source.parts:
-            if generated or not source.generated:
-                rows.extend(load_examples(source, name, count, seed))
-            return
-        share = -(-count // len(source.parts))
-        for part in source.parts:
-            add(part, name, max(share, part.rows or 0), seed)
+        if source.parts and not generated:
+            share = -(-count // len(source.parts))
+            for part in source.parts:
+                add(part, name, max(share, part.rows or 0), seed)
+        elif generated or not source.generated:
+            rows.extend(load_examples(source, name, count, seed))
 
     settings = recipe.gate_training
     for name, domain in recipe.domains.items():

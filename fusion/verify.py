@@ -186,9 +186,8 @@ class _Checks:
     sources: Sources
     differing: dict[str, str]  # source -> the first tensor that is not its own
     found: Verified
-    not_anchored: dict[str, str] = field(
-        default_factory=dict
-    )  # expert -> the first shared tensor that is not the anchor's
+    # expert -> the first shared tensor that is not the anchor's
+    not_anchored: dict[str, str] = field(default_factory=dict)
 
     def of(self, name: str, place: TensorPlace) -> Callable[[torch.Tensor], None]:
         """What is to be called with every piece of the tensor, in their order."""

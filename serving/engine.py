@@ -37,13 +37,13 @@ _NOT_THE_CAUSE = ("See root cause above", "See stack trace for root cause")
 class EngineSettings:
     """What vLLM serves and how.
 
-    `dtype` `auto` is the checkpoint's, and float32 on a CPU that would have to emulate bfloat16, which takes several
-    times as long. `yarn_factor` stretches the model's positions by that factor. `cpu_kv_cache_bytes` is used on CPU,
-    where a share of all memory would be asked for per worker; `gpu_memory_utilization` on GPU. `kv_cache_bytes` is a
-    worker's cache whatever the hardware. `compact_json` writes
-    constrained JSON without any white space, so that no model can fill its budget with spaces; experts trained on
-    another style answer better without it. `quantization` `fp8` lets vLLM convert the linear maps while it loads.
-    `lora_modules` are names and folders of adapters that requests may name as their model.
+    `dtype` `auto` is the checkpoint's, and float32 on a CPU that would have to emulate bfloat16, which takes
+    several times as long. `yarn_factor` stretches the model's positions by that factor. `cpu_kv_cache_bytes` is
+    used on CPU, where a share of all memory would be asked for per worker; `gpu_memory_utilization` on GPU.
+    `kv_cache_bytes` is a worker's cache whatever the hardware. `compact_json` writes constrained JSON without any
+    white space, so that no model can fill its budget with spaces; experts trained on another style answer better
+    without it. `quantization` `fp8` lets vLLM convert the linear maps while it loads. `lora_modules` are names and
+    folders of adapters that requests may name as their model.
     """
 
     model: str

@@ -8,13 +8,15 @@ classifier). All is kept under OUTPUT/alternatives, and made again only where wh
 """
 
 import argparse
+from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from fusion.checkpoint import Checkpoint, put_in_place, write_json, write_text
 from fusion.data import ChatExample, choosing_rows, train_rows
-from fusion.encoding import encode_batches, load_tokenizer
+from fusion.encoding import encode, encode_batches, load_tokenizer
 from fusion.errors import run_main
 from fusion.evaluation.answer_loss import answer_losses
 from fusion.evaluation.evaluate import held_out_rows
@@ -30,10 +32,10 @@ from gate_training.compare import mergekit_gates
 from gate_training.labelling.classifier import recipe_classifier
 from gate_training.labelling.combine import label_questions
 
-DENSE = {  # mergekit's method and its parameters
-    "average": ("linear", {"weight": 1.0, "normalize": True}),
-    "TIES": ("ties", {"weight": 1.0, "density": 0.5, "normalize": True}),
-    "DARE": ("dare_ties", {"weight": 1.0, "density": 0.5, "normalize": True}),
+DENSE: dict[str, tuple[str, dict[str, float]]] = {  # mergekit's method and its parameters of every model
+    "average": ("linear", {"weight": 1.0}),
+    "TIES": ("ties", {"weight": 1.0, "density": 0.5}),
+    "DARE": ("dare_ties", {"weight": 1.0, "density": 0.5}),
 }
 UNION = "union"
 Losses = dict[str, float]  # nats a held-out answer token, by domain
@@ -51,8 +53,6 @@ def dense_step(recipe: Recipe, name: str) -> Step:
     sources = [original_source(recipe, expert) for expert in recipe.experts]
 
     def action() -> str:
-        from contextlib import ExitStack
-
         from mergekit.config import MergeConfiguration
         from mergekit.merge import run_merge
         from mergekit.options import MergeOptions
@@ -64,11 +64,8 @@ def dense_step(recipe: Recipe, name: str) -> Step:
                 folders = [path for path in folders if path != str(anchor.folder)]
             config: dict[str, Any] = {
                 "merge_method": method,
-                "models": [
-                    {"model": path, "parameters": {k: v for k, v in parameters.items() if k != "normalize"}}
-                    for path in folders
-                ],
-                "parameters": {"normalize": parameters["normalize"]},
+                "models": [{"model": path, "parameters": parameters} for path in folders],
+                "parameters": {"normalize": True},
                 "dtype": "bfloat16",
             }
             if method != "linear":
@@ -156,28 +153,19 @@ def _whole_experts(
     recipe: Recipe, rows: Sequence[ChatExample], experts: Sequence[int], tokenizer: Any, name: str
 ) -> Losses:
     """The losses where each row is answered by one whole expert."""
-    nats: dict[str, float] = {}
-    tokens: dict[str, int] = {}
+    nats: dict[str, float] = defaultdict(float)
+    tokens: dict[str, int] = defaultdict(int)
     for index in sorted(set(experts)):
         mine = [row for row, expert in zip(rows, experts, strict=True) if expert == index]
-        keys = [f"{row.domain}" for row in mine]
         batches = encode_batches(tokenizer, mine, [0] * len(mine))
         source = own_source(recipe, recipe.experts[index])
-        means = answer_losses(Reader(source), batches, keys, forced(0), f"answer loss, {name}")
-        counts = {key: 0 for key in means}
+        means = answer_losses(Reader(source), batches, [row.domain for row in mine], forced(0), f"answer loss, {name}")
         for row in mine:
-            counts[row.domain] += _answer_tokens(tokenizer, row)
-        for key, mean in means.items():
-            nats[key] = nats.get(key, 0.0) + mean * counts[key]
-            tokens[key] = tokens.get(key, 0) + counts[key]
-    return {key: nats[key] / tokens[key] for key in dict.fromkeys(row.domain for row in rows)}
-
-
-def _answer_tokens(tokenizer: Any, row: ChatExample) -> int:
-    from fusion.encoding import encode
-
-    encoded = encode(tokenizer, row)
-    return len(encoded.ids) - encoded.answer_start
+            encoded = encode(tokenizer, row)
+            count = len(encoded.ids) - encoded.answer_start
+            nats[row.domain] += means[row.domain] * count
+            tokens[row.domain] += count
+    return {name: nats[name] / tokens[name] for name in dict.fromkeys(row.domain for row in rows)}
 
 
 def markdown(found: dict[str, Losses]) -> str:

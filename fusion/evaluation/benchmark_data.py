@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fusion.checkpoint import write_text
+from fusion.checkpoint import read_lines, write_lines
 from fusion.errors import UserError
 from fusion.tasks.public import XQUAD_TRAIN
 
@@ -25,24 +25,18 @@ def write_split(form: str, source: Path, target: Path) -> None:
         rows = FORMS[form](source)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{source} is not the benchmark's own file ({error}): download it again") from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def json_lines(path: Path) -> list[Row]:
-    """JSON lines that are as they should be."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    write_lines(target, rows)
 
 
 def ifeval(path: Path) -> list[Row]:
     """IFEval's multilingual copy, whose instructions have their language before their names."""
-    rows = json_lines(path)
+    rows = read_lines(path)
     return [row | {"instruction_id_list": [n.removeprefix("en:") for n in row["instruction_id_list"]]} for row in rows]
 
 
 def mbpp(path: Path) -> list[Row]:
     """MBPP's one file cut to the split that is tested on."""
-    return [row for row in json_lines(path) if row["task_id"] in MBPP_TEST]
+    return [row for row in read_lines(path) if row["task_id"] in MBPP_TEST]
 
 
 def mgsm(path: Path) -> list[Row]:
@@ -76,7 +70,7 @@ def bbh(path: Path) -> list[Row]:
 
 
 FORMS: dict[str, Callable[[Path], list[Row]]] = {
-    "json_lines": json_lines,
+    "json_lines": read_lines,
     "ifeval": ifeval,
     "mbpp": mbpp,
     "mgsm": mgsm,

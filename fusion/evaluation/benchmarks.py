@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fusion.checkpoint import weight_stamps, write_json, write_text
+from fusion.checkpoint import write_json, write_lines, write_text
 from fusion.contamination import check, trained_texts
 from fusion.errors import UserError
 from fusion.evaluation.benchmark_table import draw, markdown
@@ -180,8 +180,9 @@ def _asked(recipe: Recipe, source: ModelSource, folder: Path, url: str | None) -
 
 def _stamp(recipe: Recipe, source: ModelSource, through: str) -> str:
     """Tells that a model, or the way in which it is asked, is another one than the answers are of."""
-    told: list[Any] = [[str(path.absolute()), weight_stamps(path)] for path in source.paths]
-    told += [through, str(compute_dtype()), recipe.serving.max_model_len]
+    from fusion.merge import source_stamp
+
+    told = [source_stamp(source), through, str(compute_dtype()), recipe.serving.max_model_len]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
@@ -189,8 +190,7 @@ def _log_samples(folder: Path, measured: dict[str, Measured]) -> None:
     """One file a task: prompt, answers, target and metrics of every row."""
     shutil.rmtree(folder, ignore_errors=True)
     for name, task in measured.items():
-        lines = [json.dumps(sample, ensure_ascii=False, default=str) for sample in task.samples]
-        write_text(folder / f"{name}.jsonl", "\n".join([*lines, ""]))
+        write_lines(folder / f"{name}.jsonl", task.samples)
 
 
 def summary(recipe: Recipe, tasks: Sequence[TaskFile], scores: Scores, experts: dict[str, str]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ becomes the hub's rows) or `rows` (chat rows of ours, of one `format` alone wher
 `mixed`, where every expert is to be asked.
 """
 
-import json
 import logging
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from fusion.checkpoint import write_text
+from fusion.checkpoint import write_lines, write_text
 from fusion.data import ChatExample, load_examples
 from fusion.errors import UserError
 from fusion.evaluation.benchmark_data import write_split
@@ -145,7 +144,6 @@ def _from_file(recipe: Recipe, path: Path, folder: Path, optional: bool) -> list
             found.append(replace(task, name=meta["upstream"], file=None))
             continue
         assert task.file is not None
-        task.file.parent.mkdir(parents=True, exist_ok=True)
         write_text(task.file, "\n".join(_without(filled, OURS)))
         found.append(task)
     return found
@@ -155,9 +153,7 @@ def _prepare(recipe: Recipe, given: dict[str, Any], word: str, folder: Path) -> 
     """Writes the rows that a task reads; False where a local copy is missing and upstream's task stands for it."""
     if "rows" in given:
         rows = [row for row in _rows(recipe, given, word) if _has_format(row, given.get("format"))]
-        target = folder / f"{given['task']}.jsonl"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, "".join(json.dumps(row_of(row), ensure_ascii=False) + "\n" for row in rows))
+        write_lines(folder / f"{given['task']}.jsonl", map(row_of, rows))
         return True
     data = Path(recipe.data_folder or "data").expanduser()
     files = {split: data / file for split, file in given["prepare"].items() if split != "as"}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fusion.checkpoint import cache_folder, read_json, write_json
+from fusion.checkpoint import cache_folder, read_json, read_lines, write_json
 from fusion.data import ChatExample, chat, split_of
 from fusion.errors import UserError
 from fusion.progress import track
@@ -265,7 +265,7 @@ def _json(path: Path) -> Any:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return read_lines(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): name the data set's own files") from error
 

@@ -4,7 +4,6 @@ with fused(recipe, memory, folder) as side:
     print(side.url, side.kv_tokens)
 """
 
-import hashlib
 import json
 import re
 import subprocess
@@ -18,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from fusion.checkpoint import weight_stamps
 from fusion.errors import UserError
+from fusion.merge import source_stamp
 from fusion.recipe import Recipe
 from fusion.sources import ModelSource, anchor_source, expert_sources, whole_model
 from serving.bench.processes import becomes_healthy, pinned
@@ -137,8 +136,7 @@ def extracted(recipe: Recipe, folder: Path) -> dict[str, Path]:
         if source.adapter:
             found[expert.name] = source.adapter
             continue
-        stamp = hashlib.sha256(json.dumps([weight_stamps(path) for path in source.paths]).encode()).hexdigest()[:12]
-        out = folder / f"{expert.name}-{stamp}"
+        out = folder / f"{expert.name}-{source_stamp(source)[:12]}"
         if not (out / "adapter_config.json").is_file():
             _extract(source, anchor, out)
         found[expert.name] = out

@@ -6,12 +6,11 @@ Prompts are the recipe's own held-out ones; an answer has as many tokens as the 
 request from being nothing or the whole run.
 """
 
-import json
 import random
 from pathlib import Path
 from typing import Any, Literal
 
-from fusion.checkpoint import write_text
+from fusion.checkpoint import write_lines
 from fusion.data import load_examples
 from fusion.encoding import encode
 from fusion.recipe import Recipe
@@ -47,6 +46,5 @@ def trace(recipe: Recipe, tokenizer: Any, count: int, order: Order) -> list[dict
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     """The requests as vLLM's load generator reads them (its data set `custom`)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_lines(path, rows)
     return path
