@@ -65,16 +65,19 @@ def main(*given: str) -> None:
         lora(recipe, memory, folder),
         *(separate(recipe, kv_bytes, folder, placement) for placement in placements),
     ]
+    print("| side | load | mean, p95 to the first token, ms | mean, p95 latency, ms | tokens/s |")
+    print("| --- | --- | --- | --- | --- |", flush=True)
     for way in ways:
         with way as side:
             console.print(f"[bold]{side.name}[/bold]: {side.weights / 1e9:.2f} GB, {side.kv_tokens:,} KV tokens")
             sides[side.name] = side
             table[side.name] = _loads(side, recipe, requests, rates, folder)
+        _print_loads(side.name, table[side.name])
     decode = _decode(recipe, memory, folder)
     best = min((n for n in table if n.startswith("separate")), key=lambda n: _mean(table[n], "mean_e2el_ms"))
     result = _ratios(table, sides, best, decode)
     write_json(folder / "traffic.json", {"table": table, "decode": decode, "best_placement": best, "ratios": result})
-    _print(table, sides, decode, best)
+    _print_sizes(sides, decode, best)
     print(json.dumps(result))
 
 
@@ -170,14 +173,15 @@ def _ratios(table: Table, sides: dict[str, Side], best: str, decode: dict[str, d
     return {name: round(value, 3) for name, value in result.items()}
 
 
-def _print(table: Table, sides: dict[str, Side], decode: dict[str, dict[str, float]], best: str) -> None:
-    print("\n| side | load | mean, p95 to the first token, ms | mean, p95 latency, ms | tokens/s |")
-    print("| --- | --- | --- | --- | --- |")
-    for name, rows in table.items():
-        for load, row in rows.items():
-            first = f"{row['mean_ttft_ms']:.0f}, {row['p95_ttft_ms']:.0f}"
-            whole = f"{row['mean_e2el_ms']:.0f}, {row['p95_e2el_ms']:.0f}"
-            print(f"| {name} | {load} | {first} | {whole} | {row['output_throughput']:.1f} |")
+def _print_loads(name: str, rows: dict[str, dict[str, float]]) -> None:
+    """The table's lines of one side, as soon as it is measured."""
+    for load, row in rows.items():
+        first = f"{row['mean_ttft_ms']:.0f}, {row['p95_ttft_ms']:.0f}"
+        whole = f"{row['mean_e2el_ms']:.0f}, {row['p95_e2el_ms']:.0f}"
+        print(f"| {name} | {load} | {first} | {whole} | {row['output_throughput']:.1f} |", flush=True)
+
+
+def _print_sizes(sides: dict[str, Side], decode: dict[str, dict[str, float]], best: str) -> None:
     print("\n| side | weights, GB | KV tokens |")
     print("| --- | --- | --- |")
     for name, side in sides.items():
