@@ -1,6 +1,9 @@
 """A healed checkpoint's files: written in the place of the merge's, which are kept beside it and can be put back."""
 
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,24 @@ def restore(folder: Path, kept: Path) -> None:
     """Puts the files that healing replaced back into the fused checkpoint, all at once; none where it is not healed."""
     if is_healed(folder):
         with staged_folder(folder) as aside:
-            for path in folder.iterdir():
-                link_file(kept / path.name if (kept / path.name).is_file() else path, aside / path.name)
+            _link_merged(folder, kept, aside)
     shutil.rmtree(kept, ignore_errors=True)
+
+
+@contextmanager
+def as_merged(folder: Path, kept: Path) -> Iterator[Path]:
+    """The fused checkpoint as merge and train-gates left it: a folder of links to its files where it is healed."""
+    if not is_healed(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+        _link_merged(folder, kept, Path(aside))
+        yield Path(aside)
+
+
+def _link_merged(folder: Path, kept: Path, aside: Path) -> None:
+    for path in folder.iterdir():
+        link_file(kept / path.name if (kept / path.name).is_file() else path, aside / path.name)
 
 
 def write_healed(

@@ -134,11 +134,7 @@ def _best(experts: _Experts, aside: Path) -> SharedResult:
     result = SharedResult(CANDIDATES[0], {}, own, experts.notes)
     for method in CANDIDATES:
         folder = aside / method
-        shared: Source = experts.anchor
-        if set(experts.recipe.shared.methods(method).values()) != {"anchor"}:
-            _write_parts(experts, method, folder)
-            shared = Checkpoint(folder)
-        source = Grafted(shared, experts.anchor, experts.readers, experts.sparse)
+        source = _behind(experts, method, folder)
         result.losses[method] = answer_losses(source, batches, domains, forced(), f"shared parts: {method}")
         better = result.gap(method) < result.gap(result.method) - TOLERANCE
         if better:
@@ -147,6 +143,19 @@ def _best(experts: _Experts, aside: Path) -> SharedResult:
         elif method != result.method:
             shutil.rmtree(folder)
     return result
+
+
+def fused_behind(recipe: Recipe, method: SharedMethod, folder: Path) -> Source:
+    """The fused model behind shared parts by `method`, which go to a new `folder` where they are not the anchor's."""
+    return _behind(_Experts(recipe), method, folder)
+
+
+def _behind(experts: _Experts, method: SharedMethod, folder: Path) -> Source:
+    shared: Source = experts.anchor
+    if set(experts.recipe.shared.methods(method).values()) != {"anchor"}:
+        _write_parts(experts, method, folder)
+        shared = Checkpoint(folder)
+    return Grafted(shared, experts.anchor, experts.readers, experts.sparse)
 
 
 def _write_parts(experts: _Experts, method: SharedMethod, folder: Path) -> None:

@@ -2,14 +2,21 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from fusion.layers import Batch, LayerStream, Route, Source
 
 
 def answer_losses(
-    source: Source, batches: list[Batch], domains: Sequence[str], route: Route, description: str | None = None
+    source: Source,
+    batches: list[Batch],
+    domains: Sequence[str],
+    route: Route,
+    description: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """Nats per answer token, {domain: loss}; `domains` names each row's, by the batches' row numbers."""
-    stream = LayerStream(source, batches, description=description)
+    stream = LayerStream(source, batches, dtype=dtype, description=description)
     stream.run(route)
     sums = {domain: [0.0, 0] for domain in domains}
     for batch, nats in stream.token_nats(answers=True):

@@ -6,22 +6,15 @@ import pytest
 import torch
 
 from fusion.checkpoint import Checkpoint
-from fusion.evaluation import alternatives
-from fusion.evaluation.alternatives import (
-    DENSE,
-    UNION,
-    dense_step,
-    folder_of,
-    losses,
-    markdown,
-    routed_experts,
-    union_step,
-)
-from fusion.evaluation.evaluate import held_out_rows
+from fusion.evaluation.alternatives import compare, markdown
+from fusion.evaluation.dense import DENSE, UNION, dense_step, folder_of, union_step
+from fusion.evaluation.ways import held_out, ways
 from fusion.merge import merge
 from fusion.recipe import Recipe
-from fusion.sources import load_model, trained_expert
+from fusion.shared import CANDIDATES
+from fusion.sources import ModelSource, load_model, trained_expert
 from fusion.steps import run_step
+from gate_training.trainer import METHODS
 from tests.recipes import recipe_data
 
 RULES = {"math": [{"pattern": r"\d"}], "coding": [{"words": ["def", "class", "import", "for"]}]}
@@ -53,30 +46,54 @@ def test_the_average_is_the_mean_of_the_experts(recipe: Recipe, anchored_experts
 @pytest.mark.parametrize("name", [name for name in DENSE if name != "average"])
 def test_sums_of_task_vectors_are_models(recipe: Recipe, name: str) -> None:
     run_step(dense_step(recipe, name), recipe.folder)
-    model = load_model(alternatives.ModelSource(name, folder_of(recipe, name)))
+    model = load_model(ModelSource(name, folder_of(recipe, name)))
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
 
 
-def test_every_way_has_its_losses(recipe: Recipe) -> None:
-    run_step(dense_step(recipe, "average"), recipe.folder)
-    found = losses(recipe)
+def test_every_way_has_its_losses_and_is_measured_once(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    found = compare(recipe)
     assert {
         "anchor",
         "own expert",
         "dense, average",
+        "dense, TIES",
+        "dense, DARE",
         "fused, perfect routing",
         "fused, mergekit random",
+        "fused, gates by ridge",
+        "fused, gates by regression",
+        "fused, its own gates, top-2",
     } <= found.keys()
+    assert not [way for way in found if "shared parts" in way or "healed" in way]  # nothing drifted, nothing healed
     for name in recipe.domains:
         assert found["fused, perfect routing"][name] == pytest.approx(found["own expert"][name], rel=1e-4)
         assert found["dense, average"][name] != pytest.approx(found["own expert"][name], rel=1e-3)
-    picked = routed_experts(
-        recipe, [row for rows in held_out_rows(recipe, list(recipe.domains)).values() for row in rows]
-    )
+    picked = held_out(recipe).picked
     assert picked[:8] == [0] * 4 + [1] * 4  # by rules; the others by a classifier
     for name in ("math", "coding"):
         assert found["whole expert, by its question"][name] == pytest.approx(found["own expert"][name], rel=1e-4)
+        # noise has no low rank: adapters are somewhere between
+        assert found["anchor with LoRA adapters of rank 32, by its question"][name] != found["anchor"][name]
     assert "| dense, average |" in markdown(found)
+    capsys.readouterr()
+    assert compare(recipe) == found
+    assert capsys.readouterr().err.count("unchanged, skipped") == len(found) + len(DENSE) + len(METHODS)
+
+
+def test_drifted_experts_are_measured_behind_every_candidate(
+    tmp_path: Path, anchor: Path, drifted_experts: dict[str, Path]
+) -> None:
+    data = recipe_data(tmp_path, anchor, drifted_experts)
+    for name in drifted_experts:
+        data["domains"][name]["train"] = {"generated": f"demo.{name}"}
+    recipe = Recipe.model_validate(data)
+    merge(recipe)
+    rows = held_out(recipe)
+    found = {way.name: way for way in ways(recipe, rows, recipe.fused)}
+    losses = {method: found[f"fused, perfect routing, shared parts by {method}"].measure() for method in CANDIDATES}
+    assert losses["anchor"] == pytest.approx(found["fused, perfect routing"].measure(), rel=1e-4)
+    assert losses["mean"] != pytest.approx(losses["anchor"], rel=1e-3)
+    assert not [path for path in recipe.folder.iterdir() if path.name.startswith("tmp")]
 
 
 def test_shares_are_of_the_experts_gain() -> None:

@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from fusion.adapter import Adapter
 from fusion.encoding import load_tokenizer
 from fusion.merge import merge
 from fusion.recipe import Recipe
 from serving.bench.traffic.__main__ import _ratios, _with_top
 from serving.bench.traffic.router import expert_of, question_of
-from serving.bench.traffic.sides import PLACEMENTS, Side, _placed, extracted, router, total_memory, weight_bytes
+from serving.bench.traffic.sides import PLACEMENTS, Side, _placed, router, total_memory, weight_bytes
 from serving.bench.traffic.trace import BURST, LEAST, MOST, trace, write
 from serving.engine import EngineSettings, Hardware, engine_arguments
 from tests.recipes import make_recipe, recipe_data
@@ -115,24 +111,6 @@ def test_the_router_asks_the_expert_of_the_question(tmp_path: Path, recipe: Reci
                 assert answer.headers["content-type"].startswith("text/event-stream")
                 said = answer.read().decode().split("\n\n")
                 assert said[:3] == [f"data: {port}", f"data: {model}", "data: /v1/chat/completions"]
-
-
-def test_adapters_are_the_experts(tmp_path: Path, anchor: Path) -> None:
-    expert = Path(shutil.copytree(anchor, tmp_path / "expert"))
-    tensors = load_file(expert / "model.safetensors")
-    torch.manual_seed(0)
-    changed = [name for name in tensors if ".mlp." in name]
-    for name in changed:
-        rows, columns = tensors[name].shape
-        tensors[name] += 0.1 * torch.randn(rows, 4) @ torch.randn(4, columns)
-    save_file(tensors, expert / "model.safetensors", metadata={"format": "pt"})
-    recipe = make_recipe(tmp_path, anchor, {"general": anchor, "math": expert})
-    found = extracted(recipe, tmp_path / "adapters")
-    assert list(found) == ["math"]
-    adapter, base = Adapter(found["math"]), load_file(anchor / "model.safetensors")
-    assert sorted(adapter.targets) == sorted(changed)
-    for name in changed:
-        assert torch.allclose(adapter.apply(name, base[name]), tensors[name], atol=1e-4)
 
 
 def test_every_side_has_the_same_memory(tmp_path: Path, anchor: Path) -> None:

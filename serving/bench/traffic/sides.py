@@ -6,7 +6,6 @@ with fused(recipe, memory, folder) as side:
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,14 +17,13 @@ from typing import Any
 import yaml
 
 from fusion.errors import UserError
-from fusion.merge import source_stamp
+from fusion.evaluation.adapters import LORA_RANK, extracted
 from fusion.recipe import Recipe
-from fusion.sources import ModelSource, anchor_source, expert_sources, whole_model
+from fusion.sources import anchor_source, expert_sources, whole_model
 from serving.bench.processes import becomes_healthy, pinned
 from serving.engine import Engine, EngineSettings, Hardware, detect_hardware, free_port
 
 PLACEMENTS = ("all cores each", "one core each", "one core each, the first alone")
-LORA_RANK = 32
 
 
 @dataclass(frozen=True)
@@ -125,31 +123,6 @@ def lora(recipe: Recipe, memory: int, folder: Path) -> Iterator[Side]:
         names = {e.name: (engine.url, e.name if e.name in adapters else "anchor") for e in recipe.experts}
         url = stack.enter_context(router(recipe, names))
         yield Side("anchor with LoRA adapters", url, "any", weights, _kv_tokens(engine))
-
-
-def extracted(recipe: Recipe, folder: Path) -> dict[str, Path]:
-    """The experts' own adapters, or their MLPs' by mergekit-extract-lora, of rank LORA_RANK; none of the anchor."""
-    anchor, found = anchor_source(recipe), {}
-    for expert, source in zip(recipe.experts, expert_sources(recipe), strict=True):
-        if source.paths == anchor.paths:
-            continue
-        if source.adapter:
-            found[expert.name] = source.adapter
-            continue
-        out = folder / f"{expert.name}-{source_stamp(source)[:12]}"
-        if not (out / "adapter_config.json").is_file():
-            _extract(source, anchor, out)
-        found[expert.name] = out
-    return found
-
-
-def _extract(source: ModelSource, anchor: ModelSource, out: Path) -> None:
-    program = str(Path(sys.executable).with_name("mergekit-extract-lora"))
-    command = [program, "--model", str(source.folder), "--base-model", str(anchor.folder), "--out-path", str(out)]
-    command += ["--max-rank", str(LORA_RANK), "-i", r"mlp\.(gate|up|down)_proj", "-e", "embed|lm_head|norm|self_attn"]
-    done = subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"no adapter can be extracted from {source.folder}: {done.stderr.strip().splitlines()[-1]}")
 
 
 @contextmanager

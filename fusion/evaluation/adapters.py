@@ -1,0 +1,45 @@
+"""The experts as LoRA adapters of one anchor: their own, or what mergekit-extract-lora makes of their MLPs.
+
+    extracted(load_recipe("configs/demo.yaml"), Path("adapters"))   # {"math": Path("adapters/math-1b2c..."), ...}
+
+What an engine with several adapters serves, and what is measured beside the fused model.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from fusion.errors import UserError
+from fusion.merge import source_stamp
+from fusion.recipe import Recipe
+from fusion.sources import ModelSource, anchor_source, expert_sources
+
+LORA_RANK = 32
+
+
+def extracted(recipe: Recipe, folder: Path) -> dict[str, Path]:
+    """The adapters by expert, those of rank LORA_RANK made in `folder` where they are not there; none of the anchor.
+
+    Raises UserError where mergekit can make none.
+    """
+    anchor, found = anchor_source(recipe), {}
+    for expert, source in zip(recipe.experts, expert_sources(recipe), strict=True):
+        if source.paths == anchor.paths:
+            continue
+        if source.adapter:
+            found[expert.name] = source.adapter
+            continue
+        out = folder / f"{expert.name}-{source_stamp(source)[:12]}"
+        if not (out / "adapter_config.json").is_file():
+            _extract(source, anchor, out)
+        found[expert.name] = out
+    return found
+
+
+def _extract(source: ModelSource, anchor: ModelSource, out: Path) -> None:
+    program = str(Path(sys.executable).with_name("mergekit-extract-lora"))
+    command = [program, "--model", str(source.folder), "--base-model", str(anchor.folder), "--out-path", str(out)]
+    command += ["--max-rank", str(LORA_RANK), "-i", r"mlp\.(gate|up|down)_proj", "-e", "embed|lm_head|norm|self_attn"]
+    done = subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"no adapter can be extracted from {source.folder}: {done.stderr.strip().splitlines()[-1]}")
