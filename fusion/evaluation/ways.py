@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fusion.architecture import is_mlp
 from fusion.checkpoint import Checkpoint, written_aside
-from fusion.data import ChatExample, train_rows
+from fusion.data import ChatExample
 from fusion.encoding import encode, encode_batches, load_tokenizer
 from fusion.evaluation.adapters import LORA_RANK, extracted
 from fusion.evaluation.answer_loss import answer_losses
@@ -35,8 +35,7 @@ from fusion.sources import ModelSource, anchor_source, expert_sources, own_sourc
 from fusion.steps import Step
 from gate_training.compare import HIDDEN, mergekit_gates
 from gate_training.examples import routing_data
-from gate_training.labelling.classifier import recipe_classifier
-from gate_training.labelling.combine import label_questions
+from gate_training.labelling.combine import routed_experts
 from gate_training.trainer import METHODS, fit_gates
 
 Losses = dict[str, float]  # nats a held-out answer token, by domain
@@ -91,15 +90,8 @@ def held_out(recipe: Recipe) -> HeldOut:
     """The evaluation's rows. Raises UserError where none is left that was not trained on."""
     rows = [row for found in held_out_rows(recipe, list(recipe.domains)).values() for row in found]
     right = [recipe.expert_of(row.domain) for row in rows]
-    return HeldOut(load_tokenizer(anchor_source(recipe).folder), rows, right, routed_experts(recipe, rows))
-
-
-def routed_experts(recipe: Recipe, rows: Sequence[ChatExample]) -> list[int]:
-    """The expert that a router in front of whole models picks for each row: by rules, or by a classifier."""
-    settings = recipe.gate_training
-    classify = recipe_classifier(recipe, train_rows(recipe, settings.rows, settings.seed))
-    labels = label_questions([row.question for row in rows], recipe.domains, classify)
-    return [recipe.expert_of(label.domain) for label in labels]
+    picked = routed_experts(recipe, [row.question for row in rows])
+    return HeldOut(load_tokenizer(anchor_source(recipe).folder), rows, right, picked)
 
 
 def ways(recipe: Recipe, rows: HeldOut, folder: Path) -> Iterator[Way]:

@@ -6,8 +6,9 @@ Likelihood speaks where experts are at hand and the question has an answer that 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusion.recipe import Domain
-from gate_training.labelling.classifier import Classify
+from fusion.data import train_rows
+from fusion.recipe import Domain, Recipe
+from gate_training.labelling.classifier import Classify, recipe_classifier
 from gate_training.labelling.likelihood import LikelihoodLabel
 from gate_training.labelling.rules import NO_RULE, label_by_rules
 
@@ -58,3 +59,16 @@ def label_questions(
             source, sure = "likelihood", liked.confidence
         labels.append(QuestionLabel(channels[source], source, f"{source}: {sure:.0%}", sure, channels))
     return labels
+
+
+def routed_experts(recipe: Recipe, questions: Sequence[str]) -> list[int]:
+    """The expert that a router in front of whole models picks for each question: by rules, else by a classifier."""
+    settings, domains = recipe.gate_training, recipe.domains
+    found = [label_by_rules(question, domains) for question in questions]
+    open_ = [number for number, label in enumerate(found) if label.evidence == NO_RULE]
+    picked = [label.domain for label in found]
+    if open_:
+        classify = recipe_classifier(recipe, train_rows(recipe, settings.rows, settings.seed))
+        for number, label in zip(open_, classify([questions[number] for number in open_]), strict=True):
+            picked[number] = label.domain
+    return [recipe.expert_of(domain) for domain in picked]

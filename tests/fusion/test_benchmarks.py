@@ -16,7 +16,8 @@ from fusion.errors import UserError
 from fusion.evaluation import harness
 from fusion.evaluation.benchmark_data import write_split
 from fusion.evaluation.benchmark_table import draw, markdown
-from fusion.evaluation.benchmarks import benchmark, summary
+from fusion.evaluation.benchmarks import benchmark, models, summary
+from fusion.evaluation.dense import folder_of
 from fusion.evaluation.harness import Measured, TaskFile, known_groups, known_tasks, load_tasks, rows_of, task_files
 from fusion.evaluation.harness_metrics import (
     CodeEval,
@@ -368,6 +369,7 @@ QUESTIONS = ("1+1=", "who?", "2+2=", "3+3=", "where?", "4+4=")
 def test_a_task_for_several_experts_is_compared_with_the_best_and_with_a_router(tmp_path: Path) -> None:
     data = recipe_data(tmp_path, tmp_path, {"math": tmp_path, "general": tmp_path})
     data["domains"]["math"]["rules"] = [{"pattern": r"\d"}]
+    data["domains"]["general"]["rules"] = [{"words": ["who", "where"]}]
     recipe = Recipe.model_validate(data)
     task = TaskFile("mixed", "mixed", "math", "score", None, tmp_path, mixed=True)
     scores = {"anchor": [0, 1, 0, 0, 1, 0], "math": [1, 0, 1, 0, 0, 1], "fused": [1, 1, 1, 0, 0, 1]}
@@ -383,6 +385,30 @@ def test_a_task_for_several_experts_is_compared_with_the_best_and_with_a_router(
     assert row["fused_minus_routed"]["value"] == pytest.approx(-1 / 6)
     assert "less the router: -0.167" in markdown(summary(recipe, [task], measured, experts))
     assert "experts" not in summary(recipe, [task], measured, {"math": "math"})["tasks"]["mixed"]  # not all were asked
+
+
+def test_dense_models_are_asked_beside_the_others(tmp_path: Path, anchor: Path) -> None:
+    data = recipe_data(tmp_path, anchor, {"math": anchor, "general": anchor})
+    recipe = Recipe.model_validate({**data, "benchmark": {"against": ["anchor", "TIES"]}})
+    with pytest.raises(UserError, match=r"fusion\.evaluation\.alternatives` first"):
+        models(recipe, [TASK])
+    place = folder_of(recipe, "TIES")
+    place.mkdir(parents=True)
+    assert {name: source.folder for name, source in models(recipe, [TASK]).items()} == {
+        "fused": recipe.fused,
+        "anchor": anchor,
+        "TIES": place,
+    }
+    measured = {
+        model: {"gsm": Measured(TASK, "exact_match", ROWS, QUESTIONS, (score,) * len(ROWS), {}, [])}
+        for model, score in {"fused": 1.0, "anchor": 0.0, "TIES": 0.5}.items()
+    }
+    found = summary(recipe, [TASK], measured, {"math": "anchor", "general": "anchor"})
+    assert found["tasks"]["gsm"]["scores"]["TIES"]["value"] == 0.5
+    assert found["tasks"]["gsm"]["fused_minus"]["TIES"]["value"] == 0.5
+    table = markdown(found)
+    assert "| anchor | own expert | fused | dense, TIES | fused less own expert |" in table
+    assert "| 0.500 [0.50, 0.50] |" in table
 
 
 @pytest.mark.parametrize(
