@@ -522,6 +522,24 @@ class Policy(Section):
     moderation: Moderation | None = None
 
 
+class Records(Section):
+    """What is kept of every request: why it was routed as it was, and what people said of it (serving/records)."""
+
+    url: str | None = None  # sqlite:///FILE or postgresql://...; None: records.sqlite in the output folder
+    prompts: bool = False  # keep what was asked and answered, as the policy leaves it
+    engine_routes: bool = False  # on GPUs: vLLM tells the experts of every token (Model Runner V2)
+    explain_share: float = Field(0.0, ge=0, le=1)  # of the other requests whose experts are computed aside
+    keep_days: float = Field(30.0, gt=0)
+    keep_rows: int = Field(1_000_000, gt=0)
+    queue: int = Field(10_000, gt=0)  # requests that wait to be written; more are dropped, and counted
+
+    @model_validator(mode="after")
+    def _of_a_text(self) -> "Records":
+        if self.explain_share and not self.prompts:
+            raise ValueError("'explain_share' needs the requests' text: set 'prompts' to true, or leave it out")
+        return self
+
+
 class Guarding(Section):
     """How hard the guard tries to give what a request asks for, and what it takes on."""
 
@@ -537,6 +555,15 @@ class Guarding(Section):
     workers: int = Field(1, gt=0)  # guard processes; the two limits above are each one's own
     drain_s: float = Field(30.0, gt=0)  # what requests under way get to end in when the server is told to
     log: Literal["none", "requests", "content"] = "requests"  # a JSON line a request; with what was asked and answered
+    records: Records | None = None  # where there is one, requests are recorded, and feedback is taken
+    operator_keys_file: str | None = None  # whose keys see every record; where nobody needs a key, everyone does
+    ui: bool = False  # the page of live traffic at /ui, which needs records
+
+    @model_validator(mode="after")
+    def _recorded(self) -> "Guarding":
+        if self.ui and self.records is None:
+            raise ValueError("'ui' shows records: add a 'records' section (`records: {}` takes what is usual)")
+        return self
 
 
 class Serving(Section):

@@ -14,8 +14,9 @@ from fusion.progress import console
 from fusion.recipe import Question, Recipe
 from serving.client import chat
 from serving.engine import EngineSettings
-from serving.guard.keys import read_keys
+from serving.guard.keys import OPERATOR_VARIABLE, read_keys
 from serving.guard.settings import GuardSettings
+from serving.records.settings import recording
 from serving.serve import RunningServer, find_server, running_server, serve
 
 STATE = "server.json"
@@ -43,6 +44,7 @@ def engine_settings(recipe: Recipe) -> EngineSettings:
         cpu_kv_cache_bytes=serving.cpu_kv_cache_bytes,
         temperature=serving.sampling.temperature,
         top_p=serving.sampling.top_p,
+        routed_experts=serving.guard.records is not None and serving.guard.records.engine_routes,
     )
 
 
@@ -62,9 +64,16 @@ def _gates_are_random(folder: Path) -> bool:
 
 def guard_settings(recipe: Recipe) -> GuardSettings:
     """The guard's part of the serving section; `serve` fills in the engine's address."""
-    serving = recipe.serving
-    keys = read_keys(serving.guard.api_keys_file)
-    return GuardSettings("", serving.guard, serving.sampling, serving.max_model_len, keys)
+    serving, records = recipe.serving, recipe.serving.guard.records
+    return GuardSettings(
+        upstream="",
+        guard=serving.guard,
+        sampling=serving.sampling,
+        max_model_len=serving.max_model_len,
+        api_keys=read_keys(serving.guard.api_keys_file),
+        operator_keys=read_keys(serving.guard.operator_keys_file, OPERATOR_VARIABLE),
+        recording=recording(recipe, served_folder(recipe)) if records else None,
+    )
 
 
 def serve_recipe(recipe: Recipe) -> None:

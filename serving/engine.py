@@ -43,7 +43,8 @@ class EngineSettings:
     `kv_cache_bytes` is a worker's cache whatever the hardware. `compact_json` writes constrained JSON without any
     white space, so that no model can fill its budget with spaces; experts trained on another style answer better
     without it. `quantization` `fp8` lets vLLM convert the linear maps while it loads. `lora_modules` are names and
-    folders of adapters that requests may name as their model.
+    folders of adapters that requests may name as their model. With `routed_experts` an answer on GPUs tells the
+    experts of every token.
     """
 
     model: str
@@ -63,6 +64,7 @@ class EngineSettings:
     prefix_caching: bool = True
     lora_modules: tuple[tuple[str, str], ...] = ()
     max_lora_rank: int = 16
+    routed_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ def engine_arguments(settings: EngineSettings, hardware: Hardware, port: int) ->
         count = len(settings.lora_modules)
         arguments += ["--enable-lora", f"--max-loras={count}", f"--max-lora-rank={settings.max_lora_rank}"]
         arguments += ["--lora-modules", *(f"{name}={folder}" for name, folder in settings.lora_modules)]
+    if settings.routed_experts and hardware.gpus:
+        arguments.append("--enable-return-routed-experts")
     length = settings.max_model_len
     if settings.yarn_factor is not None:
         overrides = yarn_overrides(config, settings.yarn_factor)
@@ -143,6 +147,8 @@ def engine_environment(settings: EngineSettings, hardware: Hardware) -> dict[str
     if not hardware.gpus:
         variables["VLLM_CPU_OMP_THREADS_BIND"] = core_binding(hardware.cores, settings.tensor_parallel_size)
         variables["CUDA_VISIBLE_DEVICES"] = ""
+    elif settings.routed_experts:
+        variables["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     return variables
 
 

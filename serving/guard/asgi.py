@@ -10,7 +10,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from serving.guard.exchange import (
     FAILURES,
     JSON_TYPE,
     NO_RETRY,
+    ROUTING_HEADER,
     ClientGone,
     Exchange,
     Header,
@@ -40,26 +42,30 @@ from serving.guard.metrics import Metrics
 from serving.guard.openapi import DESCRIPTION
 from serving.guard.policy_step import PolicyStep
 from serving.guard.rates import Rates
+from serving.guard.record_routes import FEEDBACK, ROUTING, RecordRoutes
 from serving.guard.requests_log import RequestsLog
 from serving.guard.schema import CheckerCache, NotCompiled, SchemaError
 from serving.guard.settings import GuardSettings
 from serving.guard.stream import as_events, error_events
 from serving.guard.tracing import Tracing
 from serving.guard.upstream import BODY_HEADERS, OF_BODY, Upstream, forwarded, returned
-from serving.guard.wanted import CONSTRAINTS, FIELD, extension_of, is_completion
+from serving.guard.wanted import CONSTRAINTS, FIELD, Extension, extension_of, is_completion
+from serving.records.recorder import Ended, Recorder, engine_shares, labelled
 
 LOGGER = logging.getLogger(__name__)
 App = Callable[[MutableMapping[str, Any], Receive, SendEvent], Awaitable[None]]
 
 OPEN = ("/health", "/ready")  # without a key, however many requests are under way
 CHAT, COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
-COUNTED = (*OPEN, "/metrics", "/openapi.json", CHAT, COMPLETIONS, MODELS)
+COUNTED = (*OPEN, "/metrics", "/openapi.json", CHAT, COMPLETIONS, MODELS, FEEDBACK)
+POSTED = (CHAT, COMPLETIONS, FEEDBACK)
 NUMBERS = ("n", "max_tokens", "max_completion_tokens", "temperature", "seed")
 RETRY_SOON = (b"retry-after", b"1")
 ATTEMPTS_HEADER, BREAKDOWN_HEADER = b"x-qwen-fusion-attempts", b"x-qwen-fusion-attempt-breakdown"
 LARGE_ANSWER_BYTES = 256 * 1024  # one that is judged aside, so that others do not wait for it
 UPLOAD_S = 60  # for a request's body: one that trickles in takes a place among those under way
 OTHER_BODY_BYTES = 64 * 1024  # of requests that have no use for a body
+ROUTES = "routed_experts"  # vLLM's account of the experts of every token and layer, in a choice
 SLOW_FORM_BYTES = 4 * 1024  # the same of YAML
 
 
@@ -94,6 +100,9 @@ class _Guard:
         self._dropped, self._dropped_of_body = own, own | OF_BODY
         self._metrics, self._log = Metrics(), RequestsLog(guard.log)
         self._policy = PolicyStep(guard.policy)
+        self._recorder = Recorder(settings.recording, self._metrics.dropped) if settings.recording else None
+        keyed = bool(settings.api_keys)
+        self._records = self._recorder and RecordRoutes(self._recorder, Keys(settings.operator_keys), keyed)
         self._in_flight = 0  # completions alone
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: SendEvent) -> None:
@@ -104,7 +113,7 @@ class _Guard:
 
     async def _lifespan(self, receive: Receive, send: SendEvent) -> None:
         await receive()
-        async with self._upstream:
+        async with self._upstream, _aside(self._recorder):
             await send({"type": "lifespan.startup.complete"})
             await receive()
         await send({"type": "lifespan.shutdown.complete"})
@@ -114,6 +123,8 @@ class _Guard:
         completes = exchange.path in (CHAT, COMPLETIONS)
         self._in_flight += completes
         self._metrics.in_flight(1)
+        if completes and self._recorder:
+            exchange.kept = bytearray()
         exchange.deadline = asyncio.get_running_loop().time() + self._settings.guard.deadline_s
         try:
             self._admit(exchange)
@@ -149,6 +160,8 @@ class _Guard:
         path = exchange.path if exchange.path in COUNTED else "other"
         self._metrics.answer(path, exchange.ended_as)
         self._log.write(exchange)
+        if self._recorder and exchange.admitted is not None:
+            self._recorder.put(_ended(exchange))
         if error is not None and not exchange.finished:  # leaving without an end closes the connection
             raise ConnectionAbortedError(error.message)  # so that an answer cut short does not look complete
 
@@ -165,7 +178,7 @@ class _Guard:
                 said = "The request has no API key that is known here (Authorization: Bearer ...)."
                 raise Refusal(401, said, "invalid_request_error", "invalid_api_key", headers=headers)
             exchange.asker = f"key {number}"
-        if exchange.path not in (CHAT, COMPLETIONS):
+        if exchange.path not in POSTED:
             return
         limit = self._settings.guard.max_in_flight
         if limit is not None and self._in_flight > limit:
@@ -189,10 +202,14 @@ class _Guard:
             await exchange.json(200, DESCRIPTION)
         elif path in (CHAT, COMPLETIONS) and method == "POST":
             await self._completion(exchange, body)
+        elif self._records and path == FEEDBACK and method == "POST":
+            await self._records.feedback(exchange, body)
+        elif self._records and path.startswith(ROUTING) and method == "GET":
+            await self._records.routing(exchange)
         elif (path == MODELS or path.startswith(f"{MODELS}/")) and method == "GET" and ".." not in path:
             await self._relay(exchange, body)
-        elif path in COUNTED:
-            allowed = "POST" if path in (CHAT, COMPLETIONS) else "GET"
+        elif path in COUNTED and (self._records or path != FEEDBACK):
+            allowed = "POST" if path in POSTED else "GET"
             said = f"{path} is asked with {allowed}."
             headers = ((b"allow", allowed.encode()),)
             raise Refusal(405, said, "invalid_request_error", "method_not_allowed", headers=headers)
@@ -216,17 +233,23 @@ class _Guard:
         redacted: dict[str, int] = {}
         async with asyncio.timeout_at(exchange.deadline):
             filled = await self._policy.admit(self._upstream.session, self._fill(request, exchange.path), redacted)
+            exchange.admitted = filled
             own_budget = any(request.get(key) is not None for key in ("max_tokens", "max_completion_tokens"))
-            ladder, live = await self._ladder(filled, own_budget)
+            ladder, extension = await self._ladder(filled, own_budget)
+        if self._recorder and (extension.routing or exchange.headers.get(ROUTING_HEADER) == b"true"):
+            exchange.routing = labelled(filled, self._recorder.recording)
         if ladder is None:
             bare = {key: value for key, value in filled.items() if key != FIELD}
-            await self._relay(exchange, body if bare == request else encoded(bare))
+            if self._tells_routes(exchange) and not request.get("stream"):
+                await self._whole(exchange, bare)
+            else:
+                await self._relay(exchange, body if bare == request else encoded(bare))
             return
         for key in NUMBERS:  # a repair computes with them
             if not _is_number(filled.get(key), key):
                 said = f"'{key}' is not {'a number' if key == 'temperature' else 'a whole number'} that can be used."
                 raise Refusal(400, said, "invalid_request_error", "invalid_value", key)
-        if live and request.get("stream") and not self._policy.reads_output:
+        if extension.live and request.get("stream") and not self._policy.reads_output:
             if filled.get("n") not in (None, 1):
                 said = "A live stream has one choice: leave n out."
                 raise Refusal(400, said, "invalid_request_error", "invalid_value", "n")
@@ -244,18 +267,49 @@ class _Guard:
         missing = {key: value for key, value in defaults.items() if value is not None and request.get(key) is None}
         return {**request, **missing}
 
-    async def _ladder(self, request: dict[str, Any], own_budget: bool) -> tuple[Ladder | None, bool]:
-        """The ladder of a request, and whether its stream is to pass live. Raises Refusal on a bad schema."""
+    def _tells_routes(self, exchange: Exchange) -> bool:
+        """Whether the engine's answer has, or the client's is to have, more than the OpenAI object."""
+        if self._recorder is None:
+            return False
+        return self._recorder.recording.settings.engine_routes or exchange.routing is not None
+
+    async def _whole(self, exchange: Exchange, request: dict[str, Any]) -> None:
+        """Asks for an answer that nothing is asked of, less the engine's account of its experts, with the routing."""
+        async with asyncio.timeout_at(exchange.deadline):
+            headers = self._tracing.inject(self._body_headers(exchange))
+            reply = await self._upstream.ask(exchange.path, request, headers)
+        if reply.status != 200:
+            await exchange.whole(reply.status, reply.headers, reply.content)
+            return
+        answer = decoded(reply.content)
+        if not is_completion(answer):
+            raise ValueError("the engine's answer is no completion")
+        await exchange.json(200, self._routed(exchange, answer))
+
+    def _routed(self, exchange: Exchange, answer: dict[str, Any]) -> dict[str, Any]:
+        """The answer without the engine's account of its experts, which is kept, and with the routing where wanted."""
+        if self._recorder is None:
+            return answer
+        exchange.routes = answer["choices"][0].get(ROUTES) if answer["choices"] else None
+        choices = [{key: value for key, value in choice.items() if key != ROUTES} for choice in answer["choices"]]
+        answer = {**answer, "choices": choices}
+        if exchange.routing is None:
+            return answer
+        shares = engine_shares(exchange.routes, self._recorder.recording)
+        return {**answer, FIELD: {**answer.get(FIELD, {}), "routing": {**exchange.routing, "shares": shares}}}
+
+    async def _ladder(self, request: dict[str, Any], own_budget: bool) -> tuple[Ladder | None, Extension]:
+        """The ladder of a request, and what it says in the guard's own field. Raises Refusal on a bad schema."""
         guard, window = self._settings.guard, self._settings.max_model_len
         limits = Limits(guard.attempts, None if own_budget else window, window, guard.unwrap)
         try:
-            live = extension_of(request).live
+            extension = extension_of(request)
             try:
-                return ladder_for(request, self._cache.at_once, limits, self._policy.reads_output), live
+                return ladder_for(request, self._cache.at_once, limits, self._policy.reads_output), extension
             except NotCompiled:
                 return await asyncio.to_thread(
                     ladder_for, request, self._cache.get, limits, self._policy.reads_output
-                ), live
+                ), extension
         except SchemaError as error:
             what = next((key for key in (FIELD, *CONSTRAINTS, "tools") if request.get(key)), None)
             said = f"The schema cannot be used: {error}"
@@ -343,14 +397,15 @@ class _Guard:
                     made = (NO_RETRY, *_attempt_headers(ladder.attempts))  # and not to be made again
                     return _Answer(reply.status, reply.content, (*reply.headers, *made))
             if isinstance(step, Done) and self._policy.reads_output:
-                answer = await self._policy.release(self._upstream.session, step.answer, ladder.wanted, redacted)
-                step = Done(answer, step.attempts)
+                released = await self._policy.release(self._upstream.session, step.answer, ladder.wanted, redacted)
+                step = Done(released, step.attempts)
         kept = (JSON_TYPE, *_attempt_headers(ladder.attempts))
         if isinstance(step, Exhausted):
             error = {"error": self._policy.report(step.error["error"])}
             return _Answer(422, error, (*kept, NO_RETRY))
-        exchange.answered = step.answer["choices"]
-        return _Answer(200, step.answer, kept)
+        answer = self._routed(exchange, step.answer)
+        exchange.answered = answer["choices"]
+        return _Answer(200, answer, kept)
 
     async def _live(self, exchange: Exchange, ladder: Ladder, request: dict[str, Any]) -> None:
         """Passes a stream on as it comes; what is wrong ends it with an error event."""
@@ -418,6 +473,35 @@ def _attempt_headers(attempts: list[dict[str, Any]]) -> tuple[Header, Header]:
                 part += f";{key}={count}"
         told.append(part)
     return (ATTEMPTS_HEADER, str(len(attempts)).encode()), (BREAKDOWN_HEADER, ", ".join(told).encode())
+
+
+@asynccontextmanager
+async def _aside(recorder: Recorder | None) -> AsyncIterator[None]:
+    """The recorder at work, opened and ended in a thread."""
+    if recorder is None:
+        yield
+        return
+    await asyncio.to_thread(recorder.__enter__)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(recorder.__exit__, None, None, None)
+
+
+def _ended(exchange: Exchange) -> Ended:
+    return Ended(
+        request_id=exchange.id,
+        path=exchange.path,
+        status=exchange.ended_as,
+        ms=1000 * (time.perf_counter() - exchange.began),
+        asker=exchange.asker,
+        streamed=exchange.streams,
+        attempts=exchange.attempts,
+        violations=tuple(exchange.violations),
+        admitted=exchange.admitted,
+        body=bytes(exchange.kept or b""),
+        routes=exchange.routes,
+    )
 
 
 def _is_number(value: Any, key: str) -> bool:

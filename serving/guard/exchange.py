@@ -4,6 +4,7 @@ The guard's own refusals have OpenAI's error form; every answer has the request'
 """
 
 import asyncio
+import json
 import os
 import re
 import time
@@ -24,6 +25,8 @@ EVENT_STREAM_TYPE = b"text/event-stream"
 EVENT_STREAM = (b"content-type", EVENT_STREAM_TYPE + b"; charset=utf-8")
 REQUEST_ID = b"x-request-id"
 NO_RETRY = (b"x-should-retry", b"false")  # the OpenAI client asks again after every 5xx otherwise
+ROUTING_HEADER = b"x-qwen-fusion-routing"  # of a request: it wants to be told; of an answer: a JSON object
+KEPT_BYTES = 2**20  # of an answer, for its record
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
@@ -88,6 +91,10 @@ class Exchange:
     violations: list[str] = field(default_factory=list)
     asked: Any = None
     answered: Any = None
+    admitted: Any = None  # what was asked, as the policy let it in
+    routes: str | None = None  # the engine's own account of the experts
+    routing: dict[str, Any] | None = None  # how it was routed, where the client wants to be told
+    kept: bytearray | None = None  # what has gone out, where it is recorded
 
     def __post_init__(self) -> None:
         self.path: str = self.scope["path"]
@@ -114,12 +121,16 @@ class Exchange:
         """Sends the head of the answer."""
         self.status = status
         kept = [*(pair for pair in headers if pair[0] != REQUEST_ID), (REQUEST_ID, self.id.encode())]
+        if self.routing is not None:
+            kept.append((ROUTING_HEADER, json.dumps(self.routing).encode()))
         self.streams = status == 200 and any(value.startswith(EVENT_STREAM_TYPE) for _, value in kept)
         await self.raw_send({"type": "http.response.start", "status": status, "headers": kept})
 
     async def send(self, body: bytes, more: bool = False) -> None:
         """Sends a piece of the answer, the last one unless there is `more`."""
         self.finished = not more
+        if self.kept is not None and len(self.kept) < KEPT_BYTES:
+            self.kept += body
         await self.raw_send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def whole(self, status: int, headers: Iterable[Header], body: bytes) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from fusion.errors import UserError
 
 VARIABLE = "QWEN_FUSION_API_KEYS"
+OPERATOR_VARIABLE = "QWEN_FUSION_OPERATOR_KEYS"  # of those who may see what was recorded of others
 UPSTREAM_VARIABLE = "QWEN_FUSION_UPSTREAM_KEY"  # the key that the engine itself wants
 
 
@@ -35,12 +36,12 @@ class Keys:
         return fits[0] if fits and kind.lower() == b"bearer" else None
 
 
-def read_keys(file: str | None) -> tuple[str, ...]:
-    """The keys of a file, one a line (lines with # say whose they are), and of the environment.
+def read_keys(file: str | None, variable: str = VARIABLE) -> tuple[str, ...]:
+    """The keys of a file, one a line (lines with # say whose they are), and of the environment's `variable`.
 
     Raises UserError where the file is missing or has none.
     """
-    found = [key.strip() for key in os.environ.get(VARIABLE, "").split(",") if key.strip()]
+    found = [key.strip() for key in os.environ.get(variable, "").split(",") if key.strip()]
     if file is not None:
         path = Path(file).expanduser()
         if not path.is_file():

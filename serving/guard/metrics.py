@@ -22,6 +22,7 @@ class Metrics:
         self._answers = Counter("guard_answers", "Answers by route and status", ["route", "status"], registry=kept)
         self._attempts = Counter("guard_attempts", "Attempts of guarded requests", ["outcome"], registry=kept)
         self._violations = Counter("guard_violations", "What was wrong, by keyword", ["keyword"], registry=kept)
+        self._dropped = Counter("guard_records_dropped", "Requests that could not be recorded", registry=kept)
         self._in_flight = Gauge("guard_in_flight", "Requests under way", registry=kept, multiprocess_mode="livesum")
         self.upstream = Histogram("guard_upstream_seconds", "An attempt at the engine", buckets=SECONDS, registry=kept)
         self.added = Histogram("guard_added_seconds", "A request less its attempts", buckets=SECONDS, registry=kept)
@@ -37,6 +38,10 @@ class Metrics:
     def violation(self, keyword: str) -> None:
         """Counts something wrong with an attempt."""
         self._violations.labels(keyword).inc()
+
+    def dropped(self, count: int) -> None:
+        """Counts requests that could not be recorded."""
+        self._dropped.inc(count)
 
     def in_flight(self, change: int) -> None:
         """Counts a request that begins (1) or ends (-1)."""

@@ -32,6 +32,7 @@ GUARD: dict[str, Any] = {
         "format": {"enum": ["json", "yaml", "xml"]},
         "schema": {"type": ["object", "boolean"]},
         "live": {"type": "boolean"},
+        "routing": {"type": "boolean"},
     },
 }
 STRUCTURE: dict[str, Any] = {
@@ -105,6 +106,19 @@ def _reads(said: str, schema: Any, kind: str = "application/json") -> dict[str, 
     return {"get": {"responses": {"200": _answer(said, schema, kind), "default": _answer("An error", ERROR)}}}
 
 
+FEEDBACK: dict[str, Any] = {
+    "type": "object",
+    "required": ["request_id"],
+    "additionalProperties": False,
+    "properties": {
+        "request_id": {"type": "string"},
+        "rating": {"enum": ["up", "down"]},
+        "domain": {"type": "string"},
+        "comment": {"type": "string", "maxLength": 2000},
+    },
+}
+
+
 DESCRIPTION: dict[str, Any] = {
     "openapi": "3.1.0",
     "info": {"title": "qwen-fusion guard", "version": "1"},
@@ -113,6 +127,19 @@ DESCRIPTION: dict[str, Any] = {
     "paths": {
         "/v1/chat/completions": _completion(["messages"], {"messages": MESSAGES, "tools": {"type": "array"}}),
         "/v1/completions": _completion(["prompt"], {"prompt": PROMPT}),
+        "/v1/feedback": {
+            "post": {
+                "requestBody": {"required": True, "content": {"application/json": {"schema": FEEDBACK}}},
+                "responses": {
+                    "201": _answer("It is kept", {"type": "object", "required": ["request_id", "kept"]}),
+                    "default": _answer("An error", ERROR),
+                },
+            }
+        },
+        "/v1/routing/{request_id}": {
+            "parameters": [{"name": "request_id", "in": "path", "required": True, "schema": {"type": "string"}}],
+            **_reads("Why a request was routed as it was", {"type": "object", "required": ["request_id", "shares"]}),
+        },
         "/v1/models": _reads("The models served", {"type": "object", "required": ["data"]}),
         "/health": _reads("The guard runs", {"type": "object"}),
         "/ready": {

@@ -6,6 +6,7 @@ GuardSettings("http://127.0.0.1:8001", Guarding(attempts=2))
 from dataclasses import dataclass, field
 
 from fusion.recipe import Guarding, Sampling
+from serving.records.settings import Recording
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class GuardSettings:
 
     `sampling` fills chat requests that do not say (None: leaves them as they are); `max_model_len` caps the filled
     max_tokens, the engine clips it to what the prompt leaves. With `api_keys` a request needs one of them;
-    `upstream_key` is the engine's own, sent instead.
+    `upstream_key` is the engine's own, sent instead. With `operator_keys` everything recorded may be seen.
     """
 
     upstream: str
@@ -23,6 +24,8 @@ class GuardSettings:
     max_model_len: int | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     upstream_key: str | None = field(default=None, repr=False)
+    operator_keys: tuple[str, ...] = field(default=(), repr=False)
+    recording: Recording | None = None
 
     @property
     def budget(self) -> int | None:

@@ -27,11 +27,13 @@ Compile = Callable[[Any], Checker]
 
 @dataclass(frozen=True)
 class Extension:
-    """The field `guard` of a request: `form` (json, yaml, xml) and `schema` of the text, `live` for its stream."""
+    """The field `guard` of a request: `form` (json, yaml, xml) and `schema` of the text, `live` for its stream, and
+    `routing` where the answer is to say how it was routed."""
 
     form: str = "json"
     schema: Any = None
     live: bool = False
+    routing: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,17 +145,17 @@ def extension_of(request: Mapping[str, Any]) -> Extension:
     given = request.get(FIELD)
     if given is None:
         return Extension()
-    if not isinstance(given, dict) or given.keys() - {"format", "schema", "live"}:
-        raise SchemaError("'guard' has no keys but format, schema and live")
-    form, live = given.get("format", "json"), given.get("live", False)
+    if not isinstance(given, dict) or given.keys() - {"format", "schema", "live", "routing"}:
+        raise SchemaError("'guard' has no keys but format, schema, live and routing")
+    form, live, routing = given.get("format", "json"), given.get("live", False), given.get("routing", False)
     if not isinstance(form, str) or form not in formats.PARSERS:
         raise SchemaError(f"guard.format is one of {', '.join(formats.PARSERS)}")
-    if not isinstance(live, bool):
-        raise SchemaError("guard.live is true or false")
+    if not isinstance(live, bool) or not isinstance(routing, bool):
+        raise SchemaError("guard.live and guard.routing are true or false")
     asks = form != "json" or given.get("schema") is not None
     if asks and (constraint := next((key for key in CONSTRAINTS if request.get(key)), None)):
         raise SchemaError(f"guard and {constraint} ask for two things")
-    return Extension(form, given.get("schema"), live)
+    return Extension(form, given.get("schema"), live, routing)
 
 
 def wanted_of(request: Mapping[str, Any], compiled: Compile) -> Wanted | None:

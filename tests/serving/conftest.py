@@ -17,6 +17,8 @@ from serving.guard.tracing import Tracing
 from serving.serve import listening_socket
 from tests.serving.upstream import Upstream
 
+OWN = ("max_model_len", "api_keys", "operator_keys", "recording")  # settings that are not the recipe's
+
 
 class Guarded:
     """The guard on `url`, the upstream behind it, and the guard's own tasks."""
@@ -62,9 +64,9 @@ def running_guard(settings: GuardSettings, tracing: Tracing | None = None) -> It
 
 
 def guard_settings(upstream: str, **given: Any) -> GuardSettings:
-    """Settings by name, whether the guard's own, the sampling's or max_model_len and api_keys."""
+    """Settings by name, whether the guard's own, the sampling's or one of OWN."""
     sampling = {key: given.pop(key) for key in ("max_tokens", "temperature", "top_p") if key in given}
-    own = {key: given.pop(key) for key in ("max_model_len", "api_keys") if key in given}
+    own = {key: given.pop(key) for key in OWN if key in given}
     return GuardSettings(upstream, Guarding.model_validate({"log": "none", **given}), Sampling(**sampling), **own)
 
 

@@ -1,0 +1,218 @@
+"""Takes in what requests leave behind and writes it down aside: a bounded queue, a thread, batches.
+
+    with Recorder(recording) as recorder:
+        recorder.put(Ended("id", "/v1/chat/completions", 200, 12.5, admitted=request, body=answer))
+
+`put` never waits and never fails: what finds the queue full, or a database that does not work, is counted as dropped.
+"""
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from gate_training.labelling.rules import label_by_rules
+from serving.records.answer import told
+from serving.records.record import RoutingRecord, Shares
+from serving.records.settings import Recording
+from serving.records.shares import shares_of
+from serving.records.store import Store, opened
+
+LOGGER = logging.getLogger(__name__)
+AT_ONCE = 256  # records of a transaction
+PRUNE_S = 60.0
+COMPLAIN_S = 60.0  # between two lines of the log about a database that does not work
+STOP_S = 10.0  # for what is in the queue when the guard ends
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A completion request that has ended. `admitted` is the request as the policy let it in (None: it did not),
+    `body` what the client was sent, `routes` the engine's own `routed_experts`."""
+
+    request_id: str
+    path: str
+    status: int
+    ms: float
+    asker: str = ""
+    streamed: bool = False
+    attempts: int = 0
+    violations: tuple[str, ...] = ()
+    admitted: Mapping[str, Any] | None = None
+    body: bytes = b""
+    routes: str | None = None
+    at: float = field(default_factory=time.time)
+
+
+class Recorder:
+    """The writing thread of one guard process; `dropped` is called with the number of records that were lost."""
+
+    def __init__(self, recording: Recording, dropped: Callable[[int], None] = lambda count: None) -> None:
+        self.recording = recording
+        self._dropped = dropped
+        self._queue: queue.Queue[Ended | None] = queue.Queue(recording.settings.queue)
+        self._thread = threading.Thread(target=self._work, name="records", daemon=True)
+        self._stack = ExitStack()
+        self._store: Store | None = None
+        self._complained = 0.0
+
+    def __enter__(self) -> Self:
+        self._store = self._stack.enter_context(opened(self.recording.url))
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self._queue.put(None, timeout=STOP_S)
+        except queue.Full:
+            LOGGER.warning("records: %d were still to be written", self._queue.qsize())
+        self._thread.join(STOP_S)
+        self._stack.close()
+
+    @property
+    def store(self) -> Store:
+        """The open store. Raises RuntimeError before it is."""
+        if self._store is None:
+            raise RuntimeError("the recorder has not been entered")
+        return self._store
+
+    def put(self, ended: Ended) -> None:
+        """Hands a request over, at once."""
+        try:
+            self._queue.put_nowait(ended)
+        except queue.Full:
+            self._dropped(1)
+
+    def _work(self) -> None:
+        pruned = 0.0
+        while True:
+            batch = self._next()
+            if batch is None:
+                return
+            self._write(batch)
+            if time.monotonic() - pruned > PRUNE_S:
+                pruned = time.monotonic()
+                self._tried(lambda: self.store.prune(self.recording.settings.keep_days, self._keep_rows))
+
+    @property
+    def _keep_rows(self) -> int:
+        return self.recording.settings.keep_rows
+
+    def _next(self) -> list[Ended] | None:
+        """What is in the queue, as soon as anything is; None at the end."""
+        batch: list[Ended] = []
+        found = self._queue.get()
+        while found is not None:
+            batch.append(found)
+            if len(batch) == AT_ONCE:
+                return batch
+            try:
+                found = self._queue.get_nowait()
+            except queue.Empty:
+                return batch
+        if batch:
+            self._queue.put(None)  # the end comes after what was before it
+            return batch
+        return None
+
+    def _write(self, batch: list[Ended]) -> None:
+        records = [record for ended in batch if (record := self._record(ended)) is not None]
+        share = self.recording.settings.explain_share
+        wanted = ["shares" if r.asked and not r.shares and random.random() < share else None for r in records]
+        if not self._tried(lambda: self.store.add(records, wanted)):
+            self._dropped(len(records))
+
+    def _record(self, ended: Ended) -> RoutingRecord | None:
+        try:
+            return record_of(ended, self.recording)
+        except Exception:  # a request of a form that nobody thought of must not end the thread
+            LOGGER.exception("request %s cannot be recorded", ended.request_id)
+            self._dropped(1)
+            return None
+
+    def _tried(self, action: Callable[[], Any]) -> bool:
+        try:
+            action()
+        except SQLAlchemyError as error:
+            if time.monotonic() - self._complained > COMPLAIN_S:
+                self._complained = time.monotonic()
+                LOGGER.warning("records are lost, the database does not work: %s", str(error).split("\n")[0])
+            return False
+        return True
+
+
+def record_of(ended: Ended, recording: Recording) -> RoutingRecord:
+    """What is kept of a request: labelled by the rules, its text only where the recipe keeps it."""
+    said = told(ended.body, ended.streamed)
+    prompts = recording.settings.prompts and ended.admitted is not None
+    return RoutingRecord(
+        request_id=ended.request_id,
+        path=ended.path,
+        status=ended.status,
+        ms=round(ended.ms, 2),
+        time=ended.at,
+        asker=ended.asker if ended.asker.startswith("key ") else None,  # an address is nobody's business
+        streamed=ended.streamed,
+        attempts=ended.attempts,
+        violations=list(ended.violations),
+        prompt_tokens=said.prompt_tokens,
+        completion_tokens=said.completion_tokens,
+        shares=(shares := engine_shares(ended.routes, recording)),
+        shares_source="engine" if shares else None,
+        asked=asked_of(ended.admitted) if prompts and ended.admitted is not None else None,
+        answered=said.text if prompts and ended.status == 200 else None,
+        **labelled(ended.admitted, recording),
+    )
+
+
+def labelled(request: Mapping[str, Any] | None, recording: Recording) -> dict[str, Any]:
+    """The domain that the rules give a request's question, with the channel and its evidence; nothing without rules."""
+    question = question_of(request) if request else ""
+    if not recording.domains or not question:
+        return {}
+    label = label_by_rules(question, recording.domains)
+    said = {"domain": label.domain, "evidence": label.evidence, "confidence": 1.0}
+    return {"domain": label.domain, "channel": "rules", "evidence": label.evidence, "channels": {"rules": said}}
+
+
+def engine_shares(routes: str | None, recording: Recording) -> Shares:
+    """The experts' shares by the engine's own account, {} where it gave none that can be read."""
+    if not routes:
+        return {}
+    try:
+        return shares_of(routes, recording.experts, recording.sparse_layers)
+    except ValueError as error:
+        LOGGER.warning("the engine's account of its experts cannot be read: %s", error)
+        return {}
+
+
+def question_of(request: Mapping[str, Any]) -> str:
+    """The last user message of a request, or its prompt: what rules and classifiers look at."""
+    if isinstance(messages := request.get("messages"), list):
+        users = [message for message in messages if isinstance(message, dict) and message.get("role") == "user"]
+        return _text(users[-1].get("content")) if users else ""
+    return _text(request.get("prompt"))
+
+
+def asked_of(request: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A request's messages, text alone; a prompt as one message of the user's."""
+    if isinstance(messages := request.get("messages"), list):
+        found = [message for message in messages if isinstance(message, dict)]
+        return [{"role": str(m.get("role")), "content": _text(m.get("content"))} for m in found]
+    return [{"role": "user", "content": _text(request.get("prompt"))}]
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    parts: Iterable[Any] = content if isinstance(content, list) else ()
+    texts = (part.get("text") if isinstance(part, dict) else part for part in parts)
+    return "".join(text for text in texts if isinstance(text, str))
