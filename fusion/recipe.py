@@ -388,6 +388,9 @@ class GateTraining(Section):
     # a token goes to the general expert unless the gate gives another one this probability against it; auto: what
     # loses least on held-out examples
     threshold: float | Literal["auto"] | None = None
+    # of the training examples, by repeating them (OUTPUT/feedback.jsonl)
+    feedback_share: float = Field(0.2, gt=0, lt=1)
+    feedback_margin: float = Field(0.02, ge=0)  # nats that gates with new feedback may lose on any domain
     window: int = Field(8, ge=0)  # tokens to each side whose likelihoods decide a token's label (method likelihood)
     refinement: Refinement = Refinement()  # of method lm
     seed: int = 0
