@@ -232,6 +232,15 @@ def train_gates(
 
 
 @app.command()
+def rollback(recipe: RecipePath, set_: Overrides = None) -> None:
+    """Put the gates back that train-gates replaced, also in a running server; a second time puts them forth again."""
+    loaded = _load(recipe, set_)
+    from fusion import road
+
+    road.rollback(loaded)
+
+
+@app.command()
 def heal(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> None:
     """Train attention, norms and gates of a merge of drifted experts end to end, its experts frozen."""
     loaded = _load(recipe, set_, quiet)

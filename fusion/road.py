@@ -402,10 +402,12 @@ def merge_step(recipe: Recipe, reuse: "Reuse | None" = None) -> Step:
     folders = [path for source in sources if source for path in source.paths]
 
     def action() -> str:
+        from fusion.kept_gates import kept_folder
         from fusion.merge import merge as merge_models
 
         merge_models(recipe, out, reuse)
-        shutil.rmtree(unhealed_folder(recipe), ignore_errors=True)
+        for replaced in (unhealed_folder(recipe), kept_folder(recipe)):
+            shutil.rmtree(replaced, ignore_errors=True)
         forget(recipe.folder, LATER[1:])  # the gates are random again
         stats = [path.stat() for path in out.glob("*.safetensors")]
         linked = sum(stat.st_nlink > 1 for stat in stats) if reuse else 0
@@ -434,8 +436,12 @@ def _shared_step(recipe: Recipe) -> Step:
 
 
 def train_gates(recipe: Recipe, force: bool = False) -> None:
-    """Fits the gates of the fused model as it was merged, before any healing, and writes their report."""
+    """Fits the gates of the fused model as it was merged, before any healing, and writes their report.
+
+    A running server takes them. Gates that were rolled back to stay unless this is asked for (`force`).
+    """
     from fusion.healed import restore
+    from fusion.kept_gates import is_rolled_back
     from fusion.merge import gates_are_trained, write_papers
     from gate_training.trainer import is_helper
     from gate_training.trainer import train_gates as train
@@ -446,8 +452,39 @@ def train_gates(recipe: Recipe, force: bool = False) -> None:
         return
     if recipe.heal is None:
         restore(folder, unhealed_folder(recipe))
+    if is_rolled_back(folder) and not force:
+        said = "train-gates: rolled back, and so it stays until `qwen-fusion train-gates` is called"
+        console.print(f"[dim]{said}[/dim]", highlight=False, soft_wrap=True)
+        return
     run_step(gates_step(recipe, train), recipe.folder, force or not gates_are_trained(folder))
     write_papers(recipe, folder)
+    _tell_server(recipe)
+
+
+def rollback(recipe: Recipe) -> None:
+    """Exchanges the gates and those that `train-gates` replaced by them, in the checkpoint and in a running server.
+
+    Raises UserError where there are none, or where they are of other experts or of the model before it was healed.
+    """
+    from fusion.kept_gates import put_back_gates
+    from fusion.merge import write_papers
+
+    folder = fused_folder(recipe)
+    _refuse_random_gates(folder)
+    note = put_back_gates(recipe, folder)
+    write_papers(recipe, folder)
+    said = f"gates by {note['method']} on {note['tokens']:,} tokens are in place again"
+    console.print(f"[bold]rollback[/bold]: {said} (once more: the others)", highlight=False, soft_wrap=True)
+    _tell_server(recipe)
+
+
+def _tell_server(recipe: Recipe) -> None:
+    """Gives the recipe's running server the gates that are in place, and says so."""
+    from serving.swap import tell_server
+
+    line = tell_server(recipe)
+    if line:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
 def gates_step(recipe: Recipe, train: "Callable[[Recipe, Path], GateReport]") -> Step:

@@ -24,6 +24,7 @@ from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint, read_json
 from fusion.errors import UserError
 from fusion.hardware import compute_dtype
+from fusion.kept_gates import keep_gates
 from fusion.layers import Batch, Choice, Gates, LayerStream, Route, checkpoint_gates, forced, gated, joined
 from fusion.merge import MANIFEST, checkpoint_dtype, record_gates, write_gates
 from fusion.plan.budget import budget
@@ -81,6 +82,8 @@ class GateReport:
 def train_gates(recipe: Recipe, folder: Path, joining: Joining | None = None) -> GateReport:
     """Fits the gates of the fused checkpoint in `folder` and puts them in place; returns the held-out report.
 
+    Trained gates that were there are kept for `rollback`.
+
     With `joining` only that expert's row is fitted, by cross-entropy or, where the recipe keeps sums, by least squares.
     Raises UserError where the data leave an expert without examples.
     """
@@ -105,6 +108,7 @@ def train_gates(recipe: Recipe, folder: Path, joining: Joining | None = None) ->
     if settings.threshold == "auto" and not joining:
         gates, report = _calibrated(recipe, folder, data, gates, report)
     if not is_helper():
+        keep_gates(recipe, folder, gates)
         install_gates(folder, gates)
         record_gates(folder, report.method, report.labels, report.tokens, report.threshold)
         write_labels(data, recipe.folder / "labels.jsonl")
