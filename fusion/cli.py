@@ -221,6 +221,9 @@ def train_gates(
         str | None,
         typer.Option(help="ridge, cross-entropy, likelihood, regression, lm, or auto (the best held out)"),
     ] = None,
+    with_feedback: Annotated[
+        bool, typer.Option("--with-feedback", help="learn from feedback too; gates that lose on any domain are refused")
+    ] = False,
     set_: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
@@ -228,7 +231,75 @@ def train_gates(
     loaded = _load(recipe, [*(set_ or []), *([f"gate_training.method={method}"] if method else [])], quiet)
     from fusion import road
 
-    road.train_gates(loaded, force=True)
+    road.train_gates(loaded, force=True, with_feedback=with_feedback)
+
+
+feedback = typer.Typer(no_args_is_help=True, help="What people said of requests: list, export, import.")
+app.add_typer(feedback, name="feedback")
+
+
+@feedback.command(name="list")
+def feedback_list(
+    recipe: RecipePath,
+    limit: Annotated[int, typer.Option(min=1, help="of each kind, the newest")] = 20,
+    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Show feedback, and requests that look misrouted although nobody has said so."""
+    loaded = _load(recipe, set_)
+    from rich.markdown import Markdown
+
+    from fusion.progress import console
+    from serving.records.feedback import listed, markdown
+
+    found = listed(loaded, limit)
+    if json_:
+        _print_json(found, json_)
+    if json_ != "-":
+        console.print(Markdown(markdown(found)))
+
+
+@feedback.command(name="export")
+def feedback_export(
+    recipe: RecipePath,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="default: exported-feedback.jsonl in the output folder")
+    ] = None,
+    misroutes: Annotated[
+        bool, typer.Option("--misroutes", help="with requests that only look misrouted, by their label channels")
+    ] = False,
+    set_: Overrides = None,
+) -> None:
+    """Write feedback as rows to train on, one a question, with where each came from."""
+    loaded = _load(recipe, set_)
+    from fusion.progress import console
+    from serving.records.feedback import export
+
+    path = out or loaded.folder / "exported-feedback.jsonl"
+    console.print(f"{len(export(loaded, path, misroutes))} rows in {path}", highlight=False, soft_wrap=True)
+
+
+@feedback.command(name="import")
+def feedback_import(
+    recipe: RecipePath,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="rows as `feedback export` writes them")],
+    set_: Overrides = None,
+) -> None:
+    """Take in rows that were labelled elsewhere."""
+    loaded = _load(recipe, set_)
+    from fusion.progress import console
+    from serving.records.feedback import take_in
+
+    console.print(f"{take_in(loaded, file)} new rows from {file}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def rollback(recipe: RecipePath, set_: Overrides = None) -> None:
+    """Put the gates back that train-gates replaced, also in a running server; a second time puts them forth again."""
+    loaded = _load(recipe, set_)
+    from fusion import road
+
+    road.rollback(loaded)
 
 
 @app.command()

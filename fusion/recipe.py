@@ -581,6 +581,8 @@ class Serving(Section):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     max_model_len: int = Field(32768, gt=0)
     yarn_factor: float | None = Field(None, gt=1)
+    # vLLM's development routes, on the engine's loopback port, take new gates: leave off where others share the machine
+    live_gates: bool = False
     checkpoint: str | None = None  # what is served; None: the fused model as it is, otherwise what `quantize` has made
     cpu_kv_cache_bytes: int = Field(256 * 2**20, gt=0)  # CPU only: a share of all memory would be asked for otherwise
     sampling: Sampling = Sampling()

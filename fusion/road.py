@@ -402,10 +402,12 @@ def merge_step(recipe: Recipe, reuse: "Reuse | None" = None) -> Step:
     folders = [path for source in sources if source for path in source.paths]
 
     def action() -> str:
+        from fusion.kept_gates import kept_folder
         from fusion.merge import merge as merge_models
 
         merge_models(recipe, out, reuse)
-        shutil.rmtree(unhealed_folder(recipe), ignore_errors=True)
+        for replaced in (unhealed_folder(recipe), kept_folder(recipe)):
+            shutil.rmtree(replaced, ignore_errors=True)
         forget(recipe.folder, LATER[1:])  # the gates are random again
         stats = [path.stat() for path in out.glob("*.safetensors")]
         linked = sum(stat.st_nlink > 1 for stat in stats) if reuse else 0
@@ -433,33 +435,84 @@ def _shared_step(recipe: Recipe) -> Step:
     return Step("shared", parts, inputs, [out / SHARED_NOTE], action)
 
 
-def train_gates(recipe: Recipe, force: bool = False) -> None:
-    """Fits the gates of the fused model as it was merged, before any healing, and writes their report."""
+def train_gates(recipe: Recipe, force: bool = False, with_feedback: bool = False) -> None:
+    """Fits the gates of the fused model as it was merged, before any healing, and writes their report.
+
+    A running server takes them. Gates that were rolled back to stay unless this is asked for (`force`). What feedback
+    says is learnt from then on; with that of the store (`with_feedback`) new gates are judged before they stay.
+    """
     from fusion.healed import restore
+    from fusion.kept_gates import is_rolled_back
     from fusion.merge import gates_are_trained, write_papers
+    from gate_training.feedback import FILE, feedback_file
     from gate_training.trainer import is_helper
     from gate_training.trainer import train_gates as train
 
     folder = fused_folder(recipe)
+    pending = recipe.folder / ".feedback" / FILE if with_feedback else None
     if is_helper():
-        train(recipe, folder)
+        train(recipe, folder, feedback=pending)
         return
+    if pending:
+        from serving.records.feedback import export
+
+        rows = export(recipe, pending)
+        console.print(f"  {len(rows)} questions of feedback", highlight=False)
     if recipe.heal is None:
         restore(folder, unhealed_folder(recipe))
-    run_step(gates_step(recipe, train), recipe.folder, force or not gates_are_trained(folder))
+    if is_rolled_back(folder) and not force:
+        said = "train-gates: rolled back, and so it stays until `qwen-fusion train-gates` is called"
+        console.print(f"[dim]{said}[/dim]", highlight=False, soft_wrap=True)
+        return
+    run_step(gates_step(recipe, train, pending), recipe.folder, force or not gates_are_trained(folder))
+    if pending:
+        pending.replace(feedback_file(recipe))
+        pending.parent.rmdir()
     write_papers(recipe, folder)
+    _tell_server(recipe)
 
 
-def gates_step(recipe: Recipe, train: "Callable[[Recipe, Path], GateReport]") -> Step:
-    """What puts gates in place and reports on them, under the hash of all that decides them."""
+def rollback(recipe: Recipe) -> None:
+    """Exchanges the gates and those that `train-gates` replaced by them, in the checkpoint and in a running server.
+
+    Raises UserError where there are none, or where they are of other experts or of the model before it was healed.
+    """
+    from fusion.kept_gates import put_back_gates
+    from fusion.merge import write_papers
+
     folder = fused_folder(recipe)
+    _refuse_random_gates(folder)
+    note = put_back_gates(recipe, folder)
+    write_papers(recipe, folder)
+    said = f"gates by {note['method']} on {note['tokens']:,} tokens are in place again"
+    console.print(f"[bold]rollback[/bold]: {said} (once more: the others)", highlight=False, soft_wrap=True)
+    _tell_server(recipe)
+
+
+def _tell_server(recipe: Recipe) -> None:
+    """Gives the recipe's running server the gates that are in place, and says so."""
+    from serving.swap import tell_server
+
+    line = tell_server(recipe)
+    if line:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+
+
+def gates_step(recipe: Recipe, train: "Callable[..., GateReport]", feedback: Path | None = None) -> Step:
+    """What puts gates in place and reports on them, under the hash of all that decides them.
+
+    `feedback` is a file of more of it than the gates in place have learnt from.
+    """
+    from gate_training.feedback import feedback_file
+
+    folder, learnt = fused_folder(recipe), feedback or feedback_file(recipe)
 
     def action() -> str:
         from fusion.healed import restore
         from gate_training.report import write_report
 
         restore(folder, unhealed_folder(recipe))
-        result = train(recipe, folder)
+        result = train(recipe, folder, feedback=feedback) if feedback else train(recipe, folder)
         write_report(result, recipe.folder)
         last = result.layers[-1]
         return (
@@ -468,7 +521,7 @@ def gates_step(recipe: Recipe, train: "Callable[[Recipe, Path], GateReport]") ->
         )
 
     weights = [path for path in _merged_shards(recipe) if path.name != "gates.safetensors"]
-    data = _domain_files(recipe)
+    data = [*_domain_files(recipe), *([learnt] if learnt.is_file() else [])]
     parts = [recipe.gate_training, recipe.domains, [expert.domain for expert in recipe.experts]]
     outputs = [folder / "gates.safetensors", *(recipe.folder / f"gates.{kind}" for kind in ("json", "md", "png"))]
     return Step("train-gates", parts, [*weights, *data], outputs, action)

@@ -14,6 +14,7 @@ from fusion.errors import UserError
 from fusion.layers import Batch, make_batches
 from fusion.progress import console
 from fusion.recipe import Recipe
+from gate_training.feedback import feedback_file, read_feedback, repeated, split
 from gate_training.labelling.classifier import Classify, recipe_classifier
 from gate_training.labelling.combine import QuestionLabel, label_questions
 from gate_training.labelling.likelihood import LikelihoodLabel, answer_labels
@@ -85,6 +86,14 @@ def _question_labels(
     return found
 
 
+def _feedback_examples(recipe: Recipe, file: Path, others: int) -> list[RoutingExample]:
+    rows, _ = split(read_feedback(file, recipe))
+    return [
+        RoutingExample(row, QuestionLabel(row.domain, "feedback", file.name, 1.0, {}))
+        for row in repeated(rows, others, recipe.gate_training.feedback_share)
+    ]
+
+
 def rules_agreement(recipe: Recipe, examples: Sequence[RoutingExample]) -> dict[str, float]:
     """Per domain the share of its examples that the recipe's rules alone would send to the same expert."""
     found: dict[str, list[bool]] = {}
@@ -144,13 +153,15 @@ def _batches(
     return make_batches(ids, starts, [label for _, label in kept], batch_tokens)
 
 
-def routing_data(recipe: Recipe, folder: Path) -> RoutingData:
-    """The recipe's routing examples by the tokenizer of the fused model in `folder`.
+def routing_data(recipe: Recipe, folder: Path, feedback: Path | None = None) -> RoutingData:
+    """The recipe's routing examples by the tokenizer of the fused model in `folder`, with those of `feedback`.
 
-    Raises UserError where the data leave an expert without examples.
+    `feedback` None: what gates of this recipe have been trained on before, where there is any. Raises UserError where
+    the data leave an expert without examples.
     """
     settings, tokenizer = recipe.gate_training, load_tokenizer(folder)
     train = routing_examples(recipe, "train", settings.rows, folder)
+    train += _feedback_examples(recipe, feedback or feedback_file(recipe), len(train))
     held_out = routing_examples(recipe, "held_out", settings.held_out_rows, folder)
     seen = trained_on([row.example for row in train])
     if both := sum(seen(row.example) for row in held_out):

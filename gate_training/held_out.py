@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from fusion.layers import Batch, LayerStream
+from fusion.checkpoint import Checkpoint
+from fusion.layers import Batch, Gates, LayerStream, gated
 from fusion.recipe import Recipe
+from gate_training.examples import RoutingData
 from gate_training.methods import summed
 
 BINS = 10  # of confidence
@@ -80,3 +83,16 @@ def layer_report(
             if count
         ],
     )
+
+
+def layer_reports(recipe: Recipe, folder: Path, data: RoutingData, gates: Gates) -> list[LayerReport]:
+    """Held-out routing of gates that are there already."""
+    checkpoint, batches = Checkpoint(folder), data.held_out_batches()
+    stream = LayerStream(checkpoint, batches, description="routing of held-out examples")
+    reports = []
+    for layer in stream:
+        layer.attend()
+        if layer.sparse:
+            reports.append(layer_report(layer.index, gates[layer.index], stream, batches, data.domains, recipe))
+        layer.mix(gated(gates, checkpoint.config["num_experts_per_tok"]))
+    return reports

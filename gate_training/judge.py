@@ -15,7 +15,8 @@ from fusion.layers import Gates
 from fusion.recipe import Recipe
 from gate_training.compare import Losses, held_out_losses
 from gate_training.examples import RoutingData
-from gate_training.trainer import layer_reports
+from gate_training.feedback import split
+from gate_training.held_out import layer_reports
 
 OLD, NEW = "old gates", "new gates"
 
@@ -43,29 +44,27 @@ class Judgement:
 
 
 def judge(
-    recipe: Recipe,
-    folder: Path,
-    data: RoutingData,
-    feedback: Sequence[ChatExample],
-    held_out: bool,
-    gates: tuple[Gates, Gates],
+    recipe: Recipe, folder: Path, data: RoutingData, feedback: Sequence[ChatExample], old: Gates, new: Gates
 ) -> Judgement:
-    """Old and new `gates` of the fused model in `folder`, on held-out examples and on questions of `feedback`.
+    """Two sets of gates of the fused model in `folder`, on held-out examples and on questions of `feedback`.
 
+    The questions are those that are held out, all of them where none is.
     Raises UserError where the new ones lose more than `gate_training.feedback_margin` on any domain.
     """
-    named = dict(zip((OLD, NEW), gates, strict=True))
+    named = {OLD: old, NEW: new}
+    _, unseen = split(feedback)
+    questions = unseen or list(feedback)
     losses = held_out_losses(folder, data, named)
-    asked = _as_held_out(recipe, folder, data, feedback)
-    routed = {name: _routed(recipe, folder, asked, found) for name, found in named.items()} if feedback else {}
-    found = Judgement(losses, routed, len(feedback), held_out)
+    asked = _as_held_out(recipe, folder, data, questions)
+    routed = {name: _routed(recipe, folder, asked, found) for name, found in named.items()} if questions else {}
+    found = Judgement(losses, routed, len(questions), bool(unseen))
     worst, nats = max(found.lost().items(), key=lambda pair: pair[1])
     margin = recipe.gate_training.feedback_margin
     if nats > margin:
         before, after = losses[OLD][worst], losses[NEW][worst]
         raise UserError(
             f"the new gates lose {nats:.3f} nats an answer token on '{worst}' ({before:.3f} -> {after:.3f}), more than "
-            f"gate_training.feedback_margin {margin:g}: the old ones stay, look at the feedback for other domains' questions"
+            f"gate_training.feedback_margin {margin:g}: the old ones stay, look for wrong domains in the feedback"
         )
     return found
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fusion.checkpoint import write_json, write_text, written_aside
+from gate_training import judge
 from gate_training.compare import ANCHOR, LABELLED, OWN, Losses, mean_loss, retained
 from gate_training.held_out import BINS, Confidence
 from gate_training.trainer import GateReport
@@ -45,6 +46,8 @@ def markdown(report: GateReport) -> str:
         loss = "{loss_before:.4f} -> {loss_after:.4f} at step {best_step} of {steps}".format(**report.refined)
         cost = "{tokens:,} tokens, {seconds:.0f} s".format(**report.refined)
         lines += ["", f"Refined through the whole model (`lm`): held-out loss, mean over domains, {loss}; {cost}."]
+    if report.judged:
+        lines += ["", "What feedback changed:", "", judge.markdown(report.judged)]
     lines += [
         "",
         "Share of held-out tokens per expert:",

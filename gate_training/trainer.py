@@ -24,14 +24,17 @@ from fusion.architecture import gate_tensor
 from fusion.checkpoint import Checkpoint, read_json
 from fusion.errors import UserError
 from fusion.hardware import compute_dtype
+from fusion.kept_gates import keep_gates
 from fusion.layers import Batch, Choice, Gates, LayerStream, Route, checkpoint_gates, forced, gated, joined
-from fusion.merge import MANIFEST, checkpoint_dtype, record_gates, write_gates
+from fusion.merge import MANIFEST, checkpoint_dtype, gates_are_trained, record_gates, write_gates
 from fusion.plan.budget import budget
 from fusion.recipe import Recipe, general_domain
 from fusion.sources import anchor_source
 from gate_training.compare import Losses, compared_name, held_out_losses, mean_loss, mergekit_gates, references
 from gate_training.examples import RoutingData, routing_data, write_labels
-from gate_training.held_out import LayerReport, layer_report
+from gate_training.feedback import read_feedback
+from gate_training.held_out import LayerReport, layer_report, layer_reports
+from gate_training.judge import judge
 from gate_training.labelling.likelihood import token_targets
 from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
 from gate_training.methods import cross_entropy, moments, new_row, regression, ridge
@@ -72,21 +75,27 @@ class GateReport:
     compared: dict[str, Losses] = field(default_factory=dict)
     active_parameters: dict[str, int] = field(default_factory=dict)  # a token passes, by "top-k", where compared
     refined: dict[str, Any] | None = None  # method lm: gate_training.refine.Refined
+    judged: dict[str, Any] | None = None  # where feedback was learnt from: gate_training.judge.Judgement
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         return asdict(self)
 
 
-def train_gates(recipe: Recipe, folder: Path, joining: Joining | None = None) -> GateReport:
+def train_gates(
+    recipe: Recipe, folder: Path, joining: Joining | None = None, feedback: Path | None = None
+) -> GateReport:
     """Fits the gates of the fused checkpoint in `folder` and puts them in place; returns the held-out report.
+
+    Trained gates that were there are kept for `rollback`. With the file `feedback` the new ones learn from its rows
+    too, and are judged beside those: UserError, and the old ones stay, where they lose on any domain.
 
     With `joining` only that expert's row is fitted, by cross-entropy or, where the recipe keeps sums, by least squares.
     Raises UserError where the data leave an expert without examples.
     """
     settings = recipe.gate_training
     PartialState().wait_for_everyone()  # for the one that has prepared the folder
-    data = routing_data(recipe, folder)
+    data = routing_data(recipe, folder, feedback)
     if settings.method == settings.threshold == "auto" and PartialState().num_processes > 1:
         raise UserError(
             "method and threshold 'auto' together are the work of one process: launch one, or name a method"
@@ -104,7 +113,12 @@ def train_gates(recipe: Recipe, folder: Path, joining: Joining | None = None) ->
         gates, report = fit_gates(recipe, folder, data, settings.method)
     if settings.threshold == "auto" and not joining:
         gates, report = _calibrated(recipe, folder, data, gates, report)
+    if feedback and gates_are_trained(folder):
+        old = checkpoint_gates(Checkpoint(folder))
+        judged = judge(recipe, folder, data, read_feedback(feedback, recipe), old, gates)
+        report = replace(report, judged=judged.as_dict())
     if not is_helper():
+        keep_gates(recipe, folder, gates)
         install_gates(folder, gates)
         record_gates(folder, report.method, report.labels, report.tokens, report.threshold)
         write_labels(data, recipe.folder / "labels.jsonl")
@@ -175,19 +189,6 @@ def _refined(recipe: Recipe, folder: Path, data: RoutingData) -> tuple[Gates, Ga
     compared |= {compared_name(name, recipe.routing.top_k): row for name, row in losses.items()}
     layers = layer_reports(recipe, folder, data, gates)
     return gates, replace(report, method="lm", layers=layers, compared=compared, refined=asdict(refined))
-
-
-def layer_reports(recipe: Recipe, folder: Path, data: RoutingData, gates: Gates) -> list[LayerReport]:
-    """Held-out routing of gates that are there already."""
-    checkpoint, batches = Checkpoint(folder), data.held_out_batches()
-    stream = LayerStream(checkpoint, batches, description="routing of held-out examples")
-    reports = []
-    for layer in stream:
-        layer.attend()
-        if layer.sparse:
-            reports.append(layer_report(layer.index, gates[layer.index], stream, batches, data.domains, recipe))
-        layer.mix(gated(gates, checkpoint.config["num_experts_per_tok"]))
-    return reports
 
 
 def measured(recipe: Recipe, folder: Path) -> GateReport:

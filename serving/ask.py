@@ -17,7 +17,7 @@ from serving.engine import EngineSettings
 from serving.guard.keys import OPERATOR_VARIABLE, read_keys
 from serving.guard.settings import GuardSettings
 from serving.records.settings import recording
-from serving.serve import RunningServer, find_server, running_server, serve
+from serving.serve import RunningServer, find_state, manifest_shards, running_server, serve
 
 STATE = "server.json"
 
@@ -41,6 +41,7 @@ def engine_settings(recipe: Recipe) -> EngineSettings:
         gpu_memory_utilization=serving.gpu_memory_utilization,
         max_model_len=serving.max_model_len,
         yarn_factor=serving.yarn_factor,
+        live_gates=serving.live_gates,
         cpu_kv_cache_bytes=serving.cpu_kv_cache_bytes,
         temperature=serving.sampling.temperature,
         top_p=serving.sampling.top_p,
@@ -91,14 +92,13 @@ def serve_recipe(recipe: Recipe) -> None:
 @contextmanager
 def recipe_server(recipe: Recipe, reuse: bool = True) -> Iterator[RunningServer]:
     """The recipe's running server, or (always without `reuse`) one on a free port for the length of the block."""
-    found = find_server(recipe.folder / STATE, recipe.name) if reuse else None
+    found = find_state(recipe.folder / STATE, recipe.name) if reuse else None
     if found:
-        started = (recipe.folder / STATE).stat().st_mtime
         folder = served_folder(recipe)
-        if any(path.stat().st_mtime > started for path in folder.glob("*.safetensors")):
+        if found.shards != manifest_shards(folder):
             note = f"{folder} has changed since the server at {found.url} started: restart it to serve the change"
             console.print(f"[yellow]{note}[/yellow]", highlight=False, soft_wrap=True)
-        yield found
+        yield RunningServer(found.url, found.model)
         return
     settings = engine_settings(recipe)
     with running_server(settings, guard_settings(recipe), log=_log(recipe)) as server:

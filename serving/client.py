@@ -49,10 +49,10 @@ def chat(
             answer = json.load(response)
             attempts = int(response.headers.get("x-qwen-fusion-attempts", 1))
     except urllib.error.HTTPError as error:
-        raise UserError(f"the server at {url} answered {error.code}: {_reason(error)}") from None
+        raise UserError(f"the server at {url} answered {error.code}: {reason(error)}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(f"no answer from {url} ({reason}): start the server with `qwen-fusion serve`") from None
+        cause = getattr(error, "reason", None) or error
+        raise UserError(f"no answer from {url} ({cause}): start the server with `qwen-fusion serve`") from None
     choice = answer["choices"][0]
     return Answer(
         text=choice["message"].get("content") or "",
@@ -64,7 +64,8 @@ def chat(
     )
 
 
-def _reason(error: urllib.error.HTTPError) -> str:
+def reason(error: urllib.error.HTTPError) -> str:
+    """Why an OpenAI-compatible server refused, in one line of its own words."""
     text = error.read().decode(errors="replace")
     try:
         return str(json.loads(text)["error"]["message"]).split("\n")[0]

@@ -42,9 +42,10 @@ class EngineSettings:
     used on CPU, where a share of all memory would be asked for per worker; `gpu_memory_utilization` on GPU.
     `kv_cache_bytes` is a worker's cache whatever the hardware. `compact_json` writes constrained JSON without any
     white space, so that no model can fill its budget with spaces; experts trained on another style answer better
-    without it. `quantization` `fp8` lets vLLM convert the linear maps while it loads. `lora_modules` are names and
-    folders of adapters that requests may name as their model. With `routed_experts` an answer on GPUs tells the
-    experts of every token.
+    without it. `quantization` `fp8` lets vLLM convert the linear maps while it loads. `live_gates` opens vLLM's
+    development routes, by which new gates come in (serving/swap.py), to whoever reaches the loopback port.
+    `lora_modules` are names and folders of adapters that requests may name as their model. With `routed_experts` an
+    answer on GPUs tells the experts of every token.
     """
 
     model: str
@@ -62,6 +63,7 @@ class EngineSettings:
     top_p: float = 0.9
     compact_json: bool = False
     prefix_caching: bool = True
+    live_gates: bool = False
     lora_modules: tuple[tuple[str, str], ...] = ()
     max_lora_rank: int = 16
     routed_experts: bool = False
@@ -116,6 +118,8 @@ def engine_arguments(settings: EngineSettings, hardware: Hardware, port: int) ->
         arguments.append("--quantization=fp8_per_tensor")  # plain `fp8` is vLLM 0.32's deprecated name for it
     if not settings.prefix_caching:
         arguments.append("--no-enable-prefix-caching")
+    if settings.live_gates:
+        arguments.append("--worker-extension-cls=serving.live_gates.LiveGates")
     if settings.lora_modules:
         count = len(settings.lora_modules)
         arguments += ["--enable-lora", f"--max-loras={count}", f"--max-lora-rank={settings.max_lora_rank}"]
@@ -144,6 +148,8 @@ def engine_arguments(settings: EngineSettings, hardware: Hardware, port: int) ->
 def engine_environment(settings: EngineSettings, hardware: Hardware) -> dict[str, str]:
     """The variables vLLM's processes get beside those of this one: on CPU, which cores each worker runs on."""
     variables = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if settings.live_gates:
+        variables["VLLM_SERVER_DEV_MODE"] = "1"
     if not hardware.gpus:
         variables["VLLM_CPU_OMP_THREADS_BIND"] = core_binding(hardware.cores, settings.tensor_parallel_size)
         variables["CUDA_VISIBLE_DEVICES"] = ""

@@ -33,16 +33,24 @@ from serving.guard.metrics import SHARED
 from serving.guard.settings import GuardSettings
 
 CHECK_EVERY_S = 0.5
+GATES_FILE = "gates.safetensors"  # fusion.merge, which imports torch
 KEEP_ALIVE_S = 75  # longer than clients keep an idle connection: one closed meanwhile fails the request sent on it
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """A running server, as its state file names it."""
+    """A running server, as its state file names it: addresses of guard and engine, and the checkpoint as loaded.
+
+    `shards` are those that its manifest names, {file: SHA-256}.
+    """
 
     pid: int
     url: str
     model: str
+    engine: str
+    live_gates: bool
+    checkpoint: str
+    shards: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ def serve(
     `guard_settings.upstream` is replaced by the engine's address. `state` names the file that tells `find_server` about
     this server. Raises UserError when the port is taken or vLLM dies.
     """
+    shards = manifest_shards(Path(engine_settings.model))
     with (
         listening_socket(host, port) as listener,
         _terminate_like_interrupt(),
@@ -75,7 +84,7 @@ def serve(
         Engine(engine_settings, log) as engine,
     ):
         url = _address(host, listener)
-        with _state_file(state, ServerState(os.getpid(), url, engine_settings.served_name)):
+        with _state_file(state, _state(url, engine, shards)):
             ready = f"serving {engine_settings.served_name} on {url}/v1"
             console.print(f"{ready} (started in {engine.start_seconds:.0f} s, Ctrl-C ends it)", highlight=False)
             _run_guard(_of_engine(engine, guard_settings), listener, engine.alive)
@@ -120,6 +129,7 @@ def running_server(
     state: Path | None = None,
 ) -> Iterator[RunningServer]:
     """A server for the length of a `with` block; port 0 takes a free one. Raises UserError as `serve` does."""
+    shards = manifest_shards(Path(engine_settings.model))
     with listening_socket(host, port) as listener, Engine(engine_settings, log) as engine:
         url = _address(host, listener)
         settings = _of_engine(engine, guard_settings)
@@ -132,7 +142,7 @@ def running_server(
                 time.sleep(0.01)
             if not guard.started:
                 raise UserError(f"the guard did not start on {url}: its own message is above")
-            with _state_file(state, ServerState(os.getpid(), url, engine_settings.served_name)):
+            with _state_file(state, _state(url, engine, shards)):
                 yield RunningServer(url, engine_settings.served_name, engine)
         finally:
             guard.should_exit = True
@@ -141,6 +151,12 @@ def running_server(
 
 def find_server(state: Path, model: str | None = None) -> RunningServer | None:
     """The server which a state file names, None unless it is alive, healthy and serves `model`."""
+    found = find_state(state, model)
+    return RunningServer(found.url, found.model) if found else None
+
+
+def find_state(state: Path, model: str | None = None) -> ServerState | None:
+    """What a state file says of its server, None unless that is alive, healthy and serves `model`."""
     try:
         found = ServerState(**json.loads(state.read_text()))
         os.kill(found.pid, 0)
@@ -148,7 +164,23 @@ def find_server(state: Path, model: str | None = None) -> RunningServer | None:
         return None
     if (model is not None and found.model != model) or not is_healthy(found.url, path="/ready"):
         return None
-    return RunningServer(found.url, found.model)
+    return found
+
+
+def write_state(path: Path, state: ServerState) -> None:
+    """Writes a state file aside and renames."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(asdict(state)))
+    aside.replace(path)
+
+
+def manifest_shards(folder: Path) -> dict[str, str]:
+    """The hashes of a checkpoint's shards and gates by its manifest, {file: SHA-256}; empty where it has none."""
+    try:
+        manifest = json.loads((folder / "fusion.json").read_text(encoding="utf-8"))
+        return {**manifest["sha256"], GATES_FILE: manifest["gates"]["sha256"]}
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -256,15 +288,19 @@ def _signals_kept() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def _state(url: str, engine: Engine, shards: dict[str, str]) -> ServerState:
+    settings = engine.settings
+    checkpoint = str(Path(settings.model).absolute())
+    return ServerState(os.getpid(), url, settings.served_name, engine.url, settings.live_gates, checkpoint, shards)
+
+
 @contextmanager
 def _state_file(path: Path | None, state: ServerState) -> Iterator[None]:
     if path is None:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(asdict(state)))
-    aside.replace(path)
+    write_state(path, state)
     try:
         yield
     finally:

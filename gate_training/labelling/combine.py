@@ -17,7 +17,7 @@ from gate_training.labelling.rules import NO_RULE, label_by_rules
 class QuestionLabel:
     """A question's domain, the channel that decided it, what it went by, how sure it is, what each channel says of it.
 
-    Channels are `rules`, `classifier`, `likelihood`, and `data`: the row's own domain.
+    Channels are `rules`, `classifier`, `likelihood`, `data`: the row's own domain, and `feedback`: what people said.
     """
 
     domain: str

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fusion.checkpoint import write_lines
+from fusion.errors import UserError
 from fusion.recipe import Recipe
+from gate_training.feedback import checked, feedback_file, json_rows
 from serving.records.record import Feedback, RoutingRecord, suspicions, top_expert
 from serving.records.settings import store_url
 from serving.records.store import opened
@@ -72,11 +74,13 @@ def newest(rows: Iterable[Row]) -> list[Row]:
 
 
 def export(recipe: Recipe, out: Path, misroutes: bool = False) -> list[Row]:
-    """Writes all feedback, with that in `out` already, and returns the rows; misroutes only where nobody has spoken.
+    """Writes all feedback, that which gates have learnt from included, to `out`; returns the rows.
 
-    Raises UserError where the store or the file cannot be read.
+    With `misroutes` also requests that only look misrouted, where nobody has spoken. Raises UserError where the store
+    cannot be read or there is nothing to write.
     """
-    rows = _read(out, recipe) if out.is_file() else []
+    learnt = feedback_file(recipe)
+    rows = _read(learnt, recipe) if learnt.is_file() else []
     with opened(store_url(recipe)) as store:
         rows += rows_of(store.feedback())
         if misroutes:
@@ -85,8 +89,12 @@ def export(recipe: Recipe, out: Path, misroutes: bool = False) -> list[Row]:
             found = misrouted_rows(store.recent(MISROUTES), expert_of)
             rows += [row for row in found if _question(row) not in known]
     kept = newest(row for row in rows if row["domain"] in recipe.domains)
-    if kept:
-        write_lines(out, kept)
+    if not kept:
+        raise UserError(
+            "no feedback names a domain for a request whose text was kept: POST /v1/feedback with a 'domain', with "
+            "serving.guard.records.prompts in the recipe"
+        )
+    write_lines(out, kept)
     return kept
 
 

@@ -212,3 +212,24 @@ def test_bfloat16_weights_heal_through_float32_norms(recipe: Recipe, monkeypatch
     settings = HealSettings(**{**STEPS, "steps": 4})
     result = healing.heal(recipe.model_copy(update={"heal": settings}), recipe.fused, recipe.folder / "unhealed")
     assert all(loss == loss for _, loss in result.curve) and is_healed(recipe.fused)
+
+
+def test_healed_gates_are_not_rolled_back(recipe: Recipe) -> None:
+    def by(method: str) -> Recipe:
+        settings = recipe.gate_training.model_copy(update={"method": method})
+        return recipe.model_copy(update={"gate_training": settings})
+
+    first = file_hash(recipe.fused / "gates.safetensors")
+    road.train_gates(by("regression"), force=True)
+    road.heal(recipe)
+    files = hashes(recipe.fused)
+    with pytest.raises(UserError, match="was healed since, its gates together with its attention"):
+        road.rollback(recipe)
+    assert hashes(recipe.fused) == files
+    road.train_gates(by("cross-entropy"), force=True)  # takes healing back first
+    road.rollback(recipe)
+    note = read_json(recipe.fused / "fusion.json")["gates"]
+    assert note["method"] == "regression" and file_hash(recipe.fused / "gates.safetensors") != first
+    road.heal(recipe)
+    road.train_gates(recipe)  # skipped, and healing stays
+    assert is_healed(recipe.fused)

@@ -1,0 +1,105 @@
+"""New gates for a running server: vLLM stands still for as long as its workers read a few megabytes.
+
+    print(swap_gates("http://127.0.0.1:41233", Path("runs/demo/fused/gates.safetensors")))    # seconds
+
+Requests under way wait and go on with the new gates: what was computed of them by the old ones is dropped and computed
+again, as are cached prefixes, so that every later answer is that of a fresh start. The routes for this are vLLM's
+development routes (recipe: serving.live_gates); the guard passes none of them on.
+"""
+
+import hashlib
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fusion.errors import UserError
+from fusion.recipe import Recipe
+from serving.ask import STATE
+from serving.client import reason
+from serving.serve import GATES_FILE, find_state, manifest_shards, write_state
+
+TIMEOUT_S = 300.0  # a step under way ends first, which may be a long prompt's on a CPU
+
+
+def tell_server(recipe: Recipe) -> str | None:
+    """Gives the recipe's running server the fused model's gates; a line on what became of it.
+
+    None where no server runs, or it has those gates. Raises UserError where vLLM does not take them.
+    """
+    place, folder = recipe.folder / STATE, recipe.fused
+    state, shards = find_state(place, recipe.name), manifest_shards(folder)
+    if state is None or state.shards == shards:
+        return None
+    if Path(state.checkpoint) != folder.absolute():
+        return f"the server at {state.url} serves {state.checkpoint}, whose gates stay as they are"
+    restart = f"until it is restarted (requests under way get {recipe.serving.guard.drain_s:g} s to end)"
+    if {**state.shards, GATES_FILE: None} != {**shards, GATES_FILE: None}:
+        return f"the server at {state.url} serves the experts and attention of before {restart}"
+    if not state.live_gates:
+        return f"the server at {state.url} serves the gates of before {restart}: serving.live_gates spares that"
+    try:
+        seconds = swap_gates(state.engine, folder / GATES_FILE)
+    except UserError as error:
+        raise UserError(
+            f"the gates are in place, but the server at {state.url} goes on without them: {error}"
+        ) from None
+    write_state(place, replace(state, shards=shards))
+    return f"the server at {state.url} has them as well, after {seconds:.2f} s without service"
+
+
+def swap_gates(engine: str, file: Path) -> float:
+    """Puts the gate shard `file` into the vLLM at address `engine`; returns the seconds for which it gave no service.
+
+    Raises UserError where that fails; the engine then goes on with the gates that it had.
+    """
+    wanted = hashlib.sha256(file.read_bytes()).hexdigest()
+    with _paused(engine) as begin:
+        try:
+            told = _workers(engine, "load_gates", str(file.absolute()))
+            for row in told:
+                if row.get("sha256") != wanted:
+                    why = row.get("error", f"{file} changed meanwhile")
+                    raise UserError(f"vLLM at {engine} did not take the gates ({why}): run the command again")
+            _post(engine, "/reset_prefix_cache?reset_running_requests=true")
+        except BaseException:
+            _workers(engine, "put_back_gates")
+            raise
+    return time.monotonic() - begin
+
+
+@contextmanager
+def _paused(engine: str) -> Iterator[float]:
+    """Inside, the engine computes nothing and its requests wait, from the moment on that is given."""
+    begin = time.monotonic()
+    try:
+        _post(engine, "/pause?mode=keep&clear_cache=false")
+        yield begin
+    finally:
+        _post(engine, "/resume")
+
+
+def _workers(engine: str, method: str, *args: str) -> list[Any]:
+    """What each worker returns of a method."""
+    results: list[Any] = _post(engine, "/collective_rpc", {"method": method, "args": args})["results"]
+    return results
+
+
+def _post(engine: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The object that vLLM answers with. Raises UserError where it does not answer, or not with success."""
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(engine + path, json.dumps(body or {}).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            found: dict[str, Any] = json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise UserError(f"vLLM at {engine} answered {error.code} to {path}: {reason(error)}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"vLLM at {engine} did not answer {path} ({error}): restart the server") from None
+    return found
