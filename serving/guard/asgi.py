@@ -42,7 +42,7 @@ from serving.guard.metrics import Metrics
 from serving.guard.openapi import DESCRIPTION
 from serving.guard.policy_step import PolicyStep
 from serving.guard.rates import Rates
-from serving.guard.record_routes import FEEDBACK, ROUTING, RecordRoutes
+from serving.guard.record_routes import FEEDBACK, ROUTING, UI, RecordRoutes, is_ui
 from serving.guard.requests_log import RequestsLog
 from serving.guard.schema import CheckerCache, NotCompiled, SchemaError
 from serving.guard.settings import GuardSettings
@@ -167,7 +167,7 @@ class _Guard:
 
     def _admit(self, exchange: Exchange) -> None:
         """Raises Refusal where the request has no key, its asker has made too many, or too many are under way."""
-        if exchange.path in OPEN:
+        if exchange.path in OPEN or (exchange.path == UI and self._settings.guard.ui):
             return
         client = exchange.scope.get("client")
         exchange.asker = client[0] if client else ""
@@ -206,6 +206,8 @@ class _Guard:
             await self._records.feedback(exchange, body)
         elif self._records and path.startswith(ROUTING) and method == "GET":
             await self._records.routing(exchange)
+        elif self._records and self._settings.guard.ui and is_ui(path) and method == "GET":
+            await self._records.ui(exchange)
         elif (path == MODELS or path.startswith(f"{MODELS}/")) and method == "GET" and ".." not in path:
             await self._relay(exchange, body)
         elif path in COUNTED and (self._records or path != FEEDBACK):
@@ -284,13 +286,17 @@ class _Guard:
         answer = decoded(reply.content)
         if not is_completion(answer):
             raise ValueError("the engine's answer is no completion")
-        await exchange.json(200, self._routed(exchange, answer))
+        await exchange.json(200, self._routed(exchange, answer, answer.get("usage")))
 
-    def _routed(self, exchange: Exchange, answer: dict[str, Any]) -> dict[str, Any]:
-        """The answer without the engine's account of its experts, which is kept, and with the routing where wanted."""
+    def _routed(self, exchange: Exchange, answer: dict[str, Any], usage: Any) -> dict[str, Any]:
+        """The answer without the engine's account of its experts, which is kept, and with the routing where wanted.
+
+        `usage` is of the attempt that gave it.
+        """
         if self._recorder is None:
             return answer
-        exchange.routes = answer["choices"][0].get(ROUTES) if answer["choices"] else None
+        if answer["choices"] and (routes := answer["choices"][0].get(ROUTES)):
+            exchange.routes = (routes, token_count(usage, "prompt_tokens"))
         choices = [{key: value for key, value in choice.items() if key != ROUTES} for choice in answer["choices"]]
         answer = {**answer, "choices": choices}
         if exchange.routing is None:
@@ -403,7 +409,7 @@ class _Guard:
         if isinstance(step, Exhausted):
             error = {"error": self._policy.report(step.error["error"])}
             return _Answer(422, error, (*kept, NO_RETRY))
-        answer = self._routed(exchange, step.answer)
+        answer = self._routed(exchange, step.answer, ladder.attempts[-1]["usage"])
         exchange.answered = answer["choices"]
         return _Answer(200, answer, kept)
 

@@ -92,7 +92,7 @@ class Exchange:
     asked: Any = None
     answered: Any = None
     admitted: Any = None  # what was asked, as the policy let it in
-    routes: str | None = None  # the engine's own account of the experts
+    routes: tuple[str, int] | None = None  # the engine's own account of the experts, and the prompt's tokens in it
     routing: dict[str, Any] | None = None  # how it was routed, where the client wants to be told
     kept: bytearray | None = None  # what has gone out, where it is recorded
 

@@ -2,13 +2,18 @@
 
     POST /v1/feedback   {"request_id": "...", "rating": "down", "domain": "math", "comment": "..."}
     GET  /v1/routing/REQUEST_ID
+    GET  /ui, /ui/overview?minutes=60, /ui/explain/REQUEST_ID       where serving.guard.ui is on
 
-A request's record is for whoever made it, and for operators (serving.guard.operator_keys_file).
+A request's record is for whoever made it, and for operators (serving.guard.operator_keys_file). The page itself holds
+no data and needs no key; what it shows is for operators.
 """
 
 import asyncio
+import time
 from dataclasses import asdict
+from importlib.resources import files
 from typing import Any
+from urllib.parse import parse_qs
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -17,11 +22,28 @@ from serving.guard.exchange import Exchange, Refusal
 from serving.guard.keys import Keys
 from serving.records.record import Feedback, RoutingRecord, suspicions, top_expert
 from serving.records.recorder import Recorder
+from serving.ui.overview import overview
 
 FEEDBACK, ROUTING = "/v1/feedback", "/v1/routing/"
+UI, OVERVIEW, EXPLAIN = "/ui", "/ui/overview", "/ui/explain/"
+MINUTES, MOST_MINUTES = 60, 24 * 60  # that the overview goes back
+SHOWN = 5000  # requests at most that it counts
+NOTHING_ELSE = b"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+PAGE_HEADERS = (
+    (b"content-type", b"text/html; charset=utf-8"),
+    (b"content-security-policy", NOTHING_ELSE + b"; frame-ancestors 'self'; base-uri 'none'; form-action 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+)
 RATINGS = ("up", "down")
 MAX_COMMENT = 2000  # characters
 LOST_FOR_S = 2.0  # that a record may take to be written
+
+
+def is_ui(path: str) -> bool:
+    """Whether a path is one of the page's."""
+    return path in (UI, OVERVIEW) or path.startswith(EXPLAIN)
 
 
 class RecordRoutes:
@@ -32,6 +54,9 @@ class RecordRoutes:
 
     async def feedback(self, exchange: Exchange, body: bytes) -> None:
         """Keeps what a client says of a request. Raises Refusal where that says nothing, or of no known request."""
+        if exchange.headers.get(b"content-type", b"").partition(b";")[0].strip() != b"application/json":
+            said = "Feedback is JSON (content-type: application/json)."  # which another site's page cannot send
+            raise Refusal(415, said, "invalid_request_error", "unsupported_media_type")
         given = _object(body)
         rating, domain, comment = given.get("rating"), given.get("domain"), given.get("comment", "")
         if given.keys() - {"request_id", "rating", "domain", "comment"}:
@@ -55,6 +80,31 @@ class RecordRoutes:
         record = await self._mine(exchange, exchange.path.removeprefix(ROUTING))
         doubts = suspicions(record, self._recorder.recording.expert_of)
         await exchange.json(200, {**asdict(record), "suspicions": doubts})
+
+    async def ui(self, exchange: Exchange) -> None:
+        """The page, and what it asks for. Raises Refusal where the asker is no operator, or nothing is there."""
+        path = exchange.path
+        if path == UI:
+            await exchange.whole(200, PAGE_HEADERS, files("serving.ui").joinpath("page.html").read_bytes())
+            return
+        if not self.operator(exchange):
+            said = "The page's data are for operators: give one of their keys (Authorization: Bearer ...)."
+            raise Refusal(403, said, "invalid_request_error", "not_an_operator")
+        if path == OVERVIEW:
+            minutes = _minutes(exchange.scope.get("query_string", b""))
+            since = time.time() - 60 * minutes
+            records = await _stored(self._recorder.store.recent, SHOWN, since)
+            await exchange.json(200, overview(records, self._recorder.recording, minutes))
+            return
+        request_id = path.removeprefix(EXPLAIN)
+        page = await _stored(self._recorder.store.page, request_id)
+        if page is not None:
+            await exchange.whole(200, PAGE_HEADERS, page.encode())
+        elif await _stored(self._recorder.store.want_page, request_id):
+            await exchange.json(202, {"request_id": request_id, "page": "wanted"})
+        else:
+            said = "There is no text of that request to explain (serving.guard.records.prompts keeps it)."
+            raise Refusal(404, said, "invalid_request_error", "not_found")
 
     async def _mine(self, exchange: Exchange, request_id: str) -> RoutingRecord:
         """The record that the asker may see; one that is being written is waited for. Raises Refusal."""
@@ -91,6 +141,13 @@ async def _stored(action: Any, *given: Any) -> Any:
         said = "The records cannot be reached."
         headers = ((b"retry-after", b"5"),)
         raise Refusal(503, said, "server_error", "records_unavailable", headers=headers) from None
+
+
+def _minutes(query: bytes) -> int:
+    given = parse_qs(query.decode("latin-1")).get("minutes", [str(MINUTES)])[-1]
+    if not given.isascii() or not given.isdecimal() or not 1 <= int(given) <= MOST_MINUTES:
+        raise _invalid(f"minutes is a number from 1 to {MOST_MINUTES}", "minutes")
+    return int(given)
 
 
 def _object(body: bytes) -> dict[str, Any]:

@@ -22,9 +22,9 @@ class RoutingRecord:
     """One request: how it was answered, what the label channels say of it, which experts served it.
 
     `channels` are what each label channel says, {channel: {domain, evidence, confidence}}; `domain`, `channel` and
-    `evidence` are of the one that decided. `shares` come from the engine's own account (`engine`) or were computed
-    afterwards (`explain`). `asked` (the messages, or a prompt) and `answered` are kept only where the recipe says so,
-    as the policy has left them.
+    `evidence` are of the one that decided. `shares` are of the answer's tokens, from the engine's own account
+    (`engine`) or computed afterwards (`explain`). `asked` (the messages) and `answered` are kept only where the recipe
+    says so, as the policy has left them.
     """
 
     request_id: str

@@ -35,8 +35,8 @@ STOP_S = 10.0  # for what is in the queue when the guard ends
 
 @dataclass(frozen=True)
 class Ended:
-    """A completion request that has ended. `admitted` is the request as the policy let it in (None: it did not),
-    `body` what the client was sent, `routes` the engine's own `routed_experts`."""
+    """A completion request that has ended. `admitted` is the request as the policy let it in (None: it did not) and
+    `body` what the client was sent; `routes` are vLLM's `routed_experts` and the number of prompt tokens in them."""
 
     request_id: str
     path: str
@@ -48,7 +48,7 @@ class Ended:
     violations: tuple[str, ...] = ()
     admitted: Mapping[str, Any] | None = None
     body: bytes = b""
-    routes: str | None = None
+    routes: tuple[str, int] | None = None
     at: float = field(default_factory=time.time)
 
 
@@ -183,12 +183,12 @@ def labelled(request: Mapping[str, Any] | None, recording: Recording) -> dict[st
     return {"domain": label.domain, "channel": "rules", "evidence": label.evidence, "channels": {"rules": said}}
 
 
-def engine_shares(routes: str | None, recording: Recording) -> Shares:
+def engine_shares(routes: tuple[str, int] | None, recording: Recording) -> Shares:
     """The experts' shares by the engine's own account, {} where it gave none that can be read."""
     if not routes:
         return {}
     try:
-        return shares_of(routes, recording.experts, recording.sparse_layers)
+        return shares_of(routes[0], recording.experts, recording.sparse_layers, routes[1])
     except ValueError as error:
         LOGGER.warning("the engine's account of its experts cannot be read: %s", error)
         return {}

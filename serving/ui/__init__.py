@@ -1,0 +1,1 @@
+"""The page of live traffic on the guard's port."""
