@@ -61,7 +61,7 @@ def _table(explanation: Explanation) -> Table:
     if explanation.shares.answer is not None:
         columns, names = [columns[0], explanation.shares.answer, columns[1]], ["prompt", "answer", "everything"]
     for group in explanation.groups:
-        names.append(f"{explanation.judged}, {group.name} layers")
+        names.append(f"{group.name} third")
         columns.append(group.shares.judged)
     for name in names:
         table.add_column(name, justify="right")
