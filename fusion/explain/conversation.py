@@ -75,13 +75,15 @@ def of_file(path: Path) -> Conversation:
 def tokenize(tokenizer: Any, conversation: Conversation) -> list[Token]:
     """The tokens that the served model sees of prompt, answer and end mark; their texts joined are the whole text.
 
-    Raises UserError where the chat template changes a message's text.
+    Raises UserError where there is nothing but the chat template, or that changes a message's text.
     """
     text, spans = _rendered(tokenizer, conversation.messages)
     tokens = list(_tokens(tokenizer, text, spans))
     if conversation.answer is not None:
         answer = conversation.answer + END
         tokens += _tokens(tokenizer, answer, [(0, len(answer), "answer")])
+    elif not any(token.part == "prompt" for token in tokens):
+        raise UserError("the prompt is empty: give it some words")
     return tokens
 
 
@@ -108,6 +110,8 @@ def _rendered(tokenizer: Any, messages: tuple[Message, ...]) -> tuple[str, list[
 
 def _tokens(tokenizer: Any, text: str, spans: list[Span]) -> Iterator[Token]:
     """The tokens of `text`. Of a character that several tokens share, the last has the text, all of them a label."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError("the text holds half a character (a surrogate without its other half): write it as UTF-8")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     places = encoded["offset_mapping"]
     starts = [0, *(start for start, _ in places[1:]), len(text)]
@@ -116,5 +120,5 @@ def _tokens(tokenizer: Any, text: str, spans: list[Span]) -> Iterator[Token]:
     for i, (identity, (start, end)) in enumerate(zip(encoded["input_ids"], places, strict=True)):
         number, count = numbered[i]
         piece = text[start:end] + (f" {number}/{count}" if count > 1 else "")
-        part = next((part for first, last, part in spans if start < last and end > first), "template")
+        part: Part = next((part for first, last, part in spans if start < last and end > first), "template")
         yield Token(identity, text[starts[i] : starts[i + 1]], piece, part)

@@ -7,17 +7,18 @@ token elsewhere where two experts are close.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from fusion.checkpoint import Checkpoint, read_json
 from fusion.data import Message
 from fusion.explain.conversation import Conversation, tokenize
-from fusion.explain.explanation import Deciding, Explanation, LayerGroup, Shares, Token
+from fusion.explain.explanation import Deciding, Explanation, LayerGroup, Shares, Third, Token
 from fusion.layers import checkpoint_gates
 from fusion.served import TokenRoutes, token_routes
 
+THIRDS: tuple[Third, ...] = get_args(Third)
 DECIDING = 5  # tokens that are named, at most
 OF_THE_GREATEST = 0.1  # rise from which a token is named
 DIGITS = 6  # of probabilities and weights
@@ -47,7 +48,7 @@ def explain_all(
 def _explanation(
     model: str, experts: list[str], layers: list[int], tokens: list[Token], routes: TokenRoutes
 ) -> Explanation:
-    judged = "answer" if tokens[-1].part == "answer" else "prompt"
+    judged: Literal["prompt", "answer"] = "answer" if tokens[-1].part == "answer" else "prompt"
     of_judged = torch.tensor([token.part == judged for token in tokens])
     served = torch.zeros_like(routes.probabilities).scatter(
         2, routes.experts, routes.weights
@@ -83,7 +84,7 @@ def _shares(served: torch.Tensor, tokens: list[Token], experts: list[str]) -> Sh
     def share(*parts: str) -> dict[str, float]:
         kept = torch.tensor([not parts or token.part in parts for token in tokens])
         weight = served[:, kept].sum(dim=(0, 1)).double()  # (experts,)
-        return dict(zip(experts, (weight / weight.sum()).tolist(), strict=True))
+        return dict(zip(experts, (weight / weight.sum().clamp_min(1e-9)).tolist(), strict=True))
 
     return Shares(share("prompt"), share("answer") if tokens[-1].part == "answer" else None, share())
 
@@ -91,10 +92,9 @@ def _shares(served: torch.Tensor, tokens: list[Token], experts: list[str]) -> Sh
 def _groups(served: torch.Tensor, layers: list[int], tokens: list[Token], experts: list[str]) -> list[LayerGroup]:
     """The shares by thirds of the sparse layers; of less than three layers some thirds are left out."""
     cuts = [round(len(layers) * third / 3) for third in range(4)]
-    thirds = zip(("early", "middle", "late"), cuts, cuts[1:], strict=False)
     return [
         LayerGroup(name, layers[first:last], _shares(served[first:last], tokens, experts))
-        for name, first, last in thirds
+        for name, first, last in zip(THIRDS, cuts, cuts[1:], strict=False)
         if first < last
     ]
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 Part = Literal["template", "system", "prompt", "answer"]
+Third = Literal["early", "middle", "late"]
+Channel = Literal["rules", "classifier", "likelihood"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Shares:
 class LayerGroup:
     """A third of the sparse layers."""
 
-    name: Literal["early", "middle", "late"]
+    name: Third
     layers: list[int]
     shares: Shares
 
@@ -69,7 +71,7 @@ class Deciding:
 class Opinion:
     """What a label channel says of the question (likelihood: of the answer), and whether the tokens went there."""
 
-    channel: Literal["rules", "classifier", "likelihood"]
+    channel: Channel
     domain: str
     expert: str
     evidence: str

@@ -6,7 +6,7 @@ for opinion in opinions(recipe, conversation, "math"):
 
 from fusion.data import ChatExample, train_rows
 from fusion.explain.conversation import Conversation
-from fusion.explain.explanation import Opinion
+from fusion.explain.explanation import Channel, Opinion
 from fusion.recipe import Recipe
 from gate_training.labelling.classifier import recipe_classifier
 from gate_training.labelling.likelihood import answer_labels
@@ -21,9 +21,9 @@ def opinions(recipe: Recipe, conversation: Conversation, winner: str, classifier
     `classifier` says so.
     """
 
-    def opinion(channel: str, domain: str, evidence: str, probability: float | None) -> Opinion:
+    def opinion(channel: Channel, domain: str, evidence: str, probability: float | None) -> Opinion:
         expert = recipe.experts[recipe.expert_of(domain)].name
-        return Opinion(channel, domain, expert, evidence, probability, expert == winner)  # type: ignore[arg-type]
+        return Opinion(channel, domain, expert, evidence, probability, expert == winner)
 
     settings = recipe.gate_training
     rule = label_by_rules(conversation.question, recipe.domains)
