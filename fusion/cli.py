@@ -433,17 +433,19 @@ def explain(
 ) -> None:
     """Show which expert takes which token of a prompt, layer by layer, and where that was decided."""
     loaded = _load(recipe, set_, quiet)
-    if (prompt is None) == (file is None):
-        raise UserError("give a prompt, or --file with one, and not both")
-    if html:
-        _place("--html", html)
-    if json_ and json_ != "-":
-        _place("--json", json_, ", or -")
     from fusion.explain.conversation import of_file, of_prompt
 
-    conversation = of_prompt(prompt or "") if file is None else of_file(file)
+    if prompt is not None and file is None:
+        conversation = of_prompt(prompt)
+    elif file is not None and prompt is None:
+        conversation = of_file(file)
+    else:
+        raise UserError("give a prompt, or --file with one, and not both")
     if with_answer and conversation.answer is not None:
         raise UserError(f"--file {file} has an answer already: leave --with-answer out, or the answer")
+    page_file = _place("--html", html) if html else None  # before the model is run
+    if json_ and json_ != "-":
+        _place("--json", json_, ", or -")
     from fusion.checkpoint import write_text
     from fusion.explain.asked import explain_asked
     from fusion.explain.page import page
@@ -452,8 +454,8 @@ def explain(
 
     explained = explain_asked(loaded, conversation, with_answer, classifier)
     console.print(summary(explained))
-    if html:
-        write_text(_place("--html", html), page(explained))
+    if page_file:
+        write_text(page_file, page(explained))
     if json_:
         _print_json(explained.as_dict(), json_)
 

@@ -4,10 +4,11 @@ explain_asked(recipe, of_prompt("17+25="), with_answer=True).shares.answer
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fusion import road
-from fusion.checkpoint import Checkpoint
+from fusion.checkpoint import Checkpoint, read_json
 from fusion.encoding import load_tokenizer
 from fusion.errors import UserError
 from fusion.explain.conversation import Conversation, tokenize
@@ -24,9 +25,10 @@ def explain_asked(
 
     `with_answer` asks the recipe's server for the answer first. The classifier is heard where the recipe labels by it,
     or `classifier` says so: it learns from the training rows first. Raises UserError where there is no checkpoint with
-    trained gates, or the conversation is longer than serving.max_model_len.
+    trained gates and the recipe's experts, or the conversation is longer than serving.max_model_len.
     """
     folder = road.gated_folder(recipe)
+    _refuse_other_experts(recipe, folder)
     checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
     if recipe.serving.yarn_factor is not None:
         from serving.engine import yarn_overrides
@@ -39,6 +41,16 @@ def explain_asked(
         conversation = replace(conversation, answer=ask_messages(recipe, conversation.messages).text)
     (explained,) = explain_all(checkpoint, tokenizer, [conversation])
     return replace(explained, opinions=opinions(recipe, conversation, explained.winner, classifier))
+
+
+def _refuse_other_experts(recipe: Recipe, folder: Path) -> None:
+    have = [row["name"] for row in read_json(folder / "fusion.json")["experts"]]
+    wanted = [expert.name for expert in recipe.experts]
+    if have != wanted:
+        raise UserError(
+            f"{folder} has the experts {', '.join(have)}, the recipe {', '.join(wanted)}: "
+            "run `qwen-fusion add-expert`, `remove-expert` or `merge` first"
+        )
 
 
 def _refuse_too_long(recipe: Recipe, tokenizer: Any, conversation: Conversation) -> None:

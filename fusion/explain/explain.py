@@ -50,10 +50,8 @@ def _explanation(
 ) -> Explanation:
     judged: Literal["prompt", "answer"] = "answer" if tokens[-1].part == "answer" else "prompt"
     of_judged = torch.tensor([token.part == judged for token in tokens])
-    served = torch.zeros_like(routes.probabilities).scatter(
-        2, routes.experts, routes.weights
-    )  # (layers, tokens, experts)
-    shares = _shares(served, tokens, experts)
+    dense = torch.zeros_like(routes.probabilities)  # (layers, tokens, experts)
+    served = dense.scatter(2, routes.experts, routes.weights)
     winner = int(served[:, of_judged].sum(dim=(0, 1)).argmax())
     probabilities = routes.probabilities[:, of_judged].double()
     entropy = torch.special.entr(probabilities).sum(dim=2).mean() / torch.tensor(float(len(experts))).log()
@@ -70,7 +68,7 @@ def _explanation(
         winner=experts[winner],
         confidence=probabilities.amax(dim=2).mean().item(),
         entropy=entropy.item(),
-        shares=shares,
+        shares=_shares(served, tokens, experts),
         shares_by_layer=[_shares(layer[None], tokens, experts) for layer in served],
         groups=_groups(served, layers, tokens, experts),
         decided_by=_deciding(routes.probabilities, winner, tokens),
@@ -79,7 +77,7 @@ def _explanation(
 
 
 def _shares(served: torch.Tensor, tokens: list[Token], experts: list[str]) -> Shares:
-    """The shares of `served` weights `(layers, tokens, experts)`."""
+    """The shares of `served` weights `(layers, tokens, experts)`; zeros where a part has no tokens."""
 
     def share(*parts: str) -> dict[str, float]:
         kept = torch.tensor([not parts or token.part in parts for token in tokens])

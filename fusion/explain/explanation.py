@@ -15,10 +15,10 @@ Channel = Literal["rules", "classifier", "likelihood"]
 
 @dataclass(frozen=True)
 class Token:
-    """A token: `text` is what it adds to the text, `label` its name where it is a piece of a character.
+    """A token: `text` is what it adds to the text, `label` its name, which also tells a piece of a character (你 2/3).
 
     `part`: the chat template's own, the system message's, of any other message of the prompt, or of the answer with its
-    end mark.
+    end mark. Of a character's pieces the last has the text.
     """
 
     id: int

@@ -27,8 +27,6 @@ def summary(explanation: Explanation) -> RenderableType:
 
 def _style(explanation: Explanation, expert: str) -> str:
     """The expert's colour; experts beyond the last colour share it."""
-    if expert not in explanation.experts:  # of the recipe, and not yet in the checkpoint
-        return "bold"
     return f"bold {COLOURS[min(explanation.experts.index(expert), len(COLOURS) - 1)]}"
 
 

@@ -1,7 +1,6 @@
 """Explanations against transformers' router logits, on random texts; their files and what may lie in a prompt."""
 
 import json
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -258,7 +257,7 @@ def test_of_a_long_text_both_ends_are_drawn(recipe: Recipe) -> None:
 
 
 @pytest.fixture
-def trained(tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]) -> Iterator[Recipe]:
+def trained(tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]) -> Recipe:
     """A recipe with rules whose gates are trained."""
     recipe = make_recipe(tmp_path, anchor, anchored_experts)
     domains = recipe.model_dump()["domains"]
@@ -291,6 +290,18 @@ def test_more_tokens_than_are_served_are_refused(trained: Recipe) -> None:
     assert explain_asked(trained, of_prompt("a" * room)).shares.answer is None
     with pytest.raises(UserError, match=r"257 tokens and serving\.max_model_len is 256"):
         explain_asked(trained, of_prompt("a" * (room + 1)))
+
+
+def test_a_recipe_of_other_experts_is_refused(trained: Recipe) -> None:
+    fewer = trained.model_copy(update={"experts": trained.experts[:2]})
+    with pytest.raises(UserError, match="has the experts general, math, coding, the recipe general, math: run"):
+        explain_asked(fewer, of_prompt("1+2="))
+
+
+def test_what_is_no_text_is_refused() -> None:
+    for prompt, words in (("", "the prompt is empty"), ("\ud83d", "half a character")):
+        with pytest.raises(UserError, match=words):
+            tokenize(byte_tokenizer(), Conversation(({"role": "user", "content": prompt},)))
 
 
 def test_a_file_is_a_prompt_or_a_conversation(tmp_path: Path) -> None:
