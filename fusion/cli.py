@@ -63,10 +63,15 @@ def _print_json(value: object, target: str) -> None:
     else:
         from fusion.checkpoint import write_text
 
-        path = Path(target)
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise UserError(f"--json {target}: no such place for a file: name one in a folder that is there, or -")
-        write_text(path, text + "\n")
+        write_text(_place("--json", target, ", or -"), text + "\n")
+
+
+def _place(option: str, target: str, otherwise: str = "") -> Path:
+    """The path of a file that is to be written. Raises UserError where there is no folder for it."""
+    path = Path(target)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {target}: no such place for a file: name one in a folder that is there{otherwise}")
+    return path
 
 
 def _begin_workers(recipe: Recipe) -> None:
@@ -480,6 +485,53 @@ def ask(
     (answer,) = ask_all(loaded, [asked])
     sys.stdout.write(answer["answer"] + "\n")
     console.print(f"[dim]served by {experts_line(answer['experts'])}; {answer['attempts']} attempt(s)[/dim]")
+
+
+@app.command()
+def explain(
+    recipe: RecipePath,
+    prompt: Annotated[str | None, typer.Argument(help="what the model would be asked", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="a text file with the prompt, or .json with messages, in place of PROMPT")
+    ] = None,
+    with_answer: Annotated[
+        bool, typer.Option("--with-answer", help="ask the model first, and explain its answer as well")
+    ] = False,
+    classifier: Annotated[
+        bool, typer.Option("--classifier", help="hear the label classifier too, which learns from the training rows")
+    ] = False,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="write as a page that needs no other file")] = None,
+    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
+    set_: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Show which expert takes which token of a prompt, layer by layer, and where that was decided."""
+    loaded = _load(recipe, set_, quiet)
+    from fusion.explain.conversation import of_file, of_prompt
+
+    if prompt is not None and file is None:
+        conversation = of_prompt(prompt)
+    elif file is not None and prompt is None:
+        conversation = of_file(file)
+    else:
+        raise UserError("give a prompt, or --file with one, and not both")
+    if with_answer and conversation.answer is not None:
+        raise UserError(f"--file {file} has an answer already: leave --with-answer out, or the answer")
+    page_file = _place("--html", html) if html else None  # before the model is run
+    if json_ and json_ != "-":
+        _place("--json", json_, ", or -")
+    from fusion.checkpoint import write_text
+    from fusion.explain.asked import explain_asked
+    from fusion.explain.page import page
+    from fusion.explain.summary import summary
+    from fusion.progress import console
+
+    explained = explain_asked(loaded, conversation, with_answer, classifier)
+    console.print(summary(explained))
+    if page_file:
+        write_text(page_file, page(explained))
+    if json_:
+        _print_json(explained.as_dict(), json_)
 
 
 def main() -> None:

@@ -536,8 +536,7 @@ def heal(recipe: Recipe, force: bool = False) -> None:
 
     if recipe.heal is None:
         raise UserError("the recipe has no 'heal' section: add one (`heal: {}` takes what is usual)")
-    folder, path = fused_folder(recipe), recipe.folder / "healing.json"
-    _refuse_random_gates(folder)
+    folder, path = gated_folder(recipe), recipe.folder / "healing.json"
 
     def action() -> str:
         restore(folder, unhealed_folder(recipe))
@@ -579,18 +578,11 @@ def _merged_shards(recipe: Recipe) -> list[Path]:
     return [kept / path.name if (kept / path.name).is_file() else path for path in shards]
 
 
-def _refuse_random_gates(folder: Path) -> None:
-    from fusion.merge import gates_are_trained
-
-    if not gates_are_trained(folder):
-        raise UserError(f"the gates in {folder} are random ones: run `qwen-fusion train-gates` on the recipe first")
-
-
 def evaluate(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     """Measures the fused model beside its experts; returns the figures."""
     from fusion.evaluation.evaluate import result_path
 
-    _refuse_random_gates(fused_folder(recipe))
+    gated_folder(recipe)
     run_step(evaluate_step(recipe), recipe.folder, force)
     result: dict[str, Any] = read_json(result_path(recipe))
     return result
@@ -622,7 +614,7 @@ def evaluate_long(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     from fusion.evaluation.long_context import evaluate_long as measure
     from fusion.evaluation.long_context import markdown
 
-    _refuse_random_gates(fused_folder(recipe))
+    gated_folder(recipe)
     path = recipe.folder / "long.json"
 
     def action() -> None:
@@ -673,6 +665,16 @@ def fused_folder(recipe: Recipe) -> Path:
     put_back(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} does not exist yet: run `qwen-fusion merge` on the recipe first")
+    return folder
+
+
+def gated_folder(recipe: Recipe) -> Path:
+    """The folder of the fused checkpoint, its gates trained. Raises UserError where there is none yet."""
+    from fusion.merge import gates_are_trained
+
+    folder = fused_folder(recipe)
+    if not gates_are_trained(folder):
+        raise UserError(f"the gates in {folder} are random ones: run `qwen-fusion train-gates` on the recipe first")
     return folder
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from fusion.checkpoint import Checkpoint
-from fusion.data import ChatExample, chat
-from fusion.encoding import encode, encode_batches, load_tokenizer
-from fusion.layers import Batch, Choice, Layer, LayerStream, checkpoint_gates, gated
+from fusion.data import chat
+from fusion.encoding import encode_batches, load_tokenizer
+from fusion.layers import Batch, Choice, Layer, LayerStream, checkpoint_gates, gated, make_batches
 from fusion.recipe import Recipe
 
 
@@ -47,29 +47,36 @@ def expert_shares(recipe: Recipe, answers: Sequence[dict[str, Any]]) -> list[dic
 
 @dataclass(frozen=True)
 class TokenRoutes:
-    """How each token of one conversation went: `experts` and `weights` are `(layers, tokens, top_k)`."""
+    """How each token of one text went in each sparse layer.
 
-    tokens: list[str]
-    answer_start: int
-    layers: list[int]
+    `probabilities` `(layers, tokens, experts)` are the gates' softmax; `experts` and `weights`, both
+    `(layers, tokens, top_k)`, are what is served.
+    """
+
+    probabilities: torch.Tensor
     experts: torch.Tensor
     weights: torch.Tensor
 
 
-def token_routes(checkpoint: Checkpoint, tokenizer: Any, example: ChatExample, top_k: int | None = None) -> TokenRoutes:
-    """The experts of every token in every sparse layer, by the checkpoint's own gates; `top_k` None: its own."""
-    encoded = encode(tokenizer, example)
-    [batch] = encode_batches(tokenizer, [example], batch_tokens=len(encoded.ids))
-    layers: list[int] = []
-    experts: list[torch.Tensor] = []
-    weights: list[torch.Tensor] = []
+def token_routes(checkpoint: Checkpoint, rows: Sequence[Sequence[int]], batch_tokens: int = 4096) -> list[TokenRoutes]:
+    """The routes of every row of token ids, by the checkpoint's own gates."""
+    gates = checkpoint_gates(checkpoint)
+    batches = make_batches(rows, batch_tokens=batch_tokens)
+    seen: list[list[TokenRoutes]] = [[] for _ in rows]  # a layer each
 
     def see(layer: Layer, batch: Batch, x: torch.Tensor, choice: Choice) -> None:
-        layers.append(layer.index)
-        experts.append(choice.experts.cpu())
-        weights.append(choice.weights.float().cpu())
+        probabilities = torch.softmax(x.float() @ gates[layer.index].to(x.device).float().T, dim=-1).cpu()
+        counts = batch.real.sum(dim=1).tolist()
+        parts = zip(*(part.split(counts) for part in (probabilities, choice.experts, choice.weights)), strict=True)
+        for row, part in zip(batch.rows.tolist(), parts, strict=True):
+            seen[row].append(TokenRoutes(*part))
 
-    k = top_k or checkpoint.config["num_experts_per_tok"]
-    LayerStream(checkpoint, [batch]).run(gated(checkpoint_gates(checkpoint), k), see)
-    tokens = [tokenizer.decode([token]) for token in encoded.ids]
-    return TokenRoutes(tokens, encoded.answer_start, layers, torch.stack(experts), torch.stack(weights))
+    LayerStream(checkpoint, batches).run(gated(gates, checkpoint.config["num_experts_per_tok"]), see)
+    return [
+        TokenRoutes(
+            probabilities=torch.stack([layer.probabilities for layer in layers]),
+            experts=torch.stack([layer.experts for layer in layers]),
+            weights=torch.stack([layer.weights for layer in layers]),
+        )
+        for layers in seen
+    ]

@@ -4,15 +4,16 @@ qwen-fusion ask configs/demo.yaml "17+25="
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
 from fusion.progress import console
 from fusion.recipe import Question, Recipe
-from serving.client import chat
+from serving.client import Answer, chat
 from serving.engine import EngineSettings
 from serving.guard.keys import OPERATOR_VARIABLE, read_keys
 from serving.guard.settings import GuardSettings
@@ -108,14 +109,8 @@ def ask_all(recipe: Recipe, questions: Sequence[Question], reuse: bool = True) -
     """
     if not questions:
         return []
-    with recipe_server(recipe, reuse) as server:
-        try:
-            keys = read_keys(recipe.serving.guard.api_keys_file)
-            answers = [_ask(server, question, keys[0] if keys else None) for question in questions]
-        except UserError:
-            if server.engine is not None:
-                server.engine.check()  # an engine that has died says more than its guard
-            raise
+    with _asking(recipe, reuse) as ask:
+        answers = [_ask(ask, question) for question in questions]
     from fusion.served import expert_shares
 
     for answer, shares in zip(answers, expert_shares(recipe, answers), strict=True):
@@ -123,7 +118,26 @@ def ask_all(recipe: Recipe, questions: Sequence[Question], reuse: bool = True) -
     return answers
 
 
-def _ask(server: RunningServer, question: Question, api_key: str | None) -> dict[str, Any]:
+def ask_messages(recipe: Recipe, messages: Sequence[dict[str, str]]) -> Answer:
+    """The answer of the recipe's server, running or started for it, to a conversation."""
+    with _asking(recipe) as ask:
+        return ask(messages)
+
+
+@contextmanager
+def _asking(recipe: Recipe, reuse: bool = True) -> Iterator[Callable[..., Answer]]:
+    """`chat` with the recipe's server: takes messages and request fields."""
+    with recipe_server(recipe, reuse) as server:
+        try:
+            keys = read_keys(recipe.serving.guard.api_keys_file)
+            yield partial(chat, server.url, server.model, api_key=keys[0] if keys else None)
+        except UserError:
+            if server.engine is not None:
+                server.engine.check()  # an engine that has died says more than its guard
+            raise
+
+
+def _ask(ask: Callable[..., Answer], question: Question) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if question.json_schema is not None:
         options["response_format"] = {
@@ -133,8 +147,7 @@ def _ask(server: RunningServer, question: Question, api_key: str | None) -> dict
     for key in ("max_tokens", "temperature"):
         if getattr(question, key) is not None:
             options[key] = getattr(question, key)
-    asked = [{"role": "user", "content": question.question}]
-    answer = chat(server.url, server.model, asked, api_key=api_key, **options)
+    answer = ask([{"role": "user", "content": question.question}], **options)
     return {
         "question": question.question,
         "domain": question.domain,

@@ -16,7 +16,7 @@ import yaml
 from fusion.cli import main
 from tests.recipes import recipe_data
 
-VERBS = ("run", "branch", "plan", "merge", "train-gates", "evaluate", "serve", "ask")
+VERBS = ("run", "branch", "plan", "merge", "train-gates", "evaluate", "serve", "ask", "explain")
 ANCHORING = {"method": "text", "data": {"generated": "demo.math"}}
 BRANCH = {"data": {"generated": "demo.math"}}
 SERVING = {"max_model_len": 256, "sampling": {"max_tokens": 32}}
@@ -136,8 +136,9 @@ def test_what_comes_after_the_merge_asks_for_it(here: Call, tmp_path: Path, anch
     assert not head
 
 
-def test_asking_before_the_merge(here: Call, tmp_path: Path, anchor: Path) -> None:
-    sentence, head = refused(here, tmp_path, "ask", write_recipe(tmp_path, anchor), "Who are you?")
+@pytest.mark.parametrize("verb", ["ask", "explain"])
+def test_asking_before_the_merge(here: Call, tmp_path: Path, anchor: Path, verb: str) -> None:
+    sentence, head = refused(here, tmp_path, verb, write_recipe(tmp_path, anchor), "Who are you?")
     assert "does not exist yet: run `qwen-fusion" in sentence
     assert not head
 
@@ -187,13 +188,53 @@ def test_a_truncated_expert(here: Call, tmp_path: Path, anchor: Path) -> None:
     assert f"{weights} cannot be read" in sentence
 
 
-def test_random_gates_are_not_evaluated_as_trained_ones(here: Call, tmp_path: Path, anchor: Path) -> None:
-    path = write_recipe(tmp_path, anchor)
+def test_random_gates_are_not_taken_for_trained_ones(here: Call, tmp_path: Path, anchor: Path) -> None:
+    path, html = write_recipe(tmp_path, anchor), tmp_path / "out.html"
     assert here("merge", path, "--quiet").code == 0
-    sentence, _ = refused(here, tmp_path, "evaluate", path)
-    assert "are random ones: run `qwen-fusion train-gates`" in sentence
+    for arguments in (("evaluate", path), ("explain", path, "Who?", "--html", html)):
+        sentence, _ = refused(here, tmp_path, *arguments)
+        assert "are random ones: run `qwen-fusion train-gates`" in sentence
     assert here("train-gates", path, "--quiet").code == 0
     assert "trained by cross-entropy" in (tmp_path / "run" / "fused" / "README.md").read_text(encoding="utf-8")
+    outcome = here("explain", path, "Who?", "--html", html, "--json", "-")
+    assert outcome.code == 0 and " of the prompt" in outcome.err
+    assert json.loads(outcome.out)["tokens"][6]["text"] == "W"
+    assert html.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((" ",), "the prompt is empty"),
+        ((), "give a prompt, or --file with one"),
+        (("Who?", "--file", "prompt.txt"), "give a prompt, or --file with one"),
+        (("--file", "none.txt"), "none.txt does not exist"),
+        (("--file", "empty.txt"), "empty.txt is empty"),
+        (("--file", "latin.txt"), "latin.txt is not UTF-8 text (byte 1)"),
+        (("--file", "other.json"), "other.json is no conversation"),
+        (("--file", "two.jsonl"), "two.jsonl is no conversation (Extra data"),
+        (("--file", "answer.json"), "answer.json has no user message"),
+        (("--file", "whole.json", "--with-answer"), "whole.json has an answer already"),
+        (("Who?", "--html", "nowhere/out.html"), "--html nowhere/out.html: no such place for a file"),
+        (("Who?", "--json", "nowhere/out.json"), "--json nowhere/out.json: no such place for a file"),
+    ],
+)
+def test_what_cannot_be_explained(
+    here: Call, tmp_path: Path, anchor: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], words: str
+) -> None:
+    user, answer = ({"role": role, "content": "1"} for role in ("user", "assistant"))
+    files = {"prompt.txt": b"Who?", "empty.txt": b" \n", "latin.txt": "M\u00fcnchen".encode("latin-1")}
+    files["other.json"] = b'{"prompt": "Who?"}'
+    files["two.jsonl"] = 2 * (json.dumps({"messages": [user]}).encode() + b"\n")
+    files["answer.json"] = json.dumps({"messages": [answer]}).encode()
+    files["whole.json"] = json.dumps({"messages": [user, answer]}).encode()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    path = write_recipe(tmp_path, anchor)
+    monkeypatch.chdir(tmp_path)
+    sentence, head = refused(here, tmp_path, "explain", path, *arguments)
+    assert words in sentence
+    assert not head
 
 
 def test_a_port_in_use(here: Call, tmp_path: Path, anchor: Path) -> None:
