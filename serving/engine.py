@@ -230,7 +230,12 @@ def _check_parallel(settings: EngineSettings, hardware: Hardware, config: dict[s
             f"tensor_parallel_size {size} does not divide the {heads} attention heads of {settings.model}: "
             "set serving.tensor_parallel_size to a divisor"
         )
-    stages, ranks = settings.pipeline_parallel_size, settings.data_parallel_size
+    _check_stages_and_ranks(settings, hardware, config)
+
+
+def _check_stages_and_ranks(settings: EngineSettings, hardware: Hardware, config: dict[str, Any]) -> None:
+    size, stages, ranks = settings.tensor_parallel_size, settings.pipeline_parallel_size, settings.data_parallel_size
+    experts = config.get("num_experts")
     layers = config.get("num_hidden_layers")
     if layers is not None and stages > layers:
         raise UserError(

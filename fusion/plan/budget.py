@@ -13,6 +13,7 @@ head and last norm besides.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -193,16 +194,18 @@ def group_card_bytes(
     stages = [dict.fromkeys(GROUPS, 0) for _ in range(layout.stages)]
     for weight in weights:
         held = _stored(weight, on_card(weight, config, layout), weight_format, dtype)
-        for groups in stages if ".layers." not in weight.name else [stages[_stage_of(weight, config, layout.stages)]]:
-            groups[weight.group] += held
+        for stage in _stages_of(weight, config, layout.stages):
+            stages[stage][weight.group] += held
     return max(stages, key=lambda groups: sum(groups.values()))
 
 
-def _stage_of(weight: Weight, config: dict[str, Any], stages: int) -> int:
-    """The pipeline stage of a layer's weight."""
+def _stages_of(weight: Weight, config: dict[str, Any], stages: int) -> Iterable[int]:
+    """The pipeline stages that hold `weight`: a layer's one, all for what belongs to no layer."""
+    if ".layers." not in weight.name:
+        return range(stages)
     layer = int(weight.name.split(".layers.")[1].split(".")[0])
     ends = accumulate(stage_layers(config["num_hidden_layers"], stages))
-    return next(stage for stage, end in enumerate(ends) if layer < end)
+    return [next(stage for stage, end in enumerate(ends) if layer < end)]
 
 
 def on_card(weight: Weight, config: dict[str, Any], layout: Layout) -> tuple[int, ...]:

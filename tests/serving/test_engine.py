@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fusion.checkpoint import write_json
 from fusion.errors import UserError
@@ -149,6 +150,20 @@ for arguments in json.loads(sys.stdin.read()):
                  made.distributed_executor_backend, made.enable_expert_parallel])
 print(json.dumps(rows))
 """
+
+
+def test_ray_serve_is_told_what_vllm_is_told(model: Path) -> None:
+    """Every engine argument of the shipped Ray Serve configuration is one that `serve` gives."""
+    told = yaml.safe_load((Path(__file__).parents[2] / "configs" / "deploy" / "ray-serve.yaml").read_text())
+    (config,) = told["applications"][0]["args"]["llm_configs"]
+    arguments = engine_arguments(EngineSettings(str(model), "m", max_model_len=32768), Hardware(1, (0,)), 9000)
+    given = dict(argument[2:].partition("=")[::2] for argument in arguments)
+    for key, value in config["engine_kwargs"].items():
+        said = given[key.replace("_", "-")]
+        if isinstance(value, dict):
+            assert value.items() <= json.loads(said).items()
+        elif key != "tensor_parallel_size":
+            assert said == ("" if value is True else str(value))
 
 
 def test_the_recipe_says_so(tmp_path: Path) -> None:

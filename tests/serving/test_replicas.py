@@ -1,7 +1,6 @@
 """Two replicas, each a real vLLM on the CPU with its guard, behind Debian's nginx with the configuration that ships."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -11,11 +10,12 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from fusion.recipe import Guarding
 from serving.engine import EngineSettings, free_port, is_healthy
 from tests.families import write_model
 from tests.serving.apart import serve_apart
+from tests.serving.processes import command_of, descendants
 
 CONF = Path(__file__).parents[2] / "configs" / "deploy" / "nginx.conf"
 START_S = 400.0
@@ -68,11 +69,39 @@ class Replicas:
         place = ["-p", str(self.folder), "-c", str(self.folder / "nginx.conf")]
         subprocess.run(["nginx", *place, *options], check=True, capture_output=True)
 
-    def answered(self, ids: set[str]) -> dict[str, list[int]]:
-        """The ports that each of these requests went to, in turn, as the access log has them."""
-        lines = [line.split(" ") for line in (self.folder / "access.log").read_text().splitlines()]
-        found = {line[1]: [int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", " ".join(line))] for line in lines}
-        return {name: found[name] for name in ids if name in found}
+    def reload(self, down: int | None) -> None:
+        """The same with `-s reload`, until no request can reach a worker that has the former configuration."""
+        before = self._workers()
+        self.nginx("-s", "reload", down=down)
+        assert wait_for(lambda: bool(self._workers()) and not before & self._workers())
+
+    def _workers(self) -> set[int]:
+        master = int((self.folder / "nginx.pid").read_text())
+        return {pid for pid in descendants(master) if "shutting down" not in command_of(pid)}
+
+    def went(self, asked: Iterable[Asked]) -> dict[str, list[int]]:
+        """By id, the ports that each of these requests went to, in turn, as the access log has them."""
+        ids = {one.id for one in asked}
+
+        def logged() -> dict[str, list[int]]:
+            lines = (self.folder / "access.log").read_text().splitlines()
+            found = {
+                line.split(" ")[1]: [int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", line)] for line in lines
+            }
+            return {name: found[name] for name in ids & set(found)}
+
+        assert wait_for(lambda: len(logged()) == len(ids))  # a line is written once its answer has gone out
+        return logged()
+
+
+def wait_for(holds: Callable[[], bool], within_s: float = 15.0) -> bool:
+    """True as soon as it holds, False when it still does not after `within_s` seconds."""
+    end = time.monotonic() + within_s
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -94,23 +123,23 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
             process.communicate(timeout=60)
 
 
-def request(url: str, stream: bool = False, tokens: int = 24, **headers: str) -> urllib.request.Request:
+def request(url: str, stream: bool = False, tokens: int = 24, name: str = "") -> urllib.request.Request:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "stream": stream}
     body |= {"max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True}
-    given = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-    return urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), given)
+    headers = {"content-type": "application/json", "x-request-id": name}
+    return urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
 
 
 def ask(url: str, name: str, stream: bool) -> Asked:
     sent = time.monotonic()
     try:
-        with urllib.request.urlopen(request(url, stream, x_request_id=name), timeout=60) as answer:
+        with urllib.request.urlopen(request(url, stream, name=name), timeout=60) as answer:
             whole = answer.read()
-            complete = whole.endswith(b"data: [DONE]\n\n") and b'"error"' not in whole if stream else json.loads(whole)
-            return Asked(sent, name, answer.status if complete else 0)
+            ended = whole.endswith(b"data: [DONE]\n\n") if stream else whole.endswith(b"}")
+            return Asked(sent, name, answer.status if ended and b'"error"' not in whole else 0)
     except urllib.error.HTTPError as error:
         return Asked(sent, name, error.code)
-    except (OSError, HTTPException, ValueError):
+    except (OSError, HTTPException):
         return Asked(sent, name, 0)
 
 
@@ -145,7 +174,7 @@ def test_both_replicas_are_asked(replicas: Replicas) -> None:
         time.sleep(WATCHED_S)
         asked = finish()
     assert {one.status for one in asked} == {200}
-    went = replicas.answered({one.id for one in asked})
+    went = replicas.went(asked)
     assert all(len(ports) == 1 for ports in went.values())
     shares = Counter(ports[0] for ports in went.values())
     assert set(shares) == set(replicas.ports)
@@ -166,9 +195,9 @@ def test_streams_arrive_as_they_are_made(replicas: Replicas) -> None:
 
 
 def test_ids_sizes_and_what_is_not_shown(replicas: Replicas) -> None:
-    with urllib.request.urlopen(request(replicas.url, x_request_id="mine-1"), timeout=60) as answer:
+    with urllib.request.urlopen(request(replicas.url, name="mine-1"), timeout=60) as answer:
         assert answer.headers["x-request-id"] == "mine-1"
-    with urllib.request.urlopen(request(replicas.url, x_request_id="no id"), timeout=60) as answer:
+    with urllib.request.urlopen(request(replicas.url, name="no id"), timeout=60) as answer:
         assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
     assert is_healthy(replicas.url) and is_healthy(replicas.url, path="/ready")
     assert is_healthy(f"http://127.0.0.1:{replicas.ports[0]}", path="/metrics")
@@ -186,35 +215,34 @@ def test_a_killed_replica_fails_what_it_was_answering_alone_and_comes_back(repli
     lost = replicas.ports[1]
     with load(replicas.url, "kill") as finish:
         time.sleep(WATCHED_S)
-        os.kill(replicas.running[lost].pid, signal.SIGKILL)
-        killed = time.monotonic()
-        replicas.running.pop(lost).communicate()
+        process = replicas.running.pop(lost)
+        process.kill()
+        process.communicate()
+        gone = time.monotonic()
         time.sleep(WATCHED_S)
         asked = finish()
-    failed = [one for one in asked if one.status != 200]
-    went = replicas.answered({one.id for one in asked})
-    assert all(one.sent <= killed for one in failed), failed
+    failed, went = [one for one in asked if one.status != 200], replicas.went(asked)
+    assert all(one.sent < gone for one in failed)
     assert all(went[one.id] == [lost] for one in failed)  # and none of them was generated twice
-    assert any(one.sent > killed for one in asked)
+    assert any(one.sent > gone for one in asked)
     assert {one.status for one in failed} <= {502, 0}
 
     replicas.start(lost)
-    end = time.monotonic() + 30
-    names = (f"back-{number}" for number in range(10**6))
-    while time.monotonic() < end:
-        name = next(names)
-        assert ask(replicas.url, name, stream=False).status == 200
-        if replicas.answered({name})[name] == [lost]:
-            return
-    raise AssertionError("the replica that is back is not asked")
+    numbers = count()
+
+    def is_asked() -> bool:
+        one = ask(replicas.url, f"back-{next(numbers)}", stream=False)
+        assert one.status == 200
+        return replicas.went([one])[one.id] == [lost]
+
+    assert wait_for(is_asked, within_s=30)  # fail_timeout is 10 s
 
 
 def test_a_drained_replica_fails_nothing(replicas: Replicas) -> None:
     drained = replicas.ports[0]
     with load(replicas.url, "drain") as finish:
         time.sleep(WATCHED_S)
-        replicas.nginx("-s", "reload", down=drained)
-        time.sleep(1)
+        replicas.reload(down=drained)
         process = replicas.running.pop(drained)
         process.send_signal(signal.SIGTERM)
         told = time.monotonic()
@@ -222,7 +250,7 @@ def test_a_drained_replica_fails_nothing(replicas: Replicas) -> None:
         time.sleep(WATCHED_S)
         asked = finish()
     assert {one.status for one in asked} == {200}
-    went = replicas.answered({one.id for one in asked})
+    went = replicas.went(asked)
     assert any(went[one.id] == [drained] for one in asked)
     assert all(went[one.id] == [replicas.ports[1]] for one in asked if one.sent > told)
 
