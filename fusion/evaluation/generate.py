@@ -25,6 +25,7 @@ from fusion.progress import progress_bar
 GROUPED = "sdpa_grouped"
 DRAFT_TOKENS = 4096  # a pass over references, with its padding
 FEW_ROWS = 64
+LIKE = 4  # times the length of a row to which it is padded at most
 STRETCH = 16  # tokens decoded between two looks at which rows have ended
 
 
@@ -51,9 +52,16 @@ class _Draft:
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of like length, the longest first, so that a lack of memory shows at once."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    """Indices in batches of like length, the longest first, so that a lack of memory shows at once.
+
+    None is padded to more than LIKE times its length: one long row would make every step of the others as dear as its.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or len(batches[-1]) == batch_size or lengths[batches[-1][0]] > LIKE * lengths[index]:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int, left: bool) -> torch.Tensor:
