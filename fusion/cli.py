@@ -430,8 +430,9 @@ def guard(
     ] = None,
 ) -> None:
     """Guard an OpenAI-compatible server that runs already, until Ctrl-C."""
-    from serving.guard.keys import UPSTREAM_VARIABLE, read_keys
+    from serving.guard.keys import OPERATOR_VARIABLE, UPSTREAM_VARIABLE, read_keys
     from serving.guard.settings import GuardSettings
+    from serving.records.settings import recording_alone
     from serving.serve import guard as guard_server
 
     address = upstream.removesuffix("/").removesuffix("/v1")
@@ -440,7 +441,16 @@ def guard(
     guarding = load_section(Guarding, config, set_, "configs/guard.yaml")
     keys = read_keys(guarding.api_keys_file)
     own = os.environ.get(UPSTREAM_VARIABLE)
-    guard_server(GuardSettings(address, guarding, sampling=None, api_keys=keys, upstream_key=own), host, port)
+    settings = GuardSettings(
+        address,
+        guarding,
+        sampling=None,
+        api_keys=keys,
+        upstream_key=own,
+        operator_keys=read_keys(guarding.operator_keys_file, OPERATOR_VARIABLE),
+        recording=recording_alone(guarding.records),
+    )
+    guard_server(settings, host, port)
 
 
 @app.command()

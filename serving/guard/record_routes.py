@@ -65,7 +65,9 @@ class RecordRoutes:
             raise _invalid("rating is up or down", "rating")
         domains = list(self._recorder.recording.domains)
         if domain is not None and domain not in domains:
-            raise _invalid(f"domain is one of {', '.join(domains)}", "domain")
+            raise _invalid(
+                f"domain is one of {', '.join(domains)}" if domains else "no domains are known here", "domain"
+            )
         if not isinstance(comment, str) or len(comment) > MAX_COMMENT:
             raise _invalid(f"comment is a text of at most {MAX_COMMENT} characters", "comment")
         if rating is None and domain is None and not comment.strip():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusion.errors import UserError
 from fusion.recipe import Domain, Recipe, Records
 
 URL_VARIABLE = "QWEN_FUSION_RECORDS_URL"  # an address with a password has no place in a recipe
@@ -43,6 +44,16 @@ def recording(recipe: Recipe, folder: Path) -> Recording:
         expert_of={name: recipe.experts[recipe.expert_of(name)].name for name in recipe.domains},
         sparse_layers=_sparse_layers(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
     )
+
+
+def recording_alone(records: Records | None) -> Recording | None:
+    """How a guard without a recipe records, which knows no domains. Raises UserError where nobody says where to."""
+    if records is None:
+        return None
+    url = os.environ.get(URL_VARIABLE) or records.url
+    if not url:
+        raise UserError("records have no place: give records.url, for example sqlite:////var/lib/guard/records.sqlite")
+    return Recording(url, records)
 
 
 def _sparse_layers(config: dict[str, Any]) -> tuple[int, ...]:
