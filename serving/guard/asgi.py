@@ -10,8 +10,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,6 @@ from serving.guard.exchange import (
     FAILURES,
     JSON_TYPE,
     NO_RETRY,
-    ROUTING_HEADER,
     ClientGone,
     Exchange,
     Header,
@@ -43,6 +42,7 @@ from serving.guard.openapi import DESCRIPTION
 from serving.guard.policy_step import PolicyStep
 from serving.guard.rates import Rates
 from serving.guard.record_routes import FEEDBACK, ROUTING, UI, RecordRoutes, is_ui
+from serving.guard.recording import RequestRecords
 from serving.guard.requests_log import RequestsLog
 from serving.guard.schema import CheckerCache, NotCompiled, SchemaError
 from serving.guard.settings import GuardSettings
@@ -50,7 +50,6 @@ from serving.guard.stream import as_events, error_events
 from serving.guard.tracing import Tracing
 from serving.guard.upstream import BODY_HEADERS, OF_BODY, Upstream, forwarded, returned
 from serving.guard.wanted import CONSTRAINTS, FIELD, Extension, extension_of, is_completion
-from serving.records.recorder import Ended, Recorder, engine_shares, labelled
 
 LOGGER = logging.getLogger(__name__)
 App = Callable[[MutableMapping[str, Any], Receive, SendEvent], Awaitable[None]]
@@ -65,7 +64,6 @@ ATTEMPTS_HEADER, BREAKDOWN_HEADER = b"x-qwen-fusion-attempts", b"x-qwen-fusion-a
 LARGE_ANSWER_BYTES = 256 * 1024  # one that is judged aside, so that others do not wait for it
 UPLOAD_S = 60  # for a request's body: one that trickles in takes a place among those under way
 OTHER_BODY_BYTES = 64 * 1024  # of requests that have no use for a body
-ROUTES = "routed_experts"  # vLLM's account of the experts of every token and layer, in a choice
 SLOW_FORM_BYTES = 4 * 1024  # the same of YAML
 
 
@@ -100,9 +98,11 @@ class _Guard:
         self._dropped, self._dropped_of_body = own, own | OF_BODY
         self._metrics, self._log = Metrics(), RequestsLog(guard.log)
         self._policy = PolicyStep(guard.policy)
-        self._recorder = Recorder(settings.recording, self._metrics.dropped) if settings.recording else None
-        keyed = bool(settings.api_keys)
-        self._records = self._recorder and RecordRoutes(self._recorder, Keys(settings.operator_keys), keyed)
+        self._records = self._record_routes = None
+        if settings.recording:
+            self._records = RequestRecords(settings.recording, self._metrics.dropped)
+            operators = Keys(settings.operator_keys)
+            self._record_routes = RecordRoutes(self._records.recorder, operators, bool(settings.api_keys))
         self._in_flight = 0  # completions alone
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: SendEvent) -> None:
@@ -113,7 +113,7 @@ class _Guard:
 
     async def _lifespan(self, receive: Receive, send: SendEvent) -> None:
         await receive()
-        async with self._upstream, _aside(self._recorder):
+        async with self._upstream, self._records or nullcontext():
             await send({"type": "lifespan.startup.complete"})
             await receive()
         await send({"type": "lifespan.shutdown.complete"})
@@ -123,8 +123,8 @@ class _Guard:
         completes = exchange.path in (CHAT, COMPLETIONS)
         self._in_flight += completes
         self._metrics.in_flight(1)
-        if completes and self._recorder:
-            exchange.kept = bytearray()
+        if completes and self._records:
+            self._records.begin(exchange)
         exchange.deadline = asyncio.get_running_loop().time() + self._settings.guard.deadline_s
         try:
             self._admit(exchange)
@@ -160,8 +160,8 @@ class _Guard:
         path = exchange.path if exchange.path in COUNTED else "other"
         self._metrics.answer(path, exchange.ended_as)
         self._log.write(exchange)
-        if self._recorder and exchange.admitted is not None:
-            self._recorder.put(_ended(exchange))
+        if completes and self._records:
+            self._records.end(exchange)
         if error is not None and not exchange.finished:  # leaving without an end closes the connection
             raise ConnectionAbortedError(error.message)  # so that an answer cut short does not look complete
 
@@ -202,12 +202,12 @@ class _Guard:
             await exchange.json(200, DESCRIPTION)
         elif path in (CHAT, COMPLETIONS) and method == "POST":
             await self._completion(exchange, body)
-        elif self._records and path == FEEDBACK and method == "POST":
-            await self._records.feedback(exchange, body)
-        elif self._records and path.startswith(ROUTING) and method == "GET":
-            await self._records.routing(exchange)
-        elif self._records and self._settings.guard.ui and is_ui(path) and method == "GET":
-            await self._records.ui(exchange)
+        elif self._record_routes and path == FEEDBACK and method == "POST":
+            await self._record_routes.feedback(exchange, body)
+        elif self._record_routes and path.startswith(ROUTING) and method == "GET":
+            await self._record_routes.routing(exchange)
+        elif self._record_routes and self._settings.guard.ui and is_ui(path) and method == "GET":
+            await self._record_routes.ui(exchange)
         elif (path == MODELS or path.startswith(f"{MODELS}/")) and method == "GET" and ".." not in path:
             await self._relay(exchange, body)
         elif path in COUNTED and (self._records or path != FEEDBACK):
@@ -238,12 +238,12 @@ class _Guard:
             exchange.admitted = filled
             own_budget = any(request.get(key) is not None for key in ("max_tokens", "max_completion_tokens"))
             ladder, extension = await self._ladder(filled, own_budget)
-        if self._recorder and (extension.routing or exchange.headers.get(ROUTING_HEADER) == b"true"):
-            exchange.routing = labelled(filled, self._recorder.recording)
+        if self._records:
+            self._records.tell(exchange, filled, extension.routing)
         if ladder is None:
             bare = {key: value for key, value in filled.items() if key != FIELD}
-            if self._tells_routes(exchange) and not request.get("stream"):
-                await self._whole(exchange, bare)
+            if self._records and self._records.reads_answers(exchange) and not request.get("stream"):
+                await self._whole(exchange, bare, self._records)
             else:
                 await self._relay(exchange, body if bare == request else encoded(bare))
             return
@@ -269,13 +269,7 @@ class _Guard:
         missing = {key: value for key, value in defaults.items() if value is not None and request.get(key) is None}
         return {**request, **missing}
 
-    def _tells_routes(self, exchange: Exchange) -> bool:
-        """Whether the engine's answer has, or the client's is to have, more than the OpenAI object."""
-        if self._recorder is None:
-            return False
-        return self._recorder.recording.settings.engine_routes or exchange.routing is not None
-
-    async def _whole(self, exchange: Exchange, request: dict[str, Any]) -> None:
+    async def _whole(self, exchange: Exchange, request: dict[str, Any], records: RequestRecords) -> None:
         """Asks for an answer that nothing is asked of, less the engine's account of its experts, with the routing."""
         async with asyncio.timeout_at(exchange.deadline):
             headers = self._tracing.inject(self._body_headers(exchange))
@@ -286,23 +280,7 @@ class _Guard:
         answer = decoded(reply.content)
         if not is_completion(answer):
             raise ValueError("the engine's answer is no completion")
-        await exchange.json(200, self._routed(exchange, answer, answer.get("usage")))
-
-    def _routed(self, exchange: Exchange, answer: dict[str, Any], usage: Any) -> dict[str, Any]:
-        """The answer without the engine's account of its experts, which is kept, and with the routing where wanted.
-
-        `usage` is of the attempt that gave it.
-        """
-        if self._recorder is None:
-            return answer
-        if answer["choices"] and (routes := answer["choices"][0].get(ROUTES)):
-            exchange.routes = (routes, token_count(usage, "prompt_tokens"))
-        choices = [{key: value for key, value in choice.items() if key != ROUTES} for choice in answer["choices"]]
-        answer = {**answer, "choices": choices}
-        if exchange.routing is None:
-            return answer
-        shares = engine_shares(exchange.routes, self._recorder.recording)
-        return {**answer, FIELD: {**answer.get(FIELD, {}), "routing": {**exchange.routing, "shares": shares}}}
+        await exchange.json(200, records.routed(exchange, answer, answer.get("usage")))
 
     async def _ladder(self, request: dict[str, Any], own_budget: bool) -> tuple[Ladder | None, Extension]:
         """The ladder of a request, and what it says in the guard's own field. Raises Refusal on a bad schema."""
@@ -409,7 +387,9 @@ class _Guard:
         if isinstance(step, Exhausted):
             error = {"error": self._policy.report(step.error["error"])}
             return _Answer(422, error, (*kept, NO_RETRY))
-        answer = self._routed(exchange, step.answer, ladder.attempts[-1]["usage"])
+        answer = step.answer
+        if self._records:
+            answer = self._records.routed(exchange, answer, ladder.attempts[-1]["usage"])
         exchange.answered = answer["choices"]
         return _Answer(200, answer, kept)
 
@@ -479,35 +459,6 @@ def _attempt_headers(attempts: list[dict[str, Any]]) -> tuple[Header, Header]:
                 part += f";{key}={count}"
         told.append(part)
     return (ATTEMPTS_HEADER, str(len(attempts)).encode()), (BREAKDOWN_HEADER, ", ".join(told).encode())
-
-
-@asynccontextmanager
-async def _aside(recorder: Recorder | None) -> AsyncIterator[None]:
-    """The recorder at work, opened and ended in a thread."""
-    if recorder is None:
-        yield
-        return
-    await asyncio.to_thread(recorder.__enter__)
-    try:
-        yield
-    finally:
-        await asyncio.to_thread(recorder.__exit__, None, None, None)
-
-
-def _ended(exchange: Exchange) -> Ended:
-    return Ended(
-        request_id=exchange.id,
-        path=exchange.path,
-        status=exchange.ended_as,
-        ms=1000 * (time.perf_counter() - exchange.began),
-        asker=exchange.asker,
-        streamed=exchange.streams,
-        attempts=exchange.attempts,
-        violations=tuple(exchange.violations),
-        admitted=exchange.admitted,
-        body=bytes(exchange.kept or b""),
-        routes=exchange.routes,
-    )
 
 
 def _is_number(value: Any, key: str) -> bool:
