@@ -137,8 +137,13 @@ DESCRIPTION: dict[str, Any] = {
             }
         },
         "/v1/routing/{request_id}": {
-            "parameters": [{"name": "request_id", "in": "path", "required": True, "schema": {"type": "string"}}],
-            **_reads("Why a request was routed as it was", {"type": "object", "required": ["request_id", "shares"]}),
+            "get": {
+                "parameters": [{"name": "request_id", "in": "path", "required": True, "schema": {"type": "string"}}],
+                "responses": {
+                    "200": _answer("Why it was routed so", {"type": "object", "required": ["request_id", "shares"]}),
+                    "default": _answer("An error", ERROR),
+                },
+            },
         },
         "/v1/models": _reads("The models served", {"type": "object", "required": ["data"]}),
         "/health": _reads("The guard runs", {"type": "object"}),

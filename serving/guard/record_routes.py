@@ -38,7 +38,7 @@ PAGE_HEADERS = (
 )
 RATINGS = ("up", "down")
 MAX_COMMENT = 2000  # characters
-LOST_FOR_S = 2.0  # that a record may take to be written
+LOST_FOR_S = 0.5  # that a record may take to be written
 
 
 def is_ui(path: str) -> bool:
