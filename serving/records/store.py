@@ -161,9 +161,9 @@ class Store:
             with self._engine.begin() as connection:
                 connection.execute(insert(FEEDBACK), [asdict(one) for one in said])
 
-    def feedback(self, limit: int | None = None) -> list[Feedback]:
-        """The newest feedback first."""
-        query = select(*_SAID).order_by(FEEDBACK.c.number.desc()).limit(limit)
+    def feedback(self, limit: int | None = None, since: float = 0.0) -> list[Feedback]:
+        """The newest feedback first, none from before `since` (seconds since 1970)."""
+        query = select(*_SAID).where(FEEDBACK.c.time >= since).order_by(FEEDBACK.c.number.desc()).limit(limit)
         with self._engine.connect() as connection:
             return [Feedback(**row._mapping) for row in connection.execute(query)]
 
@@ -223,8 +223,7 @@ def _reason(error: SQLAlchemyError) -> str:
 
 
 def _record(row: Row[Any] | Sequence[Any]) -> RoutingRecord:
-    names = (field.name for field in fields(RoutingRecord))
-    return RoutingRecord(**dict(zip(names, row, strict=True)))
+    return RoutingRecord(*row)  # in the order of _KEPT
 
 
 def without_text(record: RoutingRecord) -> RoutingRecord:
