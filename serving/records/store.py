@@ -118,10 +118,13 @@ class Store:
             return [_record(row) for row in connection.execute(query)]
 
     def waiting(self, limit: int) -> list[tuple[int, str, RoutingRecord]]:
-        """What the background pass has yet to do, the oldest first: number, what is wanted, record."""
+        """What the background pass has yet to do: number, what is wanted, record.
+
+        Pages come first, which somebody waits for, then shares, of each the oldest.
+        """
         query = select(REQUESTS.c.number, REQUESTS.c.wanted, *_KEPT).where(REQUESTS.c.wanted.is_not(None))
         with self._engine.connect() as connection:
-            rows = connection.execute(query.order_by(REQUESTS.c.number).limit(limit)).all()
+            rows = connection.execute(query.order_by(REQUESTS.c.wanted, REQUESTS.c.number).limit(limit)).all()
         return [(row[0], row[1], _record(row[2:])) for row in rows]
 
     def want_page(self, request_id: str) -> bool:
