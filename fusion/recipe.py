@@ -576,6 +576,9 @@ class Serving(Section):
     port: int = Field(8000, ge=0, le=65535)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     tensor_parallel_size: int = Field(1, gt=0)
+    pipeline_parallel_size: int = Field(1, gt=0)  # stages of layers, each on tensor_parallel_size cards of its own
+    data_parallel_size: int = Field(1, gt=0)  # ranks in lock-step that share the experts: no replicas (configs/deploy)
+    distributed_executor_backend: Literal["mp", "ray"] | None = None  # ray: cards of other machines too; None: vLLM's
     enable_expert_parallel: bool = False  # whole experts to a card instead of a slice of each
     quantization: Literal["fp8"] | None = None  # by vLLM while it loads; gates, norms, embeddings and head stay as are
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
@@ -669,6 +672,20 @@ class Recipe(Section):
                 f"for {ways // most} servers side by side on {ways} cards"
             )
             raise Misfit(("serving", "tensor_parallel_size"), message)
+        ranks = self.serving.data_parallel_size
+        if ranks > 1 and self.serving.distributed_executor_backend == "ray":
+            message = (
+                f"{ranks} ranks find each other on one machine alone: set it to 1, with serving.pipeline_parallel_size "
+                "for the machines of one model, or with a server a machine behind a balancer"
+            )
+            raise Misfit(("serving", "data_parallel_size"), message)
+        holders = ranks * self.serving.tensor_parallel_size
+        if self.serving.enable_expert_parallel and holders > len(self.experts):
+            message = (
+                f"{holders} cards (tensor_parallel_size x data_parallel_size) are more than the {len(self.experts)} "
+                "experts, and some would hold none: leave it out, which cuts every expert"
+            )
+            raise Misfit(("serving", "enable_expert_parallel"), message)
         for name, domain in self.domains.items():
             if domain.fallback is not None and domain.fallback not in self.domains:
                 message = f"domain '{name}' falls back to '{domain.fallback}', which 'domains' does not have"

@@ -454,10 +454,13 @@ def train_gates(recipe: Recipe, force: bool = False, with_feedback: bool = False
         train(recipe, folder, feedback=pending)
         return
     if pending:
+        from gate_training.feedback_answers import fill_answers
         from serving.records.feedback import export
 
         rows = export(recipe, pending)
-        console.print(f"  {len(rows)} questions of feedback", highlight=False)
+        answered = fill_answers(recipe, pending)
+        said = f"{len(rows)} questions of feedback, {answered} of them answered by their expert now"
+        console.print(f"  {said}", highlight=False)
     if recipe.heal is None:
         restore(folder, unhealed_folder(recipe))
     if is_rolled_back(folder) and not force:
@@ -480,8 +483,7 @@ def rollback(recipe: Recipe) -> None:
     from fusion.kept_gates import put_back_gates
     from fusion.merge import write_papers
 
-    folder = fused_folder(recipe)
-    _refuse_random_gates(folder)
+    folder = gated_folder(recipe)
     note = put_back_gates(recipe, folder)
     write_papers(recipe, folder)
     said = f"gates by {note['method']} on {note['tokens']:,} tokens are in place again"

@@ -42,16 +42,20 @@ class EngineSettings:
     used on CPU, where a share of all memory would be asked for per worker; `gpu_memory_utilization` on GPU.
     `kv_cache_bytes` is a worker's cache whatever the hardware. `compact_json` writes constrained JSON without any
     white space, so that no model can fill its budget with spaces; experts trained on another style answer better
-    without it. `quantization` `fp8` lets vLLM convert the linear maps while it loads. `live_gates` opens vLLM's
-    development routes, by which new gates come in (serving/swap.py), to whoever reaches the loopback port.
-    `lora_modules` are names and folders of adapters that requests may name as their model. With `routed_experts` an
-    answer on GPUs tells the experts of every token.
+    without it. `pipeline_parallel_size` stages of layers times `data_parallel_size` ranks take `tensor_parallel_size`
+    cards each; with `distributed_executor_backend` `ray` they may be other machines'. `quantization` `fp8` lets vLLM
+    convert the linear maps while it loads. `live_gates` opens vLLM's development routes, by which new gates come in
+    (serving/swap.py), to whoever reaches the loopback port. `lora_modules` are names and folders of adapters that
+    requests may name as their model. With `routed_experts` an answer on GPUs tells the experts of every token.
     """
 
     model: str
     served_name: str
     dtype: str = "auto"
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    distributed_executor_backend: str | None = None
     enable_expert_parallel: bool = False
     quantization: str | None = None
     gpu_memory_utilization: float = 0.9
@@ -111,6 +115,12 @@ def engine_arguments(settings: EngineSettings, hardware: Hardware, port: int) ->
         "--generation-config=vllm",
         f"--override-generation-config={json.dumps(sampling)}",
     ]
+    if settings.pipeline_parallel_size > 1:
+        arguments.append(f"--pipeline-parallel-size={settings.pipeline_parallel_size}")
+    if settings.data_parallel_size > 1:
+        arguments.append(f"--data-parallel-size={settings.data_parallel_size}")
+    if settings.distributed_executor_backend is not None:
+        arguments.append(f"--distributed-executor-backend={settings.distributed_executor_backend}")
     if settings.enable_expert_parallel:
         arguments.append("--enable-expert-parallel")
     if settings.quantization == "fp8":
@@ -231,10 +241,38 @@ def _check_parallel(settings: EngineSettings, hardware: Hardware, config: dict[s
             f"tensor_parallel_size {size} does not divide the {heads} attention heads of {settings.model}: "
             "set serving.tensor_parallel_size to a divisor"
         )
-    if hardware.gpus and size > hardware.gpus:
+    _check_stages_and_ranks(settings, hardware, config)
+
+
+def _check_stages_and_ranks(settings: EngineSettings, hardware: Hardware, config: dict[str, Any]) -> None:
+    size, stages, ranks = settings.tensor_parallel_size, settings.pipeline_parallel_size, settings.data_parallel_size
+    experts = config.get("num_experts")
+    layers = config.get("num_hidden_layers")
+    if layers is not None and stages > layers:
         raise UserError(
-            f"tensor_parallel_size {size} needs as many GPUs and {hardware.gpus} can be seen: "
-            "set serving.tensor_parallel_size to what is there"
+            f"pipeline_parallel_size {stages} is more than the {layers} layers of {settings.model}: "
+            f"set serving.pipeline_parallel_size to {layers} or less"
+        )
+    if experts is not None and settings.enable_expert_parallel and size * ranks > experts:
+        raise UserError(
+            f"{size * ranks} cards (tensor_parallel_size x data_parallel_size) are more than the {experts} experts of "
+            f"{settings.model}, and some would hold none: set serving.enable_expert_parallel to false"
+        )
+    ray = settings.distributed_executor_backend == "ray"
+    if not hardware.gpus and (stages > 1 or ranks > 1 or ray):
+        raise UserError(
+            "vLLM's CPU build runs one model by tensor parallelism alone: set serving.pipeline_parallel_size and "
+            "serving.data_parallel_size to 1, and serving.distributed_executor_backend to null"
+        )
+    if hardware.gpus and not ray and size * stages * ranks > hardware.gpus:
+        wanted = [f"tensor_parallel_size {size}"]
+        wanted += [f"pipeline_parallel_size {stages}"] * (stages > 1) + [f"data_parallel_size {ranks}"] * (ranks > 1)
+        elsewhere = (
+            "" if ranks > 1 else ", or serving.distributed_executor_backend to ray where other machines have more"
+        )
+        raise UserError(
+            f"{' x '.join(wanted)} needs {size * stages * ranks} GPUs and {hardware.gpus} can be seen: set it to what "
+            f"is there{elsewhere}"
         )
 
 

@@ -7,11 +7,15 @@ Counted on the meta device, so nothing is allocated. How a weight is split is vL
 qwen2_moe.py, layers/linear.py, layers/vocab_parallel_embedding.py, layers/fused_moe/expert_map_manager.py): query
 heads, key and value heads and every MLP are cut by tensor parallelism, with less than one key-value head a card these
 are copied; the vocabulary is padded to a multiple of 64 and cut; norms and gates are on every card. Expert parallelism
-cuts the list of experts instead of each expert, and the first cards get the remainder.
+cuts the list of experts instead of each expert, and the first cards get the remainder. Experts are cut over the cards
+of all data-parallel ranks, which hold everything else once each; every pipeline stage has its layers, and embeddings,
+head and last norm besides.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from fusion.architecture import fused_config, named_dtype, part_of
@@ -41,10 +45,23 @@ class Weight:
 
 @dataclass(frozen=True)
 class Layout:
-    """How vLLM spreads one engine: over `ways` cards, whole experts to a card with `expert_parallel`."""
+    """How vLLM spreads one server: every layer over `ways` cards, its layers over `stages` of such cards, and all that
+    over `ranks` which share the experts alone; whole experts to a card with `expert_parallel`."""
 
     ways: int = 1
     expert_parallel: bool = False
+    stages: int = 1
+    ranks: int = 1
+
+    @property
+    def cards(self) -> int:
+        """All that the server takes."""
+        return self.ways * self.stages * self.ranks
+
+    @property
+    def expert_ways(self) -> int:
+        """Over how many cards the experts of a layer go."""
+        return self.ways * self.ranks
 
 
 @dataclass(frozen=True)
@@ -82,7 +99,7 @@ def budget(recipe: Recipe, anchor_config: dict[str, Any]) -> Budget:
         bytes=parameters * width,
         bytes_per_card=card_bytes(weights, config, layout, dtype, dtype),
         kv_bytes_per_token=kv_bytes_per_token(config, 1, dtype),
-        kv_bytes_per_token_per_card=kv_bytes_per_token(config, layout.ways, dtype),
+        kv_bytes_per_token_per_card=kv_bytes_per_token(config, layout.ways, dtype, layout.stages),
     )
 
 
@@ -106,7 +123,12 @@ def planned_dtype(anchor_config: dict[str, Any]) -> str:
 
 def serving_layout(serving: Serving) -> Layout:
     """The layout that the recipe asks for."""
-    return Layout(serving.tensor_parallel_size, serving.enable_expert_parallel)
+    return Layout(
+        ways=serving.tensor_parallel_size,
+        expert_parallel=serving.enable_expert_parallel,
+        stages=serving.pipeline_parallel_size,
+        ranks=serving.data_parallel_size,
+    )
 
 
 def model_weights(config: dict[str, Any]) -> list[Weight]:
@@ -146,9 +168,18 @@ def attention_widths(config: dict[str, Any], ways: int) -> tuple[int, int]:
     return config["num_attention_heads"] * head_size // ways, max(1, config["num_key_value_heads"] // ways) * head_size
 
 
-def kv_bytes_per_token(config: dict[str, Any], ways: int, dtype: str) -> int:
-    """Bytes of keys and values that one token takes on a card: 2 x layers x width of its keys x bytes a number."""
-    return int(2 * config["num_hidden_layers"] * attention_widths(config, ways)[1] * DTYPE_BYTES[dtype])
+def kv_bytes_per_token(config: dict[str, Any], ways: int, dtype: str, stages: int = 1) -> int:
+    """Bytes of keys and values that one token takes on a card of the stage with most layers: 2 x layers x width of its
+    keys x bytes a number."""
+    layers = max(stage_layers(config["num_hidden_layers"], stages))
+    return int(2 * layers * attention_widths(config, ways)[1] * DTYPE_BYTES[dtype])
+
+
+def stage_layers(layers: int, stages: int) -> list[int]:
+    """How many layers each pipeline stage has: evenly, the rest one each from the last but one backwards
+    (distributed/utils.py, get_pp_indices)."""
+    rest = layers % stages
+    return [layers // stages + (stages - 1 - rest <= stage < stages - 1) for stage in range(stages)]
 
 
 def card_bytes(weights: list[Weight], config: dict[str, Any], layout: Layout, weight_format: Format, dtype: str) -> int:
@@ -160,10 +191,21 @@ def group_card_bytes(
     weights: list[Weight], config: dict[str, Any], layout: Layout, weight_format: Format, dtype: str
 ) -> dict[str, int]:
     """The same by group of GROUPS."""
-    groups = dict.fromkeys(GROUPS, 0)
+    stages = [dict.fromkeys(GROUPS, 0) for _ in range(layout.stages)]
     for weight in weights:
-        groups[weight.group] += _stored(weight, on_card(weight, config, layout), weight_format, dtype)
-    return groups
+        held = _stored(weight, on_card(weight, config, layout), weight_format, dtype)
+        for stage in _stages_of(weight, config, layout.stages):
+            stages[stage][weight.group] += held
+    return max(stages, key=lambda groups: sum(groups.values()))
+
+
+def _stages_of(weight: Weight, config: dict[str, Any], stages: int) -> Iterable[int]:
+    """The pipeline stages that hold `weight`: a layer's one, all for what belongs to no layer."""
+    if ".layers." not in weight.name:
+        return range(stages)
+    layer = int(weight.name.split(".layers.")[1].split(".")[0])
+    ends = accumulate(stage_layers(config["num_hidden_layers"], stages))
+    return [next(stage for stage, end in enumerate(ends) if layer < end)]
 
 
 def on_card(weight: Weight, config: dict[str, Any], layout: Layout) -> tuple[int, ...]:
@@ -171,6 +213,8 @@ def on_card(weight: Weight, config: dict[str, Any], layout: Layout) -> tuple[int
     ways, shape, name = layout.ways, weight.shape, weight.name
     if weight.group in ("norms", "gates"):
         return shape
+    if weight.group == "experts":
+        ways = layout.expert_ways
     if weight.group in ("embeddings", "head"):
         padded = math.ceil(shape[0] / VOCABULARY_PADDING) * VOCABULARY_PADDING
         return (math.ceil(padded / ways), *shape[1:])

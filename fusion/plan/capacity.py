@@ -53,8 +53,8 @@ class Capacity:
 
     `kv_tokens` is what vLLM logs at the recipe's max_model_len ("GPU KV cache size"); all cards of an engine together
     keep as many, each its own heads of every token. `engines` such engines find room side by side, one a group of
-    cards; `kv_tokens_in_all` is theirs. `kv_bytes` is negative by what is missing where the weights do not fit.
-    `longest` is the largest max_model_len that vLLM would start with.
+    cards, a data-parallel rank being one; `kv_tokens_in_all` is theirs. `kv_bytes` is negative by what is missing where
+    the weights do not fit. `longest` is the largest max_model_len that vLLM would start with.
     """
 
     weight_format: Format
@@ -142,9 +142,9 @@ def capacity(
         usable = int(profile.memory * share) // layout.ways
         left = min(serving.cpu_kv_cache_bytes, usable - weights - activations)
     block = BLOCK_GPU if profile.cards else BLOCK_CPU
-    per_token = kv_bytes_per_token(config, layout.ways, dtype)
+    per_token = kv_bytes_per_token(config, layout.ways, dtype, layout.stages)
     blocks = kv_blocks(left, per_token, block)
-    engines = engines or max(1, profile.cards // layout.ways)
+    engines = engines or max(1, profile.cards // layout.cards) * layout.ranks
     tokens = logged_tokens(blocks, block, serving.max_model_len)
     longest = max(0, blocks - 1) * block
     positions = config.get("max_position_embeddings") or serving.max_model_len
@@ -202,15 +202,16 @@ def forward_bytes(config: dict[str, Any], layout: Layout, tokens: int, dtype: Fo
     """An estimate of a forward pass's peak on a card: hidden states and residual, and the largest block between them.
 
     Attention holds q, k, v and its output. The experts hold their two workspaces of (tokens, top-k, width) and the
-    output (fused_moe/experts/triton_moe.py, workspace_shapes); a dense MLP gate, up and their product.
+    output (fused_moe/experts/triton_moe.py, workspace_shapes), for the tokens of all ranks, which are gathered before
+    them; a dense MLP gate, up and their product.
     """
     hidden, ways = config["hidden_size"], layout.ways
     queries, keys = attention_widths(config, ways)
     blocks = [2 * queries + 2 * keys, 3 * math.ceil(config["intermediate_size"] / ways)]
     if config.get("num_experts"):
-        width = config["moe_intermediate_size"] if layout.expert_parallel else config["moe_intermediate_size"] / ways
-        workspaces = max(math.ceil(width), hidden) + max(2 * math.ceil(width), hidden)
-        blocks.append(config["num_experts_per_tok"] * workspaces + hidden)
+        width = math.ceil(config["moe_intermediate_size"] / (1 if layout.expert_parallel else layout.expert_ways))
+        workspaces = max(width, hidden) + max(2 * width, hidden)
+        blocks.append(layout.ranks * (config["num_experts_per_tok"] * workspaces + hidden))
     return tokens * (2 * hidden + max(blocks)) * DTYPE_BYTES[dtype]
 
 

@@ -5,7 +5,7 @@
 A time is what the disk, the link or the card's rate allows at best, a speed likewise: bounds, not promises.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -158,7 +158,7 @@ def _trained(recipe: Recipe, dense_weights: list[Weight], one: int) -> list[Disk
 def _speeds(
     recipe: Recipe, config: dict[str, Any], weights: list[Weight], profile: HardwareProfile
 ) -> tuple[Speed, ...]:
-    layout = serving_layout(recipe.serving)
+    layout = replace(serving_layout(recipe.serving), stages=1)  # a token passes all stages, one after another
     dtype = served_dtype(recipe.serving, config["dtype"], profile.native_bfloat16)
     idle = 1 - config["num_experts_per_tok"] / config["num_experts"]
     tied = config.get("tie_word_embeddings", False)

@@ -5,7 +5,7 @@
 
 vLLM's own conditions (model_executor/models/qwen2_moe.py, layers/linear.py, layers/fused_moe/config.py): as many ways
 as experts at most; query heads, MLP widths and padded vocabulary divide by the ways; key-value heads divide by the
-ways, or the ways by them.
+ways, or the ways by them; an expert's width divides by the ways times the ranks unless experts stay whole.
 """
 
 import math
@@ -24,6 +24,9 @@ from fusion.plan.profile import HardwareProfile
 from fusion.recipe import Recipe
 
 WAYS = "serving.tensor_parallel_size"
+STAGES = "serving.pipeline_parallel_size"
+RANKS = "serving.data_parallel_size"
+SPLIT = (WAYS, STAGES, RANKS)
 
 
 def check_parallel(
@@ -31,9 +34,9 @@ def check_parallel(
 ) -> list[Finding]:
     """The findings on a fused `config` and its weights; with a `profile` also on what fits its cards."""
     found = _division(recipe, config, profile)
-    if found:
+    if any(finding.severity == "error" for finding in found):
         return found  # nothing can be said of a split that cannot be
-    found = _expert_parallel(recipe, config, weights, profile)
+    found += _expert_parallel(recipe, config, weights, profile)
     if profile is None:
         return found
     return found + _quantization(recipe, config, profile) + _fits(recipe, config, weights, profile)
@@ -61,24 +64,59 @@ def ways_that_work(config: dict[str, Any], most: int) -> list[int]:
 
 
 def _division(recipe: Recipe, config: dict[str, Any], profile: HardwareProfile | None) -> list[Finding]:
-    ways = recipe.serving.tensor_parallel_size
-    cards = profile.cards if profile else 0
+    ways, cards = recipe.serving.tensor_parallel_size, profile.cards if profile else 0
     works = ways_that_work(config, min(cards or config["num_experts"], config["num_experts"]))
     fix = f"set it to {_either(works)}"
     if said := obstacle(config, ways):
         return [Finding("error", WAYS, f"{ways} {said}", "vLLM cuts every one of them evenly", fix)]
-    if cards and ways > cards:
-        assert profile is not None
-        what = f"{ways} ways need as many cards, {profile.name} has {cards}"
-        return [Finding("error", WAYS, what, "each way is a card of its own", fix)]
+    return _stages_and_ranks(recipe, config, profile) or _cards(recipe, profile, fix)
+
+
+def _stages_and_ranks(recipe: Recipe, config: dict[str, Any], profile: HardwareProfile | None) -> list[Finding]:
+    layout = serving_layout(recipe.serving)
+    layers, width = config["num_hidden_layers"], config["moe_intermediate_size"]
+    if layout.stages > layers:
+        what = f"{layout.stages} stages are more than the anchor's {layers} layers"
+        return [Finding("error", STAGES, what, "each stage has one at least", f"set it to {layers} or less")]
+    if not layout.expert_parallel and width % layout.expert_ways:
+        what = f"{layout.ways} ways x {layout.ranks} ranks do not divide an expert's width {width}"
+        why = "vLLM cuts every expert over the cards of all ranks"
+        return [Finding("error", RANKS, what, why, "set another, or serving.enable_expert_parallel to true")]
+    if profile is not None and not profile.cards and layout.cards > layout.ways:
+        where = STAGES if layout.stages > 1 else RANKS
+        return [Finding("error", where, "vLLM's CPU build runs neither stages nor ranks", fix="set it to 1")]
     return []
+
+
+def _cards(recipe: Recipe, profile: HardwareProfile | None, fix: str) -> list[Finding]:
+    layout = serving_layout(recipe.serving)
+    if profile is None or not 0 < profile.cards < layout.cards:
+        return []
+    if recipe.serving.distributed_executor_backend == "ray":
+        if layout.ways <= profile.cards:
+            return []
+        what = f"{layout.ways} ways over machines of {profile.cards} cards each"
+        why = "all cards of a layer add up their parts twice a layer, now over the network"
+        fix = f"set it to the cards of one machine, and {STAGES} to the machines"
+        return [Finding("warning", WAYS, what, why, fix)]
+    if layout.ways == layout.cards:
+        what = f"{layout.ways} ways need as many cards, {profile.name} has {profile.cards}"
+        return [Finding("error", WAYS, what, "each way is a card of its own", fix)]
+    what = (
+        f"{layout.ways} ways x {layout.stages} stages x {layout.ranks} ranks need {layout.cards} cards, "
+        f"{profile.name} has {profile.cards}"
+    )
+    if layout.ranks > 1:
+        return [Finding("error", RANKS, what, "each has cards of its own on one machine", "take fewer")]
+    fix = "take fewer, or set serving.distributed_executor_backend to ray where other machines have the rest"
+    return [Finding("error", STAGES, what, "each has cards of its own", fix)]
 
 
 def _expert_parallel(
     recipe: Recipe, config: dict[str, Any], weights: list[Weight], profile: HardwareProfile | None
 ) -> list[Finding]:
     layout = serving_layout(recipe.serving)
-    experts, ways = config["num_experts"], layout.ways
+    experts, ways = config["num_experts"], layout.expert_ways
     if not layout.expert_parallel or ways == 1 or experts % ways == 0:
         return []
     dtype = served_dtype(recipe.serving, config["dtype"], profile is None or profile.native_bfloat16)
@@ -164,7 +202,8 @@ def _what_would(
             ways.append(
                 "serving.quantization fp8" if fp8 else "a checkpoint quantised to 4 bits (qwen-fusion quantize)"
             )
-    for size in ways_that_work(config, profile.cards)[::-1]:
+    layout = serving_layout(serving)
+    for size in ways_that_work(config, profile.cards // (layout.stages * layout.ranks))[::-1]:
         if size > serving.tensor_parallel_size and _starts(recipe, config, weights, profile, tensor_parallel_size=size):
             ways.append(f"{WAYS} {size}")
             break

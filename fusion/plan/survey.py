@@ -4,14 +4,15 @@ price the same experts are served otherwise.
     findings, data = survey(recipe, describe_anchor(recipe).config, profile)
 """
 
+from dataclasses import replace
 from typing import Any
 
 from fusion.plan.alternatives import alternatives
-from fusion.plan.budget import Layout, budget, card_bytes, model_weights, planned_config, serving_layout
+from fusion.plan.budget import budget, card_bytes, model_weights, planned_config, serving_layout
 from fusion.plan.capacity import capacities, formats, served_dtype
 from fusion.plan.estimates import estimate
 from fusion.plan.findings import Finding
-from fusion.plan.parallel import check_parallel
+from fusion.plan.parallel import SPLIT, check_parallel
 from fusion.plan.profile import HardwareProfile
 from fusion.recipe import Recipe
 from serving.engine import detect_hardware
@@ -32,17 +33,18 @@ def survey(
         here = detect_hardware()
         return findings, {**data, "machine": {"gpus": here.gpus, "cpu_cores": len(here.cores)}}
     data["hardware"] = profile.model_dump(mode="json")
-    if any(finding.where == "serving.tensor_parallel_size" for finding in findings):
+    if any(finding.severity == "error" and finding.where in SPLIT for finding in findings):
         return findings, data
     layout = serving_layout(recipe.serving)
+    cut, whole = (replace(layout, expert_parallel=parallel) for parallel in (False, True))
     dtype = served_dtype(recipe.serving, config["dtype"], profile.native_bfloat16)
     data["max_model_len"] = recipe.serving.max_model_len
     data["served_format"] = recipe.serving.quantization or dtype
     data["card_weights"] = [
         {
             "weight_format": weight_format,
-            "tensor_parallel": card_bytes(weights, config, Layout(layout.ways), weight_format, dtype),
-            "expert_parallel": card_bytes(weights, config, Layout(layout.ways, True), weight_format, dtype),
+            "tensor_parallel": card_bytes(weights, config, cut, weight_format, dtype),
+            "expert_parallel": card_bytes(weights, config, whole, weight_format, dtype),
         }
         for weight_format in formats(profile, dtype)
     ]

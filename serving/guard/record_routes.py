@@ -56,8 +56,8 @@ class RecordRoutes:
     async def feedback(self, exchange: Exchange, body: bytes) -> None:
         """Keeps what a client says of a request. Raises Refusal where that says nothing, or of no known request."""
         if exchange.headers.get(b"content-type", b"").partition(b";")[0].strip() != b"application/json":
-            said = "Feedback is JSON (content-type: application/json)."  # which another site's page cannot send
-            raise Refusal(415, said, "invalid_request_error", "unsupported_media_type")
+            form = "Feedback is JSON (content-type: application/json)."  # which another site's page cannot send
+            raise Refusal(415, form, "invalid_request_error", "unsupported_media_type")
         given = _object(body)
         rating, domain, comment = given.get("rating"), given.get("domain"), given.get("comment", "")
         if given.keys() - {"request_id", "rating", "domain", "comment"}:

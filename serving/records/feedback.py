@@ -6,7 +6,8 @@
 
 A row is a chat row as any data set's, with its right domain and where that came from:
 {"messages": [...], "domain": "math", "provenance": {"request_id": "...", "source": "feedback", ...}}. One question has
-one row, the newest. An answer of the wrong expert is left out: the row ends with an empty one.
+one row, the newest. An answer of the wrong expert is left out: the row ends with an empty one, which train-gates has
+the right expert fill (gate_training/feedback_answers.py).
 """
 
 import json
@@ -66,9 +67,11 @@ def _row(messages: Sequence[Mapping[str, str]], answer: str | None, domain: str,
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """One row a question with what was said before it, the newest of them."""
+    """One row a question with what was said before it: the newest of them, of equals one that has an answer."""
     kept: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: row.get("provenance", {}).get("time", 0.0)):
+    for row in sorted(
+        rows, key=lambda row: (row.get("provenance", {}).get("time", 0.0), row["messages"][-1]["content"])
+    ):
         kept[_question(row)] = row
     return list(kept.values())
 

@@ -18,6 +18,7 @@ from fusion.plan.budget import (
     model_weights,
     on_card,
     planned_config,
+    stage_layers,
 )
 from fusion.plan.models import describe_anchor
 from tests.families import write_model
@@ -152,6 +153,36 @@ def test_expert_parallelism_puts_the_remainder_on_the_first_cards_and_cuts_nothi
     assert shape(weights, "layers.0.mlp.experts.down_proj", config, whole) == (2, 128, 256)
     experts, cut = (group_card_bytes(weights, config, each, "bfloat16", "bfloat16") for each in (whole, Layout(4)))
     assert {name for name in experts if experts[name] != cut[name]} == {"experts"}
+
+
+def test_ranks_share_the_experts_and_copy_the_rest() -> None:
+    config, weights = small()
+    alone, ranks = Layout(2), Layout(2, ranks=2)
+    assert shape(weights, "layers.0.mlp.experts.gate_up_proj", config, ranks) == (5, 128, 128)
+    assert shape(weights, "layers.0.mlp.experts.down_proj", config, Layout(ranks=5, expert_parallel=True)) == (
+        1,
+        128,
+        256,
+    )
+    held, cut = (group_card_bytes(weights, config, layout, "bfloat16", "bfloat16") for layout in (alone, ranks))
+    assert cut == {**held, "experts": held["experts"] // 2}
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "parts"), [(28, 2, [14, 14]), (28, 3, [9, 10, 9]), (7, 4, [2, 2, 2, 1]), (3, 1, [3])]
+)
+def test_stages_have_the_layers_that_vllm_gives_them(layers: int, stages: int, parts: list[int]) -> None:
+    """As vLLM 0.32's distributed.utils.get_pp_indices cuts them."""
+    assert stage_layers(layers, stages) == parts
+
+
+def test_the_fullest_stage_has_its_layers_and_the_whole_vocabulary() -> None:
+    config, weights = small()  # layer 0 is sparse, layer 1 dense
+    whole, half = (group_card_bytes(weights, config, Layout(stages=n), "bfloat16", "bfloat16") for n in (1, 2))
+    assert half["experts"] == whole["experts"] and half["dense_mlps"] == 0
+    assert half["attention"] == whole["attention"] // 2
+    assert [half[name] for name in ("embeddings", "head")] == [whole[name] for name in ("embeddings", "head")]
+    assert kv_bytes_per_token(config, 1, "bfloat16", stages=2) == kv_bytes_per_token(config, 1, "bfloat16") // 2
 
 
 def test_the_bytes_are_those_of_vllms_own_parameters() -> None:

@@ -69,6 +69,38 @@ def test_more_ways_than_cards_are_an_error() -> None:
     assert not found(FIVE, "h200", "serving.tensor_parallel_size=1")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "where", "words"),
+    [
+        (("pipeline_parallel_size=2",), "serving.pipeline_parallel_size", "4 ways x 2 stages x 1 ranks need 8 cards"),
+        (("pipeline_parallel_size=29",), "serving.pipeline_parallel_size", "29 stages are more than the anchor's 28"),
+        (("data_parallel_size=2",), "serving.data_parallel_size", "4 ways x 1 stages x 2 ranks need 8 cards"),
+        (("tensor_parallel_size=1", "data_parallel_size=3"), "serving.data_parallel_size", "an expert's width 18944"),
+    ],
+)
+def test_stages_and_ranks_that_cannot_be_are_an_error(overrides: tuple[str, ...], where: str, words: str) -> None:
+    error = only(found(FIVE, "4x4090d", *(f"serving.{override}" for override in overrides)), "error")
+    assert error.where == where
+    assert words in error.what
+
+
+def test_a_cpu_runs_neither_stages_nor_ranks() -> None:
+    one = "serving.tensor_parallel_size=1"
+    for key in ("pipeline", "data"):
+        error = only(found(TWO, "cpu", one, f"serving.{key}_parallel_size=2", memory_gib=512.0), "error")
+        assert error.where == f"serving.{key}_parallel_size"
+
+
+def test_ray_finds_cards_elsewhere_and_ways_should_stay_on_a_machine() -> None:
+    ray = "serving.distributed_executor_backend=ray"
+    assert not found(FIVE, "4x4090d", ray, "serving.pipeline_parallel_size=2")
+    warning = only(found(FIVE, "4x4090d", ray, cards=2), "warning")
+    assert warning.what == "4 ways over machines of 2 cards each"
+    assert not found(
+        FIVE, "4x4090d", ray, "serving.tensor_parallel_size=2", "serving.pipeline_parallel_size=2", cards=2
+    )
+
+
 def test_five_experts_over_four_cards_put_two_on_one() -> None:
     parallel = "serving.enable_expert_parallel=true"
     warning = only(found(FIVE, None, parallel), "warning")

@@ -76,6 +76,16 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
     assert all(0 <= recipe.expert_of(domain) < len(recipe.experts) for domain in recipe.domains)
 
 
+OVERRIDES = [
+    (path, line) for path in CONFIGS for line in path.read_text("utf-8").split("\n") if re.match("# +--set ", line)
+]
+
+
+@pytest.mark.parametrize(("path", "line"), OVERRIDES, ids=lambda value: value if isinstance(value, str) else value.stem)
+def test_every_override_that_a_config_shows_loads(path: Path, line: str) -> None:
+    load_recipe(path, re.findall(r"--set (\S+)", line))
+
+
 WRONG = {
     "unknown key": ([("  top_k: 1", "  top_k: 1\n  topk: 2  # here")], "routing.topk: unknown key"),
     "unknown section": ([("routing:", "rooting: {}  # here\nrouting:")], "rooting: unknown key"),
@@ -150,6 +160,24 @@ WRONG = {
     "more ways than experts": (
         [("  max_model_len: 512", "  max_model_len: 512\n  tensor_parallel_size: 4  # here")],
         "4 ways are more than the 2 experts, which vLLM refuses",
+    ),
+    "more cards than whole experts": (
+        [
+            (
+                "  max_model_len: 512",
+                "  max_model_len: 512\n  data_parallel_size: 4\n  enable_expert_parallel: true  # here",
+            )
+        ],
+        "4 cards (tensor_parallel_size x data_parallel_size) are more than the 2 experts",
+    ),
+    "ranks over machines": (
+        [
+            (
+                "  max_model_len: 512",
+                "  max_model_len: 512\n  distributed_executor_backend: ray\n  data_parallel_size: 2  # here",
+            )
+        ],
+        "2 ranks find each other on one machine alone",
     ),
     "a split that no generator has": (
         [("train: {generated: demo.math}", "train: {generated: demo.math, split: test}  # here")],

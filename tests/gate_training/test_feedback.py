@@ -23,7 +23,7 @@ from serving.records.settings import store_url
 from serving.records.store import opened
 from tests.recipes import QUESTIONS, make_recipe
 
-SETTINGS = {"rows": 4, "held_out_rows": 4}
+SETTINGS = {"rows": 4, "held_out_rows": 4, "feedback_margin": 1.0}  # random experts: any answer is as bad as another
 # of no domain: the gates do with them what they like
 ASKED = [
     f"Please tell my friend {name} about the {thing}."
@@ -74,6 +74,8 @@ def test_feedback_corrects_paraphrases_and_spares_the_other_domains(recipe: Reci
     assert all(judged["losses"][NEW][name] <= judged["losses"][OLD][name] + margin for name in recipe.domains)
     assert "What feedback changed" in (recipe.folder / "gates.md").read_text()
     assert {row.question for row in read_feedback(feedback_file(recipe), recipe)} == set(ASKED)
+    rows = json_rows(recipe)
+    assert all(row["messages"][-1]["content"] and row["provenance"]["answered_by"] == wrong for row in rows)
     labels = [json.loads(line) for line in (recipe.folder / "labels.jsonl").read_text().splitlines()]
     assert any(row["source"] == "feedback" for row in labels)
     before = file_hash(recipe.fused / GATES_FILE)

@@ -19,7 +19,8 @@ from fusion.errors import UserError
 from serving.engine import EngineSettings
 from serving.serve import serve
 try:
-    serve(EngineSettings(**json.loads(sys.argv[1])), port=0, log=Path(sys.argv[2]), state=Path(sys.argv[3]))
+    log, state, port = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+    serve(EngineSettings(**json.loads(sys.argv[1])), port=port, log=log, state=state)
 except UserError as error:
     print(error)
     sys.exit(2)
@@ -27,11 +28,19 @@ except UserError as error:
 
 
 def serve_apart(
-    settings: EngineSettings, folder: Path, within_s: float = 30.0
-) -> tuple[subprocess.Popen[str], str]:  # fmt: skip
+    settings: EngineSettings, folder: Path, within_s: float = 30.0, port: int = 0
+) -> tuple[subprocess.Popen[str], str]:
     """The process, ready for requests, and the guard's address. Its log and state file are in `folder`."""
     state = folder / "state.json"
-    command = [sys.executable, "-c", PROGRAM, json.dumps(asdict(settings)), str(folder / "vllm.log"), str(state)]
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        json.dumps(asdict(settings)),
+        str(folder / "vllm.log"),
+        str(state),
+        str(port),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     end = time.monotonic() + within_s
     while time.monotonic() < end:

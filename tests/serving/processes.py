@@ -22,6 +22,14 @@ def all_gone(pids: list[int], within_s: float = 15.0) -> bool:
     return True
 
 
+def command_of(pid: int) -> str:
+    """The command line that the process shows, empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
 def descendants(pid: int) -> list[int]:
     """The processes that `pid` started, and those that they started."""
     children: dict[int, list[int]] = {}

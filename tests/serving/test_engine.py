@@ -1,17 +1,22 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from fusion.checkpoint import write_json
 from fusion.errors import UserError
 from serving import engine
 from serving.ask import engine_settings
 from serving.client import chat
 from serving.engine import Engine, EngineSettings, Hardware, core_binding, engine_arguments, engine_environment
 from serving.serve import find_server, listening_socket, running_server
+from tests.fusion.planned import fused, shipped
 from tests.recipes import make_recipe
 from tests.serving import fake_engine
 from tests.serving.apart import serve_apart
@@ -27,7 +32,13 @@ def model(tmp_path: Path) -> Path:
     """A folder with the config of a two-expert model."""
     folder = tmp_path / "model"
     folder.mkdir()
-    config = {"num_experts": 2, "num_attention_heads": 28, "max_position_embeddings": 32768, "rope_theta": 1e6}
+    config = {
+        "num_experts": 2,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -84,13 +95,92 @@ def test_whole_experts_and_fp8_are_vllms_options(model: Path) -> None:
     assert not any("expert-parallel" in argument or "quantization" in argument for argument in plain)
 
 
+def test_stages_ranks_and_ray_are_vllms_options(model: Path) -> None:
+    settings = EngineSettings(str(model), "m", pipeline_parallel_size=2, data_parallel_size=2)
+    arguments = engine_arguments(settings, Hardware(4, (0,)), 9000)
+    assert {"--pipeline-parallel-size=2", "--data-parallel-size=2"} <= set(arguments)
+    ray = EngineSettings(str(model), "m", pipeline_parallel_size=2, distributed_executor_backend="ray")
+    assert "--distributed-executor-backend=ray" in engine_arguments(
+        ray, Hardware(1, (0,)), 9000
+    )  # the other's elsewhere
+    plain = engine_arguments(EngineSettings(str(model), "m"), Hardware(4, (0,)), 9000)
+    assert not any(word in argument for argument in plain for word in ("pipeline", "data-parallel", "executor"))
+
+
+def test_vllm_understands_them_as_they_are_meant(tmp_path: Path) -> None:
+    """vLLM's own parser and config make of the arguments what the recipe's keys say, of the five 7B experts' config."""
+    write_json(tmp_path / "config.json", fused(*shipped())[0])
+    shapes = [(2, 1, 1, "mp", True), (2, 2, 1, "mp", False), (1, 1, 2, None, True), (2, 2, 1, "ray", False)]
+    lists = [
+        engine_arguments(
+            EngineSettings(
+                str(tmp_path),
+                "m",
+                tensor_parallel_size=ways,
+                pipeline_parallel_size=stages,
+                data_parallel_size=ranks,
+                distributed_executor_backend=backend,
+                enable_expert_parallel=whole,
+            ),
+            Hardware(4, (0, 1)),
+            9000,
+        )
+        for ways, stages, ranks, backend, whole in shapes
+    ]
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", UNDERSTOOD], input=json.dumps(lists), capture_output=True, text=True
+    )
+    assert told.returncode == 0, told.stderr
+    understood = [tuple(row) for row in json.loads(told.stdout.splitlines()[-1])]
+    assert understood == [(*shape[:3], shape[3] or "mp", shape[4]) for shape in shapes]
+
+
+UNDERSTOOD = """
+import json, sys
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+rows = []
+for arguments in json.loads(sys.stdin.read()):
+    given = AsyncEngineArgs.from_cli_args(make_arg_parser(FlexibleArgumentParser()).parse_args(arguments))
+    made = given  # without Ray there is no config of it
+    if given.distributed_executor_backend != "ray":
+        made = given.create_engine_config().parallel_config
+    rows.append([made.tensor_parallel_size, made.pipeline_parallel_size, made.data_parallel_size,
+                 made.distributed_executor_backend, made.enable_expert_parallel])
+print(json.dumps(rows))
+"""
+
+
+def test_ray_serve_is_told_what_vllm_is_told(model: Path) -> None:
+    """Every engine argument of the shipped Ray Serve configuration is one that `serve` gives."""
+    told = yaml.safe_load((Path(__file__).parents[2] / "configs" / "deploy" / "ray-serve.yaml").read_text())
+    (config,) = told["applications"][0]["args"]["llm_configs"]
+    arguments = engine_arguments(EngineSettings(str(model), "m", max_model_len=32768), Hardware(1, (0,)), 9000)
+    given = dict(argument[2:].partition("=")[::2] for argument in arguments)
+    for key, value in config["engine_kwargs"].items():
+        said = given[key.replace("_", "-")]
+        if isinstance(value, dict):
+            assert value.items() <= json.loads(said).items()
+        elif key != "tensor_parallel_size":
+            assert said == ("" if value is True else str(value))
+
+
 def test_the_recipe_says_so(tmp_path: Path) -> None:
-    serving = {**SERVING, "tensor_parallel_size": 2, "enable_expert_parallel": True, "quantization": "fp8"}
+    serving = {
+        **SERVING,
+        "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 2,
+        "distributed_executor_backend": "ray",
+        "enable_expert_parallel": True,
+        "quantization": "fp8",
+    }
     recipe = make_recipe(tmp_path, tmp_path, {"general": tmp_path, "math": tmp_path}, serving=serving)
     recipe.fused.mkdir(parents=True)
     (recipe.fused / "config.json").write_text("{}")
     settings = engine_settings(recipe)
     assert (settings.enable_expert_parallel, settings.quantization) == (True, "fp8")
+    assert (settings.pipeline_parallel_size, settings.distributed_executor_backend) == (2, "ray")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +233,25 @@ def test_yarn_stretches_the_positions(model: Path) -> None:
 def test_what_vllm_would_refuse_is_one_sentence(model: Path, size: int, hardware: Hardware, words: str) -> None:
     with pytest.raises(UserError, match=words):
         engine_arguments(EngineSettings(str(model), "m", tensor_parallel_size=size), hardware, 1)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "settings", "words"),
+    [
+        (CPU, {"pipeline_parallel_size": 2}, "CPU build runs one model by tensor parallelism alone"),
+        (CPU, {"data_parallel_size": 2}, "CPU build runs one model by tensor parallelism alone"),
+        (CPU, {"distributed_executor_backend": "ray"}, "serving.distributed_executor_backend to null"),
+        (Hardware(3, (0,)), {"tensor_parallel_size": 2, "data_parallel_size": 2}, "data_parallel_size 2 needs 4 GPUs"),
+        (Hardware(8, (0,)), {"pipeline_parallel_size": 5}, "more than the 4 layers"),
+        (Hardware(8, (0,)), {"tensor_parallel_size": 2, "data_parallel_size": 2, "enable_expert_parallel": True},
+         "4 cards .* are more than the 2 experts .* would hold none"),
+    ],
+)  # fmt: skip
+def test_a_split_that_cannot_be_is_one_sentence(
+    model: Path, hardware: Hardware, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        engine_arguments(EngineSettings(str(model), "m", **settings), hardware, 1)
 
 
 def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
