@@ -86,7 +86,8 @@ def serve(
     ):
         url = _address(host, listener)
         with _state_file(state, _state(url, engine, shards)):
-            ready = f"serving {engine_settings.served_name} on {url}/v1"
+            page = f", its traffic on {url}/ui" if guard_settings and guard_settings.guard.ui else ""
+            ready = f"serving {engine_settings.served_name} on {url}/v1{page}"
             console.print(f"{ready} (started in {engine.start_seconds:.0f} s, Ctrl-C ends it)", highlight=False)
             _run_guard(_of_engine(engine, guard_settings), listener, engine.alive)
         engine.check()

@@ -22,13 +22,14 @@ from serving.guard.exchange import Exchange, Refusal
 from serving.guard.keys import Keys
 from serving.records.record import Feedback, RoutingRecord, suspicions, top_expert
 from serving.records.recorder import Recorder
-from serving.ui.overview import overview
+from serving.ui.overview import COUNTED, overview
 
 FEEDBACK, ROUTING = "/v1/feedback", "/v1/routing/"
 UI, OVERVIEW, EXPLAIN = "/ui", "/ui/overview", "/ui/explain/"
 MINUTES, MOST_MINUTES = 60, 24 * 60  # that the overview goes back
-SHOWN = 5000  # requests at most that it counts
-NOTHING_ELSE = b"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+NOTHING_ELSE = (  # data: is the empty icon, without which browsers ask for /favicon.ico
+    b"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 PAGE_HEADERS = (
     (b"content-type", b"text/html; charset=utf-8"),
     (b"content-security-policy", NOTHING_ELSE + b"; frame-ancestors 'self'; base-uri 'none'; form-action 'none'"),
@@ -94,9 +95,7 @@ class RecordRoutes:
             raise Refusal(403, said, "invalid_request_error", "not_an_operator")
         if path == OVERVIEW:
             minutes = _minutes(exchange.scope.get("query_string", b""))
-            since = time.time() - 60 * minutes
-            records = await _stored(self._recorder.store.recent, SHOWN, since)
-            await exchange.json(200, overview(records, self._recorder.recording, minutes))
+            await exchange.json(200, await _stored(self._overview, minutes))
             return
         request_id = path.removeprefix(EXPLAIN)
         page = await _stored(self._recorder.store.page, request_id)
@@ -107,6 +106,10 @@ class RecordRoutes:
         else:
             said = "There is no text of that request to explain (serving.guard.records.prompts keeps it)."
             raise Refusal(404, said, "invalid_request_error", "not_found")
+
+    def _overview(self, minutes: int) -> dict[str, Any]:
+        store, since = self._recorder.store, time.time() - 60 * minutes
+        return overview(store.recent(COUNTED, since), store.feedback(COUNTED, since), self._recorder.recording, minutes)
 
     async def _mine(self, exchange: Exchange, request_id: str) -> RoutingRecord:
         """The record that the asker may see; one that is being written is waited for. Raises Refusal."""

@@ -62,12 +62,11 @@ def observing(recipe: Recipe, log: Path) -> Iterator[None]:
 
 def observe(recipe: Recipe, store: Store, opinions: "Opinions") -> int:
     """Does what waits, at most AT_ONCE requests; how many there were."""
+    from fusion.checkpoint import Checkpoint
+    from fusion.encoding import load_tokenizer
     from fusion.explain.conversation import Conversation
     from fusion.explain.explain import explain_all
     from fusion.explain.page import page
-
-    from fusion.checkpoint import Checkpoint
-    from fusion.encoding import load_tokenizer
 
     waiting = store.waiting(AT_ONCE)
     if not waiting:

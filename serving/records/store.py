@@ -118,10 +118,13 @@ class Store:
             return [_record(row) for row in connection.execute(query)]
 
     def waiting(self, limit: int) -> list[tuple[int, str, RoutingRecord]]:
-        """What the background pass has yet to do, the oldest first: number, what is wanted, record."""
+        """What the background pass has yet to do: number, what is wanted, record.
+
+        Pages come first, which somebody waits for, then shares, of each the oldest.
+        """
         query = select(REQUESTS.c.number, REQUESTS.c.wanted, *_KEPT).where(REQUESTS.c.wanted.is_not(None))
         with self._engine.connect() as connection:
-            rows = connection.execute(query.order_by(REQUESTS.c.number).limit(limit)).all()
+            rows = connection.execute(query.order_by(REQUESTS.c.wanted, REQUESTS.c.number).limit(limit)).all()
         return [(row[0], row[1], _record(row[2:])) for row in rows]
 
     def want_page(self, request_id: str) -> bool:
@@ -161,9 +164,9 @@ class Store:
             with self._engine.begin() as connection:
                 connection.execute(insert(FEEDBACK), [asdict(one) for one in said])
 
-    def feedback(self, limit: int | None = None) -> list[Feedback]:
-        """The newest feedback first."""
-        query = select(*_SAID).order_by(FEEDBACK.c.number.desc()).limit(limit)
+    def feedback(self, limit: int | None = None, since: float = 0.0) -> list[Feedback]:
+        """The newest feedback first, none from before `since` (seconds since 1970)."""
+        query = select(*_SAID).where(FEEDBACK.c.time >= since).order_by(FEEDBACK.c.number.desc()).limit(limit)
         with self._engine.connect() as connection:
             return [Feedback(**row._mapping) for row in connection.execute(query)]
 
@@ -223,8 +226,7 @@ def _reason(error: SQLAlchemyError) -> str:
 
 
 def _record(row: Row[Any] | Sequence[Any]) -> RoutingRecord:
-    names = (field.name for field in fields(RoutingRecord))
-    return RoutingRecord(**dict(zip(names, row, strict=True)))
+    return RoutingRecord(*row)  # in the order of _KEPT
 
 
 def without_text(record: RoutingRecord) -> RoutingRecord:

@@ -1,32 +1,41 @@
 """What the page shows, from records: traffic by domain and expert, latency, structured answers, what looks misrouted.
 
-overview(store.recent(2000, since=time.time() - 3600), recording, minutes=60)
+overview(store.recent(COUNTED, since), store.feedback(since=since), recording, minutes=60)
 """
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from serving.records.record import WHOLE, RoutingRecord, suspicions, top_expert
+from serving.records.record import WHOLE, Feedback, RoutingRecord, suspicions, top_expert
 from serving.records.recorder import question_of
 from serving.records.settings import Recording
 
-DOUBTFUL = 20  # requests that are listed
+COUNTED = 2000  # requests at most that are looked at, the newest
+LISTED = 20  # requests of a list
 QUESTION = 300  # characters that are shown of one
 
 
-def overview(records: Sequence[RoutingRecord], recording: Recording, minutes: int) -> dict[str, Any]:
-    """The figures of `records`, the newest first, of the last `minutes`, as plain data."""
+def overview(
+    records: Sequence[RoutingRecord], said: Iterable[Feedback], recording: Recording, minutes: int
+) -> dict[str, Any]:
+    """The figures of `records` of the last `minutes`, and what was `said` of those that are listed, as plain data.
+
+    Of both the newest come first. `limit` requests are counted at most.
+    """
     now = time.time()
     ages = Counter(int((now - record.time) // 60) for record in records)
     structured = [record for record in records if record.attempts]
-    doubtful = [(record, found) for record in records if (found := suspicions(record, recording.expert_of))]
+    doubted = [(record, suspicions(record, recording.expert_of)) for record in records]
+    doubtful = [(record, found) for record, found in doubted if found]
+    answers = _answers(said)
     return {
         "minutes": minutes,
         "requests": len(records),
+        "limit": COUNTED,
         "per_minute": [ages[age] for age in range(minutes - 1, -1, -1)],  # the oldest first
         "domains": list(recording.domains),
         "experts": list(recording.experts),
@@ -41,8 +50,8 @@ def overview(records: Sequence[RoutingRecord], recording: Recording, minutes: in
         },
         "errors": dict(Counter(str(record.status) for record in records if record.status >= 400)),
         "misroutes": len(doubtful),
-        "doubtful": [_told(record, found) for record, found in doubtful[:DOUBTFUL]],
-        "recent": [_told(record, suspicions(record, recording.expert_of)) for record in records[:DOUBTFUL]],
+        "doubtful": [_told(record, found, answers) for record, found in doubtful[:LISTED]],
+        "recent": [_told(record, found, answers) for record, found in doubted[:LISTED]],
     }
 
 
@@ -70,7 +79,18 @@ def _mean_shares(records: Sequence[RoutingRecord], experts: Sequence[str]) -> di
     return {name: round(sum(shares.get(name, 0.0) for shares in known) / len(known), 4) for name in experts}
 
 
-def _told(record: RoutingRecord, found: list[str]) -> dict[str, Any]:
+def _answers(said: Iterable[Feedback]) -> dict[str, dict[str, str]]:
+    """Of each request the newest right domain and the newest rating that it was given."""
+    found: dict[str, dict[str, str]] = {}
+    for one in said:
+        answer = found.setdefault(one.request_id, {})
+        for key, value in (("domain", one.domain), ("rating", one.rating)):
+            if value is not None:
+                answer.setdefault(key, value)
+    return found
+
+
+def _told(record: RoutingRecord, found: list[str], answers: Mapping[str, dict[str, str]]) -> dict[str, Any]:
     """A request as it is listed."""
     return {
         "request_id": record.request_id,
@@ -85,4 +105,5 @@ def _told(record: RoutingRecord, found: list[str]) -> dict[str, Any]:
         "shares": record.shares.get(WHOLE, {}),
         "question": question_of({"messages": record.asked})[:QUESTION] if record.asked else None,
         "suspicions": found,
+        "said": answers.get(record.request_id, {}),
     }

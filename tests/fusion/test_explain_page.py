@@ -1,11 +1,5 @@
-"""The page of an explanation in a real browser (Debian's chromium, driven by Playwright), light and dark.
+"""The page of an explanation in a real browser, light and dark."""
 
-QWEN_FUSION_SCREENSHOTS=FOLDER keeps the screenshots.
-"""
-
-import os
-import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser
 
 from fusion.checkpoint import Checkpoint
 from fusion.encoding import load_tokenizer
 from fusion.explain.explain import explain
 from fusion.explain.explanation import Explanation, Opinion
 from fusion.explain.page import DRAWN, page
+from tests.browser import CONTRAST, WIDTHS, Opened, colours, contrast, linear, running_browser
 from tests.fusion.test_explain import OUT, fused
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TEMPLATE = Path(__file__).parents[2] / "fusion" / "explain" / "page.html"
-WIDTHS = {"desktop": (1280, 860), "phone": (390, 844)}
-CONTRAST = 4.5  # WCAG 2 AA for text
 APART = 0.06  # OKLab distance; two colours side by side are told apart from about 0.02
 TO_LMS = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
 TO_LAB = [[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]
@@ -37,25 +29,9 @@ EYES = {  # linear RGB as seen by others (Machado et al. 2009, severity 1)
 }
 
 
-def colours(scheme: str) -> dict[str, np.ndarray]:
-    """The template's colours in one scheme, sRGB from 0 to 1."""
-    light, dark = re.findall(r":root \{(.*?)\}", TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)
-    found = re.findall(r"--([a-z0-9-]+): #([0-9a-f]{6})", light if scheme == "light" else dark)
-    return {name: np.array(list(bytes.fromhex(code))) / 255 for name, code in found}
-
-
-def linear(colour: np.ndarray) -> np.ndarray:
-    return np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
-
-
-def contrast(one: np.ndarray, other: np.ndarray) -> float:
-    low, high = sorted(float(linear(colour) @ [0.2126, 0.7152, 0.0722]) for colour in (one, other))
-    return (high + 0.05) / (low + 0.05)
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_on_every_colour_at_every_strength(scheme: str) -> None:
-    found = colours(scheme)
+    found = colours(TEMPLATE, scheme)
     experts = [found[f"expert-{i}"] for i in range(9)]
     for strength in np.linspace(0, 1, 21):
         for expert in experts:
@@ -68,7 +44,7 @@ def test_text_can_be_read_on_every_colour_at_every_strength(scheme: str) -> None
 @pytest.mark.parametrize("eyes", EYES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nine_experts_are_told_apart_by_all_eyes(scheme: str, eyes: str) -> None:
-    rgb = linear(np.array([colours(scheme)[f"expert-{i}"] for i in range(9)]))
+    rgb = linear(np.array([colours(TEMPLATE, scheme)[f"expert-{i}"] for i in range(9)]))
     seen = np.clip(rgb @ np.array(EYES[eyes]).T, 0, 1)
     lab = np.cbrt(seen @ np.array(TO_LMS).T) @ np.array(TO_LAB).T  # (experts, 3)
     distances = np.linalg.norm(lab[:, None] - lab[None], axis=2)
@@ -87,34 +63,15 @@ def explained(tmp_path_factory: pytest.TempPathFactory, anchor: Path, anchored_e
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with running_browser() as found:
+        yield found
 
 
-class Opened:
-    """A page that is open, what it said on the console and which addresses it asked for."""
-
-    def __init__(self, browser: Browser, file: Path, width: str, scheme: Any) -> None:
-        across, down = WIDTHS[width]
-        self.page: Page = browser.new_page(viewport={"width": across, "height": down}, color_scheme=scheme)
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.said.append(dialog.message))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(file.as_uri())
-        self.asked.remove(file.as_uri())
-
-    def colours(self) -> list[str]:
-        """The colour of every token."""
-        script = "all => all.map(each => getComputedStyle(each).backgroundColor)"
-        found: list[str] = self.page.locator(".token").evaluate_all(script)
-        return found
+def token_colours(it: Opened) -> list[str]:
+    """The colour of every token."""
+    script = "all => all.map(each => getComputedStyle(each).backgroundColor)"
+    found: list[str] = it.page.locator(".token").evaluate_all(script)
+    return found
 
 
 @pytest.fixture
@@ -124,7 +81,7 @@ def opened(browser: Browser, explained: Explanation, tmp_path: Path) -> Iterator
     file.write_text(page(explained), encoding="utf-8")
 
     def open_page(width: str = "desktop", scheme: str = "light", of: Path = file) -> Opened:
-        pages.append(Opened(browser, of, width, scheme))
+        pages.append(Opened(browser, of.as_uri(), width, scheme))
         return pages[-1]
 
     yield open_page
@@ -135,12 +92,12 @@ def opened(browser: Browser, explained: Explanation, tmp_path: Path) -> Iterator
 
 def test_the_slider_changes_the_colours_and_the_shares(opened: Any, explained: Explanation) -> None:
     it = opened()
-    seen, slider = {tuple(it.colours())}, it.page.locator("#layer")
+    seen, slider = {tuple(token_colours(it))}, it.page.locator("#layer")
     slider.focus()
     for number, layer in enumerate(explained.layers, 1):
         slider.press("ArrowRight")
         assert it.page.locator("#layer-name").inner_text() == f"layer {layer}, {number} of {len(explained.layers)}"
-        seen.add(tuple(it.colours()))
+        seen.add(tuple(token_colours(it)))
         shares = explained.shares_by_layer[number - 1]
         for row, name in zip(it.page.locator("#shares tbody tr").all(), explained.experts, strict=True):
             columns = (shares.prompt, shares.answer or {}, shares.everything)
@@ -192,12 +149,11 @@ def test_what_lies_in_the_prompt_is_shown_as_it_is(opened: Any) -> None:
 def test_it_fits_and_has_the_schemes_colours(opened: Any, tmp_path: Path, width: str, scheme: str) -> None:
     it = opened(width, scheme)
     ground = it.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert ground == f"rgb({', '.join(str(round(255 * value)) for value in colours(scheme)['paper'])})"
+    assert ground == f"rgb({', '.join(str(round(255 * value)) for value in colours(TEMPLATE, scheme)['paper'])})"
     across = it.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert across[0] <= across[1]
     it.page.locator(".prompt .token").nth(3).hover()
-    kept = Path(os.environ.get("QWEN_FUSION_SCREENSHOTS") or tmp_path)
-    assert len(it.page.screenshot(path=kept / f"explain-{width}-{scheme}.png")) > 10_000
+    assert len(it.screenshot(f"explain-{width}-{scheme}", tmp_path)) > 10_000
 
 
 def test_a_long_text_is_drawn_in_part_and_at_once(

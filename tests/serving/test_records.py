@@ -80,6 +80,9 @@ def test_what_the_background_pass_finds_is_put_down_once(store: Store) -> None:
     assert store.want_page("b") and not store.want_page("c")
     [(number, what, _)] = store.waiting(10)
     assert what == "page" and store.page("b") is None
+    store.add([replace(NOW, request_id=name) for name in "cde"], ["shares"] * 3)
+    assert store.want_page("e")
+    assert [record.request_id for _, _, record in store.waiting(10)] == ["b", "e", "c", "d"]  # somebody waits for pages
     store.fill(number, page="<p>")
     assert store.page("b") == "<p>"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.records.record import RoutingRecord
+from serving.records.record import Feedback, RoutingRecord
 from serving.records.store import opened
 from serving.ui.overview import overview
 from tests.serving.conftest import Guarded
@@ -27,13 +27,15 @@ def test_the_figures_are_those_of_the_records(tmp_path: Path) -> None:
     wrong = replace(fine, request_id="b", ms=300.0, time=now - 130, shares={"all": {"g": 0.9, "m": 0.1}})
     failed = RoutingRecord("c", "/v1/chat/completions", 422, 50.0, time=now - 131, domain="general", attempts=3)
     valid = replace(failed, request_id="d", status=200, attempts=1)
-    found = overview([fine, wrong, failed, valid], recording(tmp_path), 5)
+    said = [Feedback("b", "up"), Feedback("b", "down", "general"), Feedback("elsewhere", domain="math")]
+    found = overview([fine, wrong, failed, valid], said, recording(tmp_path), 5)
     assert found["per_minute"] == [0, 0, 3, 0, 1] and found["requests"] == 4
     assert found["by_domain"]["math"] == {"requests": 2, "p50_ms": 200.0, "p95_ms": 290.0, "tokens_per_s": 100.0}
     assert found["expert_shares"] == {"g": 0.45, "m": 0.55} and found["shares_known"] == 2
     assert found["structured"] == {"requests": 2, "valid": 1, "attempts": 2.0} and found["errors"] == {"422": 1}
     assert [row["request_id"] for row in found["doubtful"]] == ["b", "c"] and found["misroutes"] == 2
-    assert overview([], recording(tmp_path), 5)["all"]["p50_ms"] is None
+    assert [row["said"] for row in found["recent"]] == [{}, {"rating": "up", "domain": "general"}, {}, {}]
+    assert overview([], [], recording(tmp_path), 5)["all"]["p50_ms"] is None
 
 
 @pytest.fixture
