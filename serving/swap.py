@@ -57,7 +57,8 @@ def tell_server(recipe: Recipe) -> str | None:
 def swap_gates(engine: str, file: Path) -> float:
     """Puts the gate shard `file` into the vLLM at address `engine`; returns the seconds for which it gave no service.
 
-    Raises UserError where that fails; the engine then goes on with the gates that it had.
+    They begin with the call to pause, so that the end of the step under way counts. Raises UserError where the engine
+    does not take the gates; it then goes on with those that it had.
     """
     wanted = hashlib.sha256(file.read_bytes()).hexdigest()
     with _paused(engine) as begin:

@@ -5,8 +5,8 @@
 
 The fused model is served with its own gates, which are exchanged with others (each expert's row is its neighbour's) and
 back while plain and streamed requests are answered. An odd number of times, so that the others are there in the end:
-then the recipe's questions are asked, one at a time, and again of a server that is started with those gates. The last
-line is one JSON object.
+the recipe's questions are asked, one at a time, before the first swap, after the last, and of a server that is started
+with those gates. The last line is one JSON object.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main(*arguments: str) -> None:
         other = _with_other_gates(recipe.fused, Path(folder))
         with running_server(settings, guard, log=log) as server:
             assert server.engine is not None
-            seconds = []
+            before, seconds = _answers(server, questions), []
             with _load(server, questions, given.clients) as counted:
                 for number in range(given.swaps):
                     time.sleep(PAUSE_S)
@@ -72,6 +72,7 @@ def main(*arguments: str) -> None:
         "seconds_max": round(max(seconds), 3),
         "requests": counted["ended"],
         "failed": counted["failed"],
+        "answers_changed": swapped != before,
         "equals_fresh_start": swapped == fresh,
     }
     table = Table("figure", "value")
