@@ -68,7 +68,10 @@ def swap_gates(engine: str, file: Path) -> float:
                 if row.get("sha256") != wanted:
                     why = row.get("error", f"{file} changed meanwhile")
                     raise UserError(f"vLLM at {engine} did not take the gates ({why}): run the command again")
-            _post(engine, "/reset_prefix_cache?reset_running_requests=true")
+            if not _post(engine, "/reset_prefix_cache?reset_running_requests=true").get("success"):
+                raise UserError(
+                    f"vLLM at {engine} keeps what it has cached with the gates of before: restart the server"
+                )
         except BaseException:
             _workers(engine, "put_back_gates")
             raise
@@ -88,7 +91,9 @@ def _paused(engine: str) -> Iterator[float]:
 
 def _workers(engine: str, method: str, *args: str) -> list[Any]:
     """What each worker returns of a method."""
-    results: list[Any] = _post(engine, "/collective_rpc", {"method": method, "args": args})["results"]
+    results = _post(engine, "/collective_rpc", {"method": method, "args": args}).get("results")
+    if not isinstance(results, list):
+        raise UserError(f"{engine} does not say what its workers made of {method}: restart the server")
     return results
 
 

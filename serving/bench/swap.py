@@ -34,7 +34,7 @@ from serving.serve import GATES_FILE, RunningServer, running_server
 from serving.swap import swap_gates
 
 PAUSE_S = 1.0  # between two swaps
-MAX_TOKENS = 48
+MAX_TOKENS = 16
 USUAL = ("What is the capital of Austria?", "17+25=")  # where the recipe has no questions
 
 

@@ -84,6 +84,13 @@ def test_whole_experts_and_fp8_are_vllms_options(model: Path) -> None:
     assert not any("expert-parallel" in argument or "quantization" in argument for argument in plain)
 
 
+def test_live_gates_alone_open_the_development_routes(model: Path) -> None:
+    for live in (False, True):
+        settings = EngineSettings(str(model), "m", live_gates=live)
+        extended = any("worker-extension" in argument for argument in engine_arguments(settings, CPU, 9000))
+        assert extended == ("VLLM_SERVER_DEV_MODE" in engine_environment(settings, CPU)) == live
+
+
 def test_the_recipe_says_so(tmp_path: Path) -> None:
     serving = {**SERVING, "tensor_parallel_size": 2, "enable_expert_parallel": True, "quantization": "fp8"}
     recipe = make_recipe(tmp_path, tmp_path, {"general": tmp_path, "math": tmp_path}, serving=serving)
