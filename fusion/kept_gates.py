@@ -41,7 +41,7 @@ def keep_gates(recipe: Recipe, folder: Path, new: Gates) -> None:
     if all(torch.equal(old[layer], gate) for layer, gate in new.items()):
         return
     here = _keep(recipe, folder)
-    for other in set(here.parent.iterdir()) - {here}:
+    for other in set(here.parent.iterdir()) - {here}:  # what was being written and was not is among them
         shutil.rmtree(other)
 
 
@@ -52,8 +52,7 @@ def put_back_gates(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """
     manifest = read_json(folder / MANIFEST)
     _refuse_others(recipe, folder, manifest)
-    here = _keep(recipe, folder)
-    others = set(here.parent.glob("[!.]*")) - {here}
+    others = set(kept_folder(recipe).glob("[!.]*")) - {_place(recipe, folder)}
     if not others:
         names = ", ".join(row["name"] for row in manifest["experts"])
         said = f"{folder} has no gates to go back to: those in place are the first that were trained since {names} were"
@@ -67,6 +66,7 @@ def put_back_gates(recipe: Recipe, folder: Path) -> dict[str, Any]:
     note = {key: value for key, value in kept["gates"].items() if key != ROLLED_BACK}
     if ROLLED_BACK not in manifest["gates"]:
         note[ROLLED_BACK] = True
+    _keep(recipe, folder)
     with staged_folder(folder) as aside:
         for path in folder.iterdir():
             link_file(path, aside / path.name)
@@ -79,9 +79,14 @@ def put_back_gates(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return note
 
 
+def _place(recipe: Recipe, folder: Path) -> Path:
+    """Where the set that is in place is kept, or would be."""
+    return kept_folder(recipe) / file_hash(folder / GATES_FILE)[:16]
+
+
 def _keep(recipe: Recipe, folder: Path) -> Path:
-    """The set that is in place, kept."""
-    here = kept_folder(recipe) / file_hash(folder / GATES_FILE)[:16]
+    """Keeps the set that is in place; returns where."""
+    here = _place(recipe, folder)
     if not here.is_dir():
         with staged_folder(here) as aside:
             for path in (folder / GATES_FILE, folder / MANIFEST, *(recipe.folder / name for name in REPORTS)):

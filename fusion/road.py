@@ -486,8 +486,8 @@ def rollback(recipe: Recipe) -> None:
     folder = gated_folder(recipe)
     note = put_back_gates(recipe, folder)
     write_papers(recipe, folder)
-    said = f"gates by {note['method']} on {note['tokens']:,} tokens are in place again"
-    console.print(f"[bold]rollback[/bold]: {said} (once more: the others)", highlight=False, soft_wrap=True)
+    said = f"gates by {note['method']} on {note['tokens']:,} tokens are in place again; the others are kept"
+    console.print(f"[bold]rollback[/bold]: {said}", highlight=False, soft_wrap=True)
     _tell_server(recipe)
 
 

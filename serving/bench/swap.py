@@ -5,7 +5,8 @@
 
 The fused model is served with its own gates, which are exchanged with others (each expert's row is its neighbour's) and
 back while plain and streamed requests are answered. An odd number of times, so that the others are there in the end:
-then the recipe's questions are asked, one at a time, and again of a server that is started with those gates. The last
+the recipe's questions are asked, one at a time, before the first swap, after the last, and of a server that is started
+with those gates. `still` is the time without service, `step` what the step under way took to end before it. The last
 line is one JSON object.
 """
 
@@ -34,7 +35,7 @@ from serving.serve import GATES_FILE, RunningServer, running_server
 from serving.swap import swap_gates
 
 PAUSE_S = 1.0  # between two swaps
-MAX_TOKENS = 48
+MAX_TOKENS = 16
 USUAL = ("What is the capital of Austria?", "17+25=")  # where the recipe has no questions
 
 
@@ -56,22 +57,24 @@ def main(*arguments: str) -> None:
         other = _with_other_gates(recipe.fused, Path(folder))
         with running_server(settings, guard, log=log) as server:
             assert server.engine is not None
-            seconds = []
+            before, swaps = _answers(server, questions), []
             with _load(server, questions, given.clients) as counted:
                 for number in range(given.swaps):
                     time.sleep(PAUSE_S)
                     file = (recipe.fused if number % 2 else other) / GATES_FILE
-                    seconds.append(swap_gates(server.engine.url, file))
+                    swaps.append(swap_gates(server.engine.url, file))
             swapped = _answers(server, questions)
         with running_server(replace(settings, model=str(other)), guard, log=log) as server:
             fresh = _answers(server, questions)
     found = {
         "tensor_parallel_size": settings.tensor_parallel_size,
         "swaps": given.swaps,
-        "seconds_median": round(statistics.median(seconds), 3),
-        "seconds_max": round(max(seconds), 3),
+        "still_s_median": round(statistics.median(swap.still_s for swap in swaps), 3),
+        "still_s_max": round(max(swap.still_s for swap in swaps), 3),
+        "step_s_max": round(max(swap.step_s for swap in swaps), 3),
         "requests": counted["ended"],
         "failed": counted["failed"],
+        "answers_changed": swapped != before,
         "equals_fresh_start": swapped == fresh,
     }
     table = Table("figure", "value")

@@ -16,7 +16,10 @@ import yaml
 from fusion.cli import main
 from tests.recipes import recipe_data
 
-VERBS = ("run", "branch", "plan", "merge", "train-gates", "evaluate", "serve", "ask", "explain")
+VERBS = (
+    *("run", "branch", "plan", "merge", "train-gates", "rollback", "evaluate"),
+    *("benchmark", "serve", "ask", "explain"),
+)
 ANCHORING = {"method": "text", "data": {"generated": "demo.math"}}
 BRANCH = {"data": {"generated": "demo.math"}}
 SERVING = {"max_model_len": 256, "sampling": {"max_tokens": 32}}
@@ -129,7 +132,7 @@ def test_merging_before_branching(tmp_path: Path, anchor: Path) -> None:
     assert "run `qwen-fusion branch`" in sentence
 
 
-@pytest.mark.parametrize("verb", ["train-gates", "evaluate", "serve"])
+@pytest.mark.parametrize("verb", ["train-gates", "rollback", "evaluate", "serve"])
 def test_what_comes_after_the_merge_asks_for_it(here: Call, tmp_path: Path, anchor: Path, verb: str) -> None:
     sentence, head = refused(here, tmp_path, verb, write_recipe(tmp_path, anchor))
     assert "does not exist yet: run `qwen-fusion" in sentence

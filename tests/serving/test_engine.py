@@ -166,6 +166,13 @@ def test_ray_serve_is_told_what_vllm_is_told(model: Path) -> None:
             assert said == ("" if value is True else str(value))
 
 
+def test_live_gates_alone_open_the_development_routes(model: Path) -> None:
+    for live in (False, True):
+        settings = EngineSettings(str(model), "m", live_gates=live)
+        extended = any("worker-extension" in argument for argument in engine_arguments(settings, CPU, 9000))
+        assert extended == ("VLLM_SERVER_DEV_MODE" in engine_environment(settings, CPU)) == live
+
+
 def test_the_recipe_says_so(tmp_path: Path) -> None:
     serving = {
         **SERVING,
