@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from serving.guard.bodies import decoded
 from serving.guard.exchange import Exchange, Refusal
 from serving.guard.keys import Keys
-from serving.records.record import Feedback, RoutingRecord, suspicions, top_expert
+from serving.records.record import Feedback, RoutingRecord, storable, suspicions, top_expert
 from serving.records.recorder import Recorder
 from serving.ui.overview import COUNTED, overview
 
@@ -135,7 +135,7 @@ def feedback_on(
     """Feedback with what it is about: the text where that was kept, and how the request had been routed."""
     routed = {"domain": record.domain, "channel": record.channel, "expert": top_expert(record.shares)}
     about = {"messages": record.asked, "answer": record.answered, "routed": routed}
-    return Feedback(record.request_id, rating, domain, comment.strip(), asker=asker, **about)
+    return Feedback(record.request_id, rating, domain, storable(comment.strip()), asker=asker, **about)
 
 
 async def _stored(action: Any, *given: Any) -> Any:

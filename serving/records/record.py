@@ -66,6 +66,11 @@ class Feedback:
     routed: dict[str, Any] = field(default_factory=dict)  # domain, channel, expert of the record
 
 
+def storable(text: str) -> str:
+    """The text as every database takes it: without NUL and without half a surrogate pair, which JSON may hold."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+
+
 def top_expert(shares: Shares) -> str | None:
     """The expert with the largest share over all layers; None where nobody knows."""
     found = shares.get(WHOLE)

@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gate_training.labelling.rules import label_by_rules
 from serving.records.answer import told
-from serving.records.record import RoutingRecord, Shares
+from serving.records.record import RoutingRecord, Shares, storable
 from serving.records.settings import Recording
 from serving.records.shares import shares_of
 from serving.records.store import Store, opened
@@ -141,7 +141,7 @@ class Recorder:
     def _tried(self, action: Callable[[], Any]) -> bool:
         try:
             action()
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, ValueError) as error:
             if time.monotonic() - self._complained > COMPLAIN_S:
                 self._complained = time.monotonic()
                 LOGGER.warning("records are lost, the database does not work: %s", str(error).split("\n")[0])
@@ -168,14 +168,14 @@ def record_of(ended: Ended, recording: Recording) -> RoutingRecord:
         shares=(shares := engine_shares(ended.routes, recording)),
         shares_source="engine" if shares else None,
         asked=asked_of(ended.admitted) if prompts and ended.admitted is not None else None,
-        answered=said.text if prompts and ended.status == 200 else None,
+        answered=storable(said.text) if prompts and ended.status == 200 else None,
         **labelled(ended.admitted, recording),
     )
 
 
 def labelled(request: Mapping[str, Any] | None, recording: Recording) -> dict[str, Any]:
     """The domain that the rules give a request's question, with the channel and its evidence; nothing without rules."""
-    question = question_of(request) if request else ""
+    question = storable(question_of(request)) if request else ""
     if not recording.domains or not question:
         return {}
     label = label_by_rules(question, recording.domains)
@@ -206,8 +206,10 @@ def asked_of(request: Mapping[str, Any]) -> list[dict[str, str]]:
     """A request's messages, text alone; a prompt as one message of the user's."""
     if isinstance(messages := request.get("messages"), list):
         found = [message for message in messages if isinstance(message, dict)]
-        return [{"role": str(m.get("role")), "content": _text(m.get("content"))} for m in found]
-    return [{"role": "user", "content": _text(request.get("prompt"))}]
+        said = [(str(message.get("role")), _text(message.get("content"))) for message in found]
+    else:
+        said = [("user", _text(request.get("prompt")))]
+    return [{"role": storable(role), "content": storable(text)} for role, text in said]
 
 
 def _text(content: Any) -> str:

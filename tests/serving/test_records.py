@@ -160,6 +160,25 @@ def test_text_is_kept_only_where_the_recipe_says_so(tmp_path: Path) -> None:
     assert record_of(replace(ended, status=422), recording(tmp_path, prompts=True)).answered is None
 
 
+HOSTILE = "a\0b \ud800 é"  # what JSON may hold and no database does
+SPOILT = Ended(
+    "spoilt", "/v1/chat/completions", 200, 1, admitted={"messages": [{"role": "user\0", "content": "1" + HOSTILE}]},
+    body=json.dumps({"choices": [{"message": {"content": HOSTILE}}]}).encode(),
+)  # fmt: skip
+
+
+def test_text_that_no_database_takes_is_mended(tmp_path: Path) -> None:
+    lost: list[int] = []
+    told_of = recording(tmp_path, prompts=True)
+    with Recorder(told_of, lost.append) as recorder:
+        recorder.put(SPOILT)
+        recorder.put(Ended("fine", "/v1/completions", 200, 1, admitted={"prompt": "1"}))
+    with opened(told_of.url) as store:
+        spoilt = store.find("spoilt")
+        assert spoilt is not None and store.find("fine") is not None and not lost
+    assert spoilt.answered == "a\ufffdb ? é" and spoilt.asked == [{"role": "user\ufffd", "content": "1a\ufffdb ? é"}]
+
+
 def test_what_looks_misrouted_is_told_and_nothing_else() -> None:
     of = {"math": "m", "general": "g"}
     fine = replace(NOW, domain="math", channels={"rules": {"domain": "math"}}, shares={"all": {"g": 0.1, "m": 0.9}})
@@ -266,12 +285,13 @@ def postgres(folder: Path) -> Iterator[str]:
 
 def test_several_replicas_write_to_one_postgresql(tmp_path: Path) -> None:
     with postgres(tmp_path) as url:
-        first = replace(recording(tmp_path, queue=1000), url=url)
+        first = replace(recording(tmp_path, queue=1000, prompts=True), url=url)
         with Recorder(first) as one, Recorder(first) as two:
             for i in range(300):
                 (one, two)[i % 2].put(Ended(str(i), "/v1/completions", 200, 1, admitted={"prompt": "1\0"}))
+            two.put(SPOILT)
         with opened(url) as store:
-            assert store.count() == 300 and store.find("299") is not None
+            assert store.count() == 301 and store.find("299") is not None and store.find("spoilt") is not None
             store.add_feedback([Feedback("299", "up", messages=[{"role": "user", "content": "é"}])])
             assert store.feedback()[0].messages == [{"role": "user", "content": "é"}]
-            assert store.prune(30, 10) == 290
+            assert store.prune(30, 10) == 291
