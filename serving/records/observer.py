@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from sqlalchemy.exc import SQLAlchemyError
 
 from fusion.errors import UserError, run_main
 from fusion.recipe import Recipe
@@ -61,16 +62,38 @@ def observing(recipe: Recipe, log: Path) -> Iterator[None]:
 
 
 def observe(recipe: Recipe, store: Store, opinions: "Opinions") -> int:
-    """Does what waits, at most AT_ONCE requests; how many there were."""
+    """Does what waits, at most AT_ONCE requests; how many there were.
+
+    A request that cannot be explained, such as one that the chat template refuses, waits no longer and costs no other.
+    """
+    waiting = store.waiting(AT_ONCE)
+    try:
+        _observe(recipe, store, opinions, waiting)
+    except (UserError, SQLAlchemyError):
+        raise
+    except Exception:
+        for row in waiting:
+            try:
+                _observe(recipe, store, opinions, [row])
+            except (UserError, SQLAlchemyError):
+                raise
+            except Exception as error:
+                print(f"request {row[2].request_id} cannot be explained: {error}", file=sys.stderr, flush=True)
+                store.fill(row[0])
+    return len(waiting)
+
+
+def _observe(
+    recipe: Recipe, store: Store, opinions: "Opinions", waiting: Sequence[tuple[int, str, RoutingRecord]]
+) -> None:
     from fusion.checkpoint import Checkpoint
     from fusion.encoding import load_tokenizer
     from fusion.explain.conversation import Conversation
     from fusion.explain.explain import explain_all
     from fusion.explain.page import page
 
-    waiting = store.waiting(AT_ONCE)
     if not waiting:
-        return 0
+        return
     conversations = [Conversation(tuple(record.asked), record.answered or None) for _, _, record in waiting]
     explained = explain_all(Checkpoint(recipe.fused), load_tokenizer(recipe.fused), conversations)
     said = opinions([record for _, _, record in waiting])
@@ -79,7 +102,6 @@ def observe(recipe: Recipe, store: Store, opinions: "Opinions") -> int:
         rounded = {name: {e: round(share, 4) for e, share in part.items()} for name, part in shares.items()}
         known = record.shares_source == "engine"
         store.fill(number, channels, None if known else rounded, page(found) if wanted == "page" else None)
-    return len(waiting)
 
 
 class Opinions:
@@ -119,7 +141,7 @@ def main(path: str) -> None:
         while True:
             try:
                 done = observe(recipe, store, opinions)
-            except UserError as error:  # a checkpoint that is being replaced; the requests wait
+            except (UserError, SQLAlchemyError) as error:  # a checkpoint that is being replaced: the requests wait
                 print(error, file=sys.stderr, flush=True)
                 done = 0
             if not done:

@@ -71,6 +71,17 @@ def test_shares_are_those_of_explain_with_the_classifiers_word(recipe: Recipe) -
     assert third.shares == {}
 
 
+def test_a_request_that_cannot_be_explained_costs_no_other(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = replace(RECORD, request_id="e", asked=[{"role": "user"}])
+    with opened(store_url(recipe)) as store:
+        store.add([broken, replace(RECORD, request_id="f")], ["shares", "shares"])
+        assert observe(recipe, store, Opinions(recipe)) == 2
+        assert store.waiting(5) == []
+        first, second = store.find("e"), store.find("f")
+    assert first and not first.shares and second and second.shares
+    assert "request e cannot be explained" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("answer", ["3 4", "import os", "a story of a home"])
 def test_the_engines_account_comes_to_the_same_shares(recipe: Recipe, answer: str) -> None:
     """Routes laid out and encoded as vLLM does: all layers, every token but the last one sampled."""
