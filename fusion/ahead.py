@@ -14,10 +14,10 @@ from threading import Event, Thread
 from typing import NamedTuple
 
 from fusion.architecture import is_mlp
-from fusion.checkpoint import resolve_model
 from fusion.errors import UserError
 from fusion.hardware import available_memory
 from fusion.headers import tensor_places
+from fusion.hub import resolve_model
 from fusion.recipe import Recipe
 from fusion.sources import base_source, expert_sources, shared_expert_source
 

@@ -46,10 +46,8 @@ from fusion.architecture import (
 from fusion.checkpoint import (
     Checkpoint,
     file_hash,
-    is_hub_id,
     link_file,
     read_json,
-    resolve_model,
     weight_stamps,
     write_json,
     write_text,
@@ -57,6 +55,7 @@ from fusion.checkpoint import (
 )
 from fusion.errors import UserError
 from fusion.headers import all_finite, read_header, same_bits, write_index
+from fusion.hub import is_hub_id, resolve_model
 from fusion.layers import Gates
 from fusion.model_card import model_card
 from fusion.progress import bytes_bar

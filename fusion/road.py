@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from rich.markdown import Markdown
 
 from fusion.architecture import sparse_layers
-from fusion.checkpoint import INDEX, put_back, read_json, resolve_model, write_json, write_text
+from fusion.checkpoint import INDEX, put_back, read_json, write_json, write_text
 from fusion.data import ChatExample, choosing_rows, general_rows, load_examples, source_files, trained_on
 from fusion.drift import sentence
 from fusion.errors import UserError
+from fusion.hub import resolve_model
 from fusion.plan.findings import Finding, raise_on_error, worst_first
 from fusion.plan.models import SHAPES, describe_anchor
 from fusion.plan.preflight import check

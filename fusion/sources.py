@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from fusion.adapter import Adapter
-from fusion.checkpoint import resolve_model
 from fusion.errors import UserError
 from fusion.hardware import attention_implementation, compute_dtype
+from fusion.hub import resolve_model
 from fusion.recipe import Expert, Loading, Recipe
 
 SHARED_NOTE, ANCHORING_NOTE = "shared.json", "anchoring.json"

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from fusion.architecture import is_mlp
-from fusion.checkpoint import resolve_model, write_json
+from fusion.checkpoint import write_json
 from fusion.headers import PIECE, encode_header
+from fusion.hub import resolve_model
 from fusion.merge import copy_tokenizer
 from fusion.plan.models import known_models
 from fusion.progress import track

@@ -13,8 +13,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fusion.checkpoint import read_json, resolve_model
+from fusion.checkpoint import read_json
 from fusion.errors import UserError
+from fusion.hub import resolve_model
 from fusion.plan.budget import DTYPE_BYTES, Layout, attention_widths, card_bytes, model_weights, planned_dtype
 from fusion.plan.capacity import Capacity, capacity, formats, served_dtype
 from fusion.plan.profile import HardwareProfile

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from fusion.checkpoint import resolve_model
 from fusion.errors import UserError
 from fusion.headers import PIECE
+from fusion.hub import resolve_model
 from fusion.plan.alternatives import dense_config
 from fusion.plan.budget import (
     DTYPE_BYTES,

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from fusion.architecture import dense_shapes, is_mlp, is_qkv_bias
-from fusion.checkpoint import INDEX, is_hub_id, read_json
+from fusion.checkpoint import INDEX, read_json
 from fusion.errors import UserError
 from fusion.headers import TensorPlace, read_header
+from fusion.hub import is_hub_id
 from fusion.plan.findings import Finding, Severity
 from fusion.plan.models import Described
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from fusion.checkpoint import resolve_model
 from fusion.errors import UserError
+from fusion.hub import resolve_model
 from fusion.plan.findings import Finding
 from fusion.plan.models import known
 from fusion.recipe import Recipe

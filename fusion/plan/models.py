@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import yaml
 
-from fusion.checkpoint import hub_config, is_hub_id, read_json, resolve_model
+from fusion.checkpoint import read_json
 from fusion.errors import UserError
+from fusion.hub import hub_config, is_hub_id, resolve_model
 from fusion.plan.findings import Finding
 from fusion.recipe import DEMO_ROPE_THETA, Recipe
 from fusion.sources import trained_anchor

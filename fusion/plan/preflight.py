@@ -5,9 +5,9 @@ qwen-fusion plan configs/demo.yaml
 
 from fusion.adapter import Adapter
 from fusion.architecture import dense_shapes, is_mlp, named_dtype, rope_theta, sparse_layers
-from fusion.checkpoint import is_hub_id, resolve_model
 from fusion.drift import by_group, chance, sampled, sentence, strength
 from fusion.errors import UserError
+from fusion.hub import is_hub_id, resolve_model
 from fusion.plan.configs import anchor_alone, compare, lengths, padding, same_rope, usable, vocabulary_size
 from fusion.plan.conversation import can_chat, compare_templates, compare_tokenizers
 from fusion.plan.files import Tensors, dtype_lost, lacks_biases, read_files

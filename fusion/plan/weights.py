@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusion.checkpoint import resolve_model, write_json, write_text, written_aside
+from fusion.checkpoint import write_json, write_text, written_aside
 from fusion.drift import GROUPS, Difference, Weights, as_plain, by_group, chance, differences, strength
 from fusion.errors import UserError
+from fusion.hub import resolve_model
 from fusion.plan.files import counted
 from fusion.plan.findings import Finding, place_of_expert
 from fusion.plan.models import describe, describe_anchor

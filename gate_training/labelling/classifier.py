@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch.nn.functional import one_hot
 
-from fusion.checkpoint import Checkpoint, resolve_model
+from fusion.checkpoint import Checkpoint
 from fusion.data import ChatExample
 from fusion.encoding import load_tokenizer, prompt_text
 from fusion.errors import UserError
+from fusion.hub import resolve_model
 from fusion.layers import LayerStream, forced, make_batches
 from fusion.recipe import GateTraining, Recipe
 from fusion.sources import anchor_source

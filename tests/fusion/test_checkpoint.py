@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fusion.checkpoint import INDEX, Checkpoint, resolve_model, staged_folder, write_json
+from fusion.checkpoint import INDEX, Checkpoint, staged_folder, write_json
 from fusion.errors import UserError
 from fusion.headers import write_index
+from fusion.hub import resolve_model
 from fusion.shards import write_shards
 
 
