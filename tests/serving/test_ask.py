@@ -15,6 +15,7 @@ from fusion.merge import merge
 from fusion.recipe import Question, Recipe
 from gate_training.trainer import train_gates
 from serving.ask import STATE, ask_all
+from serving.serve import ServerState, manifest_shards, write_state
 from tests.recipes import make_recipe
 from tests.serving.conftest import Guarded
 from tests.serving.upstream import Status, completion
@@ -32,8 +33,9 @@ def recipe(tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]) -> R
 
 def runs_at(recipe: Recipe, url: str) -> None:
     """Leaves the note by which a running server is found."""
-    state = {"pid": os.getpid(), "url": url, "model": recipe.name}
-    (recipe.folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+    shards = manifest_shards(recipe.fused)
+    state = ServerState(os.getpid(), url, recipe.name, "http://127.0.0.1:9", False, str(recipe.fused), shards)
+    write_state(recipe.folder / STATE, state)
 
 
 def test_what_the_running_server_answers_is_explained(recipe: Recipe, guarded: Callable[..., Guarded]) -> None:
