@@ -298,6 +298,20 @@ def feedback_import(
     console.print(f"{take_in(loaded, file)} new rows from {file}", highlight=False, soft_wrap=True)
 
 
+@feedback.command(name="remove")
+def feedback_remove(
+    recipe: RecipePath,
+    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="as `feedback list` shows it")],
+    set_: Overrides = None,
+) -> None:
+    """Take all feedback on a request out of the store."""
+    loaded = _load(recipe, set_)
+    from fusion.progress import console
+    from serving.records.feedback import remove
+
+    console.print(f"{remove(loaded, request_id)} rows of feedback on {request_id} removed", highlight=False)
+
+
 @app.command()
 def rollback(recipe: RecipePath, set_: Overrides = None) -> None:
     """Put the gates back that train-gates replaced, also in a running server; a second time puts them forth again."""

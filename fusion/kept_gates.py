@@ -19,7 +19,8 @@ from fusion.layers import Gates, checkpoint_gates
 from fusion.merge import GATES_FILE, MANIFEST, gates_are_trained
 from fusion.recipe import Recipe
 
-REPORTS = ("gates.json", "gates.md", "gates.png", "labels.jsonl")  # in the recipe's folder
+# in the recipe's folder, and the feedback that they learnt from
+REPORTS = ("gates.json", "gates.md", "gates.png", "labels.jsonl", "feedback.jsonl")
 ROLLED_BACK = "rolled_back"  # in the manifest's note on gates: they were put back in the place of newer ones
 
 

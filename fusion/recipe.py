@@ -534,7 +534,7 @@ class Records(Section):
     explain_share: float = Field(0.0, ge=0, le=1)  # of the other requests whose experts are computed aside
     keep_days: float = Field(30.0, gt=0)
     keep_rows: int = Field(1_000_000, gt=0)
-    queue: int = Field(10_000, gt=0)  # requests that wait to be written; more are dropped, and counted
+    queue: int = Field(2_000, gt=0)  # requests that wait to be written; more are dropped, and counted
 
     @model_validator(mode="after")
     def _of_a_text(self) -> "Records":
@@ -672,6 +672,11 @@ class Recipe(Section):
                 f"for {ways // most} servers side by side on {ways} cards"
             )
             raise Misfit(("serving", "tensor_parallel_size"), message)
+        if self.serving.live_gates and max(self.serving.pipeline_parallel_size, self.serving.data_parallel_size) > 1:
+            message = (
+                "new gates reach a model in one stage and one rank alone: set it to false, and restart to serve them"
+            )
+            raise Misfit(("serving", "live_gates"), message)
         ranks = self.serving.data_parallel_size
         if ranks > 1 and self.serving.distributed_executor_backend == "ray":
             message = (
@@ -730,6 +735,10 @@ class Recipe(Section):
     def fused(self) -> Path:
         """The folder of the fused checkpoint."""
         return self.folder / "fused"
+
+    def expert_names(self) -> dict[str, str]:
+        """The name of the expert that serves each domain."""
+        return {name: self.experts[self.expert_of(name)].name for name in self.domains}
 
     def expert_of(self, domain: str) -> int:
         """The index of the expert that serves `domain`: its own, or that of its chain of fallbacks."""

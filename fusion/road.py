@@ -442,10 +442,10 @@ def train_gates(recipe: Recipe, force: bool = False, with_feedback: bool = False
     A running server takes them. Gates that were rolled back to stay unless this is asked for (`force`). What feedback
     says is learnt from then on; with that of the store (`with_feedback`) new gates are judged before they stay.
     """
-    from fusion.healed import restore
+    from fusion.healed import is_healed, restore
     from fusion.kept_gates import is_rolled_back
     from fusion.merge import gates_are_trained, write_papers
-    from gate_training.feedback import FILE, feedback_file
+    from gate_training.feedback import FILE
     from gate_training.trainer import is_helper
     from gate_training.trainer import train_gates as train
 
@@ -455,6 +455,11 @@ def train_gates(recipe: Recipe, force: bool = False, with_feedback: bool = False
         train(recipe, folder, feedback=pending)
         return
     if pending:
+        if is_healed(folder):
+            raise UserError(
+                f"{folder} is healed, its gates together with its attention: `qwen-fusion train-gates` first goes "
+                "back to the merge, then --with-feedback, then `qwen-fusion heal`"
+            )
         from gate_training.feedback_answers import fill_answers
         from serving.records.feedback import export
 
@@ -469,9 +474,6 @@ def train_gates(recipe: Recipe, force: bool = False, with_feedback: bool = False
         console.print(f"[dim]{said}[/dim]", highlight=False, soft_wrap=True)
         return
     run_step(gates_step(recipe, train, pending), recipe.folder, force or not gates_are_trained(folder))
-    if pending:
-        pending.replace(feedback_file(recipe))
-        pending.parent.rmdir()
     write_papers(recipe, folder)
     _tell_server(recipe)
 
@@ -515,7 +517,12 @@ def gates_step(recipe: Recipe, train: "Callable[..., GateReport]", feedback: Pat
         from gate_training.report import write_report
 
         restore(folder, unhealed_folder(recipe))
-        result = train(recipe, folder, feedback=feedback) if feedback else train(recipe, folder)
+        if feedback:
+            result = train(recipe, folder, feedback=feedback)
+            feedback.replace(feedback_file(recipe))
+            feedback.parent.rmdir()
+        else:
+            result = train(recipe, folder)
         write_report(result, recipe.folder)
         last = result.layers[-1]
         return (

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion.checkpoint import read_lines
 from fusion.data import ChatExample, split_of
 from fusion.errors import UserError
 from fusion.recipe import Recipe
@@ -34,6 +33,8 @@ def read_feedback(file: Path, recipe: Recipe) -> list[ChatExample]:
 
 def json_rows(file: Path) -> list[Any]:
     """The values of a file of JSON lines. Raises UserError where it is none."""
+    from fusion.checkpoint import read_lines  # which imports torch
+
     try:
         return read_lines(file)
     except (OSError, ValueError) as error:

@@ -80,7 +80,7 @@ def serve(
     shards = manifest_shards(Path(engine_settings.model))
     with (
         listening_socket(host, port) as listener,
-        _terminate_like_interrupt(),
+        terminate_like_interrupt(),
         suppress(KeyboardInterrupt),
         Engine(engine_settings, log) as engine,
     ):
@@ -100,7 +100,7 @@ def guard(settings: GuardSettings, host: str = "127.0.0.1", port: int = 8000) ->
     """
     if settings.max_model_len is None:
         settings = replace(settings, max_model_len=_window(settings.upstream, settings.upstream_key))
-    with listening_socket(host, port) as listener, _terminate_like_interrupt(), suppress(KeyboardInterrupt):
+    with listening_socket(host, port) as listener, terminate_like_interrupt(), suppress(KeyboardInterrupt):
         window = f", {settings.max_model_len:,} tokens" if settings.max_model_len else ""
         console.print(
             f"guarding {settings.upstream}{window} on {_address(host, listener)}/v1 (Ctrl-C ends it)", highlight=False
@@ -313,7 +313,7 @@ def _state_file(path: Path | None, state: ServerState) -> Iterator[None]:
 
 
 @contextmanager
-def _terminate_like_interrupt() -> Iterator[None]:
+def terminate_like_interrupt() -> Iterator[None]:
     """Inside, SIGTERM ends this process the way Ctrl-C does, cleaning up on its way."""
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:

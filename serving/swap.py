@@ -23,7 +23,7 @@ from fusion.errors import UserError
 from fusion.recipe import Recipe
 from serving.ask import STATE
 from serving.client import reason
-from serving.serve import GATES_FILE, find_state, manifest_shards, write_state
+from serving.serve import GATES_FILE, find_state, manifest_shards, terminate_like_interrupt, write_state
 
 TIMEOUT_S = 300.0  # a step under way ends first, which may be a long prompt's on a CPU
 
@@ -45,7 +45,8 @@ def tell_server(recipe: Recipe) -> str | None:
     if not state.live_gates:
         return f"the server at {state.url} serves the gates of before {restart}: serving.live_gates spares that"
     try:
-        swap = swap_gates(state.engine, folder / GATES_FILE)
+        with terminate_like_interrupt():  # an engine must not be left paused
+            swap = swap_gates(state.engine, folder / GATES_FILE)
     except UserError as error:
         raise UserError(
             f"the gates are in place, but the server at {state.url} goes on without them: {error}"

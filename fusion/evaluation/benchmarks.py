@@ -36,7 +36,7 @@ from fusion.hardware import compute_dtype
 from fusion.progress import console
 from fusion.recipe import Benchmarking, Recipe
 from fusion.sources import ModelSource, anchor_source, own_source, whole_model
-from gate_training.labelling.combine import routed_experts
+from gate_training.labelling.combine import whole_experts
 from serving.guard.keys import VARIABLE as KEYS
 
 FUSED, ANCHOR = "fused", "anchor"
@@ -278,7 +278,7 @@ def _several(recipe: Recipe, names: list[str], scores: Scores, experts: dict[str
         return {}
     by_expert = {expert: [s for name in names for s in scores[model][name].scores] for expert, model in experts.items()}
     questions = [question for name in names for question in scores[FUSED][name].questions]
-    picked = [recipe.experts[index].name for index in routed_experts(recipe, questions)]
+    picked = [recipe.experts[index].name for index in whole_experts(recipe, questions)]
     routed = [by_expert[expert][row] for row, expert in enumerate(picked)]
     fused = [score for name in names for score in scores[FUSED][name].scores]
     best = max(by_expert, key=lambda expert: sum(by_expert[expert]))

@@ -3,6 +3,7 @@
 run_step(dense_step(recipe, "TIES"), recipe.folder)   # OUTPUT/alternatives/TIES
 """
 
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def dense_step(recipe: Recipe, name: str) -> Step:
         from mergekit.options import MergeOptions
 
         aside = out.with_name(f".{name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
         with ExitStack() as stack:
             folders = [str(stack.enter_context(whole_model(source))) for source in sources]
             if method != "linear":  # what has not moved from the base adds nothing to a sum of task vectors

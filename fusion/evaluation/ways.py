@@ -35,7 +35,8 @@ from fusion.sources import ModelSource, anchor_source, expert_sources, own_sourc
 from fusion.steps import Step
 from gate_training.compare import HIDDEN, mergekit_gates
 from gate_training.examples import routing_data
-from gate_training.labelling.combine import routed_experts
+from gate_training.feedback import feedback_file
+from gate_training.labelling.combine import whole_experts
 from gate_training.trainer import METHODS, fit_gates
 
 Losses = dict[str, float]  # nats a held-out answer token, by domain
@@ -90,7 +91,7 @@ def held_out(recipe: Recipe) -> HeldOut:
     """The evaluation's rows. Raises UserError where none is left that was not trained on."""
     rows = [row for found in held_out_rows(recipe, list(recipe.domains)).values() for row in found]
     right = [recipe.expert_of(row.domain) for row in rows]
-    picked = routed_experts(recipe, [row.question for row in rows])
+    picked = whole_experts(recipe, [row.question for row in rows])
     return HeldOut(load_tokenizer(anchor_source(recipe).folder), rows, right, picked)
 
 
@@ -184,7 +185,8 @@ def gates_step(recipe: Recipe, method: str, folder: Path) -> Step:
             save_file({str(layer): gate.contiguous() for layer, gate in gates.items()}, aside)
 
     parts = [recipe.gate_training, recipe.domains, [expert.domain for expert in recipe.experts]]
-    return Step(f"gates by {method}", parts, [folder], [out], action)
+    learnt = [feedback_file(recipe)] if feedback_file(recipe).is_file() else []
+    return Step(f"gates by {method}", parts, [folder, *learnt], [out], action)
 
 
 def _read_gates(file: Path) -> Gates:

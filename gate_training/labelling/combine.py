@@ -61,7 +61,7 @@ def label_questions(
     return labels
 
 
-def routed_experts(recipe: Recipe, questions: Sequence[str]) -> list[int]:
+def whole_experts(recipe: Recipe, questions: Sequence[str]) -> list[int]:
     """The expert that a router in front of whole models picks for each question: by rules, else by a classifier."""
     settings, domains = recipe.gate_training, recipe.domains
     found = [label_by_rules(question, domains) for question in questions]

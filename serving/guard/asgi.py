@@ -34,7 +34,7 @@ from serving.guard.exchange import (
     refusal_of,
     unless_gone,
 )
-from serving.guard.keys import Keys
+from serving.guard.keys import Keys, owner_of
 from serving.guard.ladder import Done, Exhausted, Ladder, Limits, Send, ladder_for, token_count
 from serving.guard.live import LiveCheck
 from serving.guard.metrics import Metrics
@@ -91,7 +91,7 @@ class _Guard:
         guard = settings.guard
         self._upstream = Upstream(settings.upstream, settings.upstream_key)
         self._cache = CheckerCache()
-        self._keys = Keys(settings.api_keys)
+        self._keys = Keys((*settings.api_keys, *settings.operator_keys) if settings.api_keys else ())
         self._rates = Rates(guard.requests_per_minute) if guard.requests_per_minute else None
         replaced = self._keys or settings.upstream_key  # the client's key is no business of the engine's then
         own = frozenset((b"authorization",)) if replaced else frozenset()
@@ -101,8 +101,8 @@ class _Guard:
         self._records = self._record_routes = None
         if settings.recording:
             self._records = RequestRecords(settings.recording, self._metrics.dropped)
-            operators = Keys(settings.operator_keys)
-            self._record_routes = RecordRoutes(self._records.recorder, operators, bool(settings.api_keys))
+            keyed = bool(settings.api_keys or settings.operator_keys)
+            self._record_routes = RecordRoutes(self._records.recorder, Keys(settings.operator_keys), keyed)
         self._in_flight = 0  # completions alone
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: SendEvent) -> None:
@@ -178,6 +178,7 @@ class _Guard:
                 said = "The request has no API key that is known here (Authorization: Bearer ...)."
                 raise Refusal(401, said, "invalid_request_error", "invalid_api_key", headers=headers)
             exchange.asker = f"key {number}"
+            exchange.owner = owner_of(exchange.headers.get(b"authorization"))
         if exchange.path not in POSTED:
             return
         limit = self._settings.guard.max_in_flight

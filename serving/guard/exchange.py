@@ -26,8 +26,8 @@ EVENT_STREAM = (b"content-type", EVENT_STREAM_TYPE + b"; charset=utf-8")
 REQUEST_ID = b"x-request-id"
 NO_RETRY = (b"x-should-retry", b"false")  # the OpenAI client asks again after every 5xx otherwise
 ROUTING_HEADER = b"x-qwen-fusion-routing"  # of a request: it wants to be told; of an answer: a JSON object
-KEPT_BYTES = 2**20  # of an answer, for its record
-_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+KEPT_BYTES = 256 * 2**10  # of an answer, for its record
+REQUEST_IDS = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
 class Refusal(Exception):
@@ -87,6 +87,7 @@ class Exchange:
     streams: bool = False  # whether what has begun is a stream of events
     deadline: float = 0.0  # of all that is done for it, on the event loop's clock
     asker: str = ""
+    owner: str = ""  # of its record: what stands for the asker's key, where there are keys
     attempts: int = 0
     violations: list[str] = field(default_factory=list)
     asked: Any = None
@@ -100,7 +101,7 @@ class Exchange:
         self.path: str = self.scope["path"]
         self.headers: dict[bytes, bytes] = dict(self.scope["headers"])
         given = self.headers.get(REQUEST_ID, b"")
-        self.id = given.decode() if _ID.fullmatch(given) else os.urandom(16).hex()
+        self.id = given.decode() if REQUEST_IDS.fullmatch(given) else os.urandom(16).hex()
 
     @property
     def ended_as(self) -> int:

@@ -36,6 +36,11 @@ class Keys:
         return fits[0] if fits and kind.lower() == b"bearer" else None
 
 
+def owner_of(authorization: bytes | None) -> str:
+    """What stands for a bearer token where records say whose they are: the beginning of its hash."""
+    return _hash((authorization or b"").partition(b" ")[2].strip()).hex()[:16]
+
+
 def read_keys(file: str | None, variable: str = VARIABLE) -> tuple[str, ...]:
     """The keys of a file, one a line (lines with # say whose they are), and of the environment's `variable`.
 

@@ -10,6 +10,7 @@ no data and needs no key; what it shows is for operators.
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
@@ -18,7 +19,7 @@ from urllib.parse import parse_qs
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.guard.bodies import decoded
-from serving.guard.exchange import Exchange, Refusal
+from serving.guard.exchange import REQUEST_IDS, Exchange, Refusal
 from serving.guard.keys import Keys
 from serving.records.record import Feedback, RoutingRecord, storable, suspicions, top_expert
 from serving.records.recorder import Recorder
@@ -39,6 +40,7 @@ PAGE_HEADERS = (
 )
 RATINGS = ("up", "down")
 MAX_COMMENT = 2000  # characters
+THREADS = 4
 LOST_FOR_S = 0.5  # that a record may take to be written
 
 
@@ -52,6 +54,7 @@ class RecordRoutes:
 
     def __init__(self, recorder: Recorder, operators: Keys, keyed: bool) -> None:
         self._recorder, self._operators, self._keyed = recorder, operators, keyed
+        self._threads = ThreadPoolExecutor(THREADS, "records")  # a database that hangs holds up nothing else
 
     async def feedback(self, exchange: Exchange, body: bytes) -> None:
         """Keeps what a client says of a request. Raises Refusal where that says nothing, or of no known request."""
@@ -73,9 +76,9 @@ class RecordRoutes:
             raise _invalid(f"comment is a text of at most {MAX_COMMENT} characters", "comment")
         if rating is None and domain is None and not comment.strip():
             raise _invalid("say something: a rating, the right domain, or a comment", None)
-        record = await self._mine(exchange, str(given.get("request_id")))
-        said = feedback_on(record, rating, domain, comment, exchange.asker if self._keyed else None)
-        await _stored(self._recorder.store.add_feedback, [said])
+        record = await self._mine(exchange, given.get("request_id"))
+        said = feedback_on(record, rating, domain, comment, exchange.owner or None)
+        await self._stored(self._recorder.store.add_feedback, [said])
         await exchange.json(201, {"request_id": said.request_id, "kept": True, "text_kept": said.messages is not None})
 
     async def routing(self, exchange: Exchange) -> None:
@@ -95,34 +98,42 @@ class RecordRoutes:
             raise Refusal(403, said, "invalid_request_error", "not_an_operator")
         if path == OVERVIEW:
             minutes = _minutes(exchange.scope.get("query_string", b""))
-            await exchange.json(200, await _stored(self._overview, minutes))
+            await exchange.json(200, await self._stored(self._overview, minutes))
             return
-        request_id = path.removeprefix(EXPLAIN)
-        page = await _stored(self._recorder.store.page, request_id)
+        request_id = _checked_id(path.removeprefix(EXPLAIN))
+        page = await self._stored(self._recorder.store.page, request_id)
         if page is not None:
             await exchange.whole(200, PAGE_HEADERS, page.encode())
-        elif await _stored(self._recorder.store.want_page, request_id):
+        elif self._recorder.recording.experts and await self._stored(self._recorder.store.want_page, request_id):
             await exchange.json(202, {"request_id": request_id, "page": "wanted"})
         else:
-            said = "There is no text of that request to explain (serving.guard.records.prompts keeps it)."
+            said = "No answered request of that id has its text here (serving.guard.records.prompts keeps it)."
             raise Refusal(404, said, "invalid_request_error", "not_found")
 
     def _overview(self, minutes: int) -> dict[str, Any]:
         store, since = self._recorder.store, time.time() - 60 * minutes
         return overview(store.recent(COUNTED, since), store.feedback(COUNTED, since), self._recorder.recording, minutes)
 
-    async def _mine(self, exchange: Exchange, request_id: str) -> RoutingRecord:
+    async def _mine(self, exchange: Exchange, given: Any) -> RoutingRecord:
         """The record that the asker may see; one that is being written is waited for. Raises Refusal."""
-        record = None
+        request_id = _checked_id(given)
+        owner = None if self.operator(exchange) else exchange.owner
         for _ in range(int(LOST_FOR_S / 0.1)):
-            record = await _stored(self._recorder.store.find, request_id)
+            record: RoutingRecord | None = await self._stored(self._recorder.store.find, request_id, owner)
             if record is not None:
-                break
+                return record
             await asyncio.sleep(0.1)
-        if record is None or not (record.asker == exchange.asker or self.operator(exchange)):
-            said = f"There is no record of a request {request_id[:128]!r} of yours."
-            raise Refusal(404, said, "invalid_request_error", "not_found", "request_id")
-        return record
+        said = f"There is no record of a request {request_id} of yours."
+        raise Refusal(404, said, "invalid_request_error", "not_found", "request_id")
+
+    async def _stored(self, action: Any, *given: Any) -> Any:
+        """What the store says, asked in a thread of its own. Raises Refusal where its database does not work."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, action, *given)
+        except SQLAlchemyError:
+            said = "The records cannot be reached."
+            headers = ((b"retry-after", b"5"),)
+            raise Refusal(503, said, "server_error", "records_unavailable", headers=headers) from None
 
     def operator(self, exchange: Exchange) -> bool:
         """Whether the asker may see everything."""
@@ -138,14 +149,10 @@ def feedback_on(
     return Feedback(record.request_id, rating, domain, storable(comment.strip()), asker=asker, **about)
 
 
-async def _stored(action: Any, *given: Any) -> Any:
-    """What the store says, asked aside. Raises Refusal where its database does not work."""
-    try:
-        return await asyncio.to_thread(action, *given)
-    except SQLAlchemyError:
-        said = "The records cannot be reached."
-        headers = ((b"retry-after", b"5"),)
-        raise Refusal(503, said, "server_error", "records_unavailable", headers=headers) from None
+def _checked_id(given: Any) -> str:
+    if not isinstance(given, str) or not REQUEST_IDS.fullmatch(given.encode(errors="replace")):
+        raise Refusal(404, "There is no record of such a request.", "invalid_request_error", "not_found", "request_id")
+    return given
 
 
 def _minutes(query: bytes) -> int:

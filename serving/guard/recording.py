@@ -75,7 +75,7 @@ class RequestRecords:
                 path=exchange.path,
                 status=exchange.ended_as,
                 ms=1000 * (time.perf_counter() - exchange.began),
-                asker=exchange.asker,
+                asker=exchange.owner,
                 streamed=exchange.streams,
                 attempts=exchange.attempts,
                 violations=tuple(exchange.violations),

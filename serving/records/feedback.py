@@ -3,6 +3,7 @@
     qwen-fusion feedback list RECIPE
     qwen-fusion feedback export RECIPE --misroutes      # OUTPUT/feedback.jsonl
     qwen-fusion feedback import RECIPE labelled.jsonl
+    qwen-fusion feedback remove RECIPE REQUEST_ID
 
 A row is a chat row as any data set's, with its right domain and where that came from:
 {"messages": [...], "domain": "math", "provenance": {"request_id": "...", "source": "feedback", ...}}. One question has
@@ -16,11 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion.checkpoint import write_lines
 from fusion.errors import UserError
 from fusion.recipe import Recipe
 from gate_training.feedback import checked, feedback_file, json_rows
-from serving.records.record import Feedback, RoutingRecord, suspicions, top_expert
+from serving.records.record import BY_DEFAULT, Feedback, RoutingRecord, storable, suspicions, top_expert
 from serving.records.settings import store_url
 from serving.records.store import opened
 
@@ -28,36 +28,44 @@ Row = dict[str, Any]
 MISROUTES = 1000  # records that are looked through for misroutes, the newest
 
 
-def rows_of(said: Iterable[Feedback]) -> list[Row]:
-    """Rows of the feedback that names a domain, or that confirms one with a thumb up; `said` has the newest first."""
+def rows_of(said: Iterable[Feedback], expert_of: Mapping[str, str]) -> list[Row]:
+    """Rows of the feedback that names a domain, or confirms one with a thumb up; `said` has the newest first.
+
+    A thumb up is for the expert that served, where it is known: its domain is right then. An answer is kept where the
+    right expert has given it, or where whoever labelled the row has. `expert_of` names every domain's expert.
+    """
     rows = []
     for one in said:
-        confirmed = one.routed.get("domain") if one.rating == "up" else None
-        domain = one.domain or confirmed
+        expert = one.routed.get("expert")
+        domain = one.domain or (_confirmed(one.routed, expert_of) if one.rating == "up" else None)
         if domain is None or not one.messages:
             continue
-        answer = one.answer if domain == one.routed.get("domain") else ""
-        provenance = {
-            "source": "feedback",
-            "request_id": one.request_id,
-            "time": one.time,
-            "rating": one.rating,
-            "comment": one.comment,
-            **one.routed.get("provenance", {}),
-        }
-        rows.append(_row(one.messages, answer, domain, provenance, one.routed))
+        right = expert is not None and expert == expert_of.get(domain)
+        answer = one.answer if right or one.rating == "up" or one.routed.get("imported") else ""
+        told = {"source": "feedback", "request_id": one.request_id, "time": one.time}
+        told |= {"rating": one.rating, "comment": one.comment, **one.routed.get("provenance", {})}
+        rows.append(_row(one.messages, answer, domain, told, one.routed))
     return rows
 
 
+def _confirmed(routed: Mapping[str, Any], expert_of: Mapping[str, str]) -> str | None:
+    """The domain that a thumb up confirms: of the expert that served, the labelled one where several are its."""
+    expert, labelled = routed.get("expert"), routed.get("domain")
+    spoken = labelled if routed.get("channel") != BY_DEFAULT else None
+    if expert is None or expert_of.get(labelled or "") == expert:
+        return labelled if expert is not None else spoken
+    return next((domain for domain, name in expert_of.items() if name == expert), None)
+
+
 def misrouted_rows(records: Iterable[RoutingRecord], expert_of: Mapping[str, str]) -> list[Row]:
-    """Rows of requests that look misrouted, labelled by the channel that decided their domain."""
+    """Rows of requests that look misrouted, where all label channels that speak say the same domain."""
     rows = []
     for record in records:
-        doubts = suspicions(record, expert_of)
-        if doubts and record.asked and record.domain:
+        doubts, said = suspicions(record, expert_of), {one["domain"] for one in record.channels.values()}
+        if doubts and record.asked and len(said) == 1:
             routed = {"domain": record.domain, "channel": record.channel, "expert": top_expert(record.shares)}
             told = {"source": "misroute", "request_id": record.request_id, "time": record.time, "suspicions": doubts}
-            rows.append(_row(record.asked, "", record.domain, told, routed))
+            rows.append(_row(record.asked, "", said.pop(), told, routed))
     return rows
 
 
@@ -85,11 +93,10 @@ def export(recipe: Recipe, out: Path, misroutes: bool = False) -> list[Row]:
     learnt = feedback_file(recipe)
     rows = _read(learnt, recipe) if learnt.is_file() else []
     with opened(store_url(recipe)) as store:
-        rows += rows_of(store.feedback())
+        rows += rows_of(store.feedback(), recipe.expert_names())
         if misroutes:
-            expert_of = {name: recipe.experts[recipe.expert_of(name)].name for name in recipe.domains}
             known = set(map(_question, rows))
-            found = misrouted_rows(store.recent(MISROUTES), expert_of)
+            found = misrouted_rows(store.recent(MISROUTES), recipe.expert_names())
             rows += [row for row in found if _question(row) not in known]
     kept = newest(row for row in rows if row["domain"] in recipe.domains)
     if not kept:
@@ -97,6 +104,8 @@ def export(recipe: Recipe, out: Path, misroutes: bool = False) -> list[Row]:
             "no feedback names a domain for a request whose text was kept: POST /v1/feedback with a 'domain', with "
             "serving.guard.records.prompts in the recipe"
         )
+    from fusion.checkpoint import write_lines  # which imports torch
+
     write_lines(out, kept)
     return kept
 
@@ -115,16 +124,21 @@ def take_in(recipe: Recipe, file: Path) -> int:
 
 
 def _feedback(row: Row) -> Feedback:
-    told = row.get("provenance") or {}
+    """A row as feedback; of its provenance what is as it should be."""
+    told = row.get("provenance") if isinstance(row.get("provenance"), dict) else {}
+    assert told is not None
+    when, rating = told.get("time"), told.get("rating")
+    routed = told["routed"] if isinstance(told.get("routed"), dict) else {}
+    known = {key: told[key] for key in ("source", "suspicions", "answered_by") if key in told}
     return Feedback(
-        request_id=str(told.get("request_id") or "imported"),
-        rating=told.get("rating"),
+        request_id=storable(str(told.get("request_id") or "imported"))[:128],
+        rating=rating if rating in ("up", "down") else None,
         domain=row["domain"],
-        comment=str(told.get("comment") or ""),
-        time=float(told.get("time") or time.time()),
-        messages=row["messages"][:-1],
-        answer=row["messages"][-1]["content"] or None,
-        routed={**(told.get("routed") or {}), "provenance": {"imported": True}},
+        comment=storable(str(told.get("comment") or "")),
+        time=float(when) if isinstance(when, int | float) else time.time(),
+        messages=[{key: storable(text) for key, text in message.items()} for message in row["messages"][:-1]],
+        answer=storable(row["messages"][-1]["content"]) or None,
+        routed={**routed, "imported": True, "provenance": known},
     )
 
 
@@ -140,9 +154,15 @@ def _question(row: Row) -> str:
     return json.dumps(row["messages"][:-1], sort_keys=True)
 
 
+def remove(recipe: Recipe, request_id: str) -> int:
+    """Removes all feedback on a request; how much there was. What gates have learnt from it they know."""
+    with opened(store_url(recipe)) as store:
+        return store.remove_feedback(request_id)
+
+
 def listed(recipe: Recipe, limit: int) -> dict[str, Any]:
     """The newest feedback, and the newest requests that look misrouted, as plain data."""
-    expert_of = {name: recipe.experts[recipe.expert_of(name)].name for name in recipe.domains}
+    expert_of = recipe.expert_names()
     with opened(store_url(recipe)) as store:
         said = store.feedback(limit)
         records = store.recent(MISROUTES)

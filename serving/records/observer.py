@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from fusion.errors import UserError, run_main
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
-from serving.records.record import WHOLE, RoutingRecord, Shares
+from serving.engine import yarn_overrides
+from serving.records.record import BY_DEFAULT, WHOLE, RoutingRecord, Shares
 from serving.records.settings import store_url
 from serving.records.store import Store, opened
 
 if TYPE_CHECKING:
+    from fusion.checkpoint import Checkpoint
     from gate_training.labelling.classifier import Classify
 
 AT_ONCE = 16
@@ -64,44 +67,71 @@ def observing(recipe: Recipe, log: Path) -> Iterator[None]:
 def observe(recipe: Recipe, store: Store, opinions: "Opinions") -> int:
     """Does what waits, at most AT_ONCE requests; how many there were.
 
-    A request that cannot be explained, such as one that the chat template refuses, waits no longer and costs no other.
+    A request that cannot be explained, such as one that the chat template refuses, costs no other: its page says why.
+    Raises UserError where there is no checkpoint to explain it by, and SQLAlchemyError; the requests wait.
     """
     waiting = store.waiting(AT_ONCE)
-    try:
-        _observe(recipe, store, opinions, waiting)
-    except (UserError, SQLAlchemyError):
-        raise
-    except Exception:
-        for row in waiting:
-            try:
-                _observe(recipe, store, opinions, [row])
-            except (UserError, SQLAlchemyError):
-                raise
-            except Exception as error:
-                print(f"request {row[2].request_id} cannot be explained: {error}", file=sys.stderr, flush=True)
-                store.fill(row[0])
+    if not waiting:
+        return 0
+    checkpoint, tokenizer = _explained_by(recipe)
+    for batch in (waiting, *([row] for row in waiting)):
+        try:
+            _observe(recipe, store, opinions, batch, checkpoint, tokenizer)
+        except SQLAlchemyError:
+            raise
+        except Exception as error:
+            if batch is waiting:
+                continue
+            said = f"request {batch[0][2].request_id} cannot be explained: {error}"
+            print(said, file=sys.stderr, flush=True)
+            store.fill(batch[0][0], page=f"<!doctype html><title>explain</title><p>{escape(said)}</p>")
+        else:
+            if batch is waiting:
+                break
     return len(waiting)
 
 
-def _observe(
-    recipe: Recipe, store: Store, opinions: "Opinions", waiting: Sequence[tuple[int, str, RoutingRecord]]
-) -> None:
+def _explained_by(recipe: Recipe) -> tuple["Checkpoint", Any]:
+    """The checkpoint that is served, as it is served, with its tokenizer; the fused one where that is quantised."""
     from fusion.checkpoint import Checkpoint
     from fusion.encoding import load_tokenizer
-    from fusion.explain.conversation import Conversation
+    from serving.ask import served_folder
+
+    folder = served_folder(recipe)
+    if not (folder / "config.json").is_file() or "quantization_config" in Checkpoint(folder).config:
+        folder = recipe.fused
+    if not (folder / "config.json").is_file():
+        raise UserError(f"there is no fused model in {folder} to explain requests by")
+    checkpoint = Checkpoint(folder)
+    if recipe.serving.yarn_factor is not None:
+        checkpoint.config |= yarn_overrides(checkpoint.config, recipe.serving.yarn_factor)
+    return checkpoint, load_tokenizer(folder)
+
+
+def _observe(
+    recipe: Recipe,
+    store: Store,
+    opinions: "Opinions",
+    waiting: Sequence[tuple[int, str, RoutingRecord]],
+    checkpoint: "Checkpoint",
+    tokenizer: Any,
+) -> None:
+    from fusion.explain.conversation import Conversation, tokenize
     from fusion.explain.explain import explain_all
     from fusion.explain.page import page
 
-    if not waiting:
-        return
     conversations = [Conversation(tuple(record.asked), record.answered or None) for _, _, record in waiting]
-    explained = explain_all(Checkpoint(recipe.fused), load_tokenizer(recipe.fused), conversations)
-    said = opinions([record for _, _, record in waiting])
-    for (number, wanted, record), found, channels in zip(waiting, explained, said, strict=True):
+    for conversation in conversations:
+        count = len(tokenize(tokenizer, conversation))
+        if count > recipe.serving.max_model_len + 1:  # the end mark is not read
+            raise ValueError(f"{count:,} tokens are more than serving.max_model_len")
+    explained = explain_all(checkpoint, tokenizer, conversations)
+    labels = opinions([record for _, _, record in waiting])
+    for (number, wanted, record), found, label in zip(waiting, explained, labels, strict=True):
         shares: Shares = {WHOLE: found.shares.judged, **{group.name: group.shares.judged for group in found.groups}}
         rounded = {name: {e: round(share, 4) for e, share in part.items()} for name, part in shares.items()}
         known = record.shares_source == "engine"
-        store.fill(number, channels, None if known else rounded, page(found) if wanted == "page" else None)
+        store.fill(number, label, None if known else rounded, page(found) if wanted == "page" else None)
 
 
 class Opinions:
@@ -112,12 +142,12 @@ class Opinions:
         self._classify: Classify | None = None
         self._heard = recipe.gate_training.labels in ("classifier", "combined")
 
-    def __call__(self, records: Sequence[RoutingRecord]) -> list[dict[str, dict[str, Any]]]:
-        """The channels of each record, with the classifier's."""
+    def __call__(self, records: Sequence[RoutingRecord]) -> list[dict[str, Any]]:
+        """What each record is labelled with, once the classifier is heard: it decides where no rule has."""
         from serving.records.recorder import question_of
 
         if not self._heard:
-            return [record.channels for record in records]
+            return [{} for _ in records]
         if self._classify is None:
             from fusion.data import train_rows
             from gate_training.labelling.classifier import recipe_classifier
@@ -126,24 +156,29 @@ class Opinions:
             learnt = [] if settings.classifier else train_rows(self._recipe, settings.rows, settings.seed)
             self._classify = recipe_classifier(self._recipe, learnt)
         found = self._classify([question_of({"messages": record.asked}) for record in records])
-        return [
-            {**record.channels, "classifier": {"domain": label.domain, "evidence": "", "confidence": label.confidence}}
-            for record, label in zip(records, found, strict=True)
-        ]
+        labels: list[dict[str, Any]] = []
+        for record, label in zip(records, found, strict=True):
+            evidence = f"classifier: {label.confidence:.0%}"
+            said = {"domain": label.domain, "evidence": evidence, "confidence": label.confidence}
+            labels.append({"channels": {**record.channels, "classifier": said}})
+            if record.channel == BY_DEFAULT:
+                labels[-1] |= {"domain": label.domain, "channel": "classifier", "evidence": evidence}
+        return labels
 
 
 def main(path: str) -> None:
     """Observes until it is ended."""
     os.nice(NICE)
     recipe = load_recipe(Path(path), [])
-    opinions = Opinions(recipe)
+    opinions, said = Opinions(recipe), ""
     with opened(store_url(recipe)) as store:
         while True:
             try:
                 done = observe(recipe, store, opinions)
             except (UserError, SQLAlchemyError) as error:  # a checkpoint that is being replaced: the requests wait
-                print(error, file=sys.stderr, flush=True)
-                done = 0
+                if str(error) != said:
+                    print(error, file=sys.stderr, flush=True)
+                done, said = 0, str(error)
             if not done:
                 time.sleep(IDLE_S)
 

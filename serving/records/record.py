@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 EXHAUSTED = 422  # the status of a request that the guard could not answer as it was asked
+BY_DEFAULT = "default"  # the channel of a domain that nothing speaks for: the one that takes what no rule claims
 MUDDLED = 0.85  # of the largest entropy that the experts' shares can have
 WHOLE = "all"  # the layers together, beside early, middle and late
 Shares = dict[str, dict[str, float]]  # group of layers -> expert -> its share of the tokens' routing weight
@@ -89,7 +90,7 @@ def suspicions(record: RoutingRecord, expert_of: Mapping[str, str]) -> list[str]
     """Why a request looks misrouted, in words; empty where it does not. `expert_of` names every domain's expert."""
     found = []
     expert = top_expert(record.shares)
-    if record.domain and expert and expert_of.get(record.domain, expert) != expert:
+    if record.domain and record.channel != BY_DEFAULT and expert and expert_of.get(record.domain, expert) != expert:
         found.append(f"labelled {record.domain}, served by {expert}")
     domains = {said["domain"] for said in record.channels.values()}
     if len(domains) > 1:
@@ -97,6 +98,6 @@ def suspicions(record: RoutingRecord, expert_of: Mapping[str, str]) -> list[str]
     mixed = entropy(record.shares)
     if mixed is not None and mixed > MUDDLED:
         found.append(f"no expert stands out (entropy {mixed:.2f})")
-    if record.status == EXHAUSTED:
+    if record.status == EXHAUSTED and record.violations:
         found.append(f"no answer as asked in {record.attempts} attempts")
     return found

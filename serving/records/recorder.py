@@ -17,11 +17,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from gate_training.labelling.rules import label_by_rules
+from gate_training.labelling.rules import NO_RULE, label_by_rules
 from serving.records.answer import told
-from serving.records.record import RoutingRecord, Shares, storable
+from serving.records.record import BY_DEFAULT, RoutingRecord, Shares, storable
 from serving.records.settings import Recording
 from serving.records.shares import shares_of
 from serving.records.store import Store, opened
@@ -30,6 +28,7 @@ LOGGER = logging.getLogger(__name__)
 AT_ONCE = 256  # records of a transaction
 PRUNE_S = 60.0
 COMPLAIN_S = 60.0  # between two lines of the log about a database that does not work
+LABELLED = 2000  # characters of a question that rules are tried on
 STOP_S = 10.0  # for what is in the queue when the guard ends
 
 
@@ -92,7 +91,7 @@ class Recorder:
             self._dropped(1)
 
     def _work(self) -> None:
-        pruned = 0.0
+        pruned, settings = 0.0, self.recording.settings
         while True:
             batch = self._next()
             if batch is None:
@@ -100,16 +99,15 @@ class Recorder:
             self._write(batch)
             if time.monotonic() - pruned > PRUNE_S:
                 pruned = time.monotonic()
-                self._tried(lambda: self.store.prune(self.recording.settings.keep_days, self._keep_rows))
-
-    @property
-    def _keep_rows(self) -> int:
-        return self.recording.settings.keep_rows
+                self._tried(lambda: self.store.prune(settings.keep_days, settings.keep_rows))
 
     def _next(self) -> list[Ended] | None:
-        """What is in the queue, as soon as anything is; None at the end."""
+        """What is in the queue, as soon as anything is, nothing after PRUNE_S of quiet; None at the end."""
         batch: list[Ended] = []
-        found = self._queue.get()
+        try:
+            found = self._queue.get(timeout=PRUNE_S)
+        except queue.Empty:
+            return batch
         while found is not None:
             batch.append(found)
             if len(batch) == AT_ONCE:
@@ -125,10 +123,18 @@ class Recorder:
 
     def _write(self, batch: list[Ended]) -> None:
         records = [record for ended in batch if (record := self._record(ended)) is not None]
-        share = self.recording.settings.explain_share
-        wanted = ["shares" if r.asked and not r.shares and random.random() < share else None for r in records]
-        if not self._tried(lambda: self.store.add(records, wanted)):
-            self._dropped(len(records))
+        wanted = [self._wanted(record) for record in records]
+        if self._tried(lambda: self.store.add(records, wanted)):
+            return
+        for record, what in zip(records, wanted, strict=True):  # what one of them spoils is not the others' loss
+            if not self._tried(lambda record=record, what=what: self.store.add([record], [what])):  # type: ignore[misc]
+                self._dropped(1)
+
+    def _wanted(self, record: RoutingRecord) -> str | None:
+        """What the background pass is to find out about an answered request: shares, or the classifier's opinion."""
+        unknown = not record.shares or self.recording.classifier
+        sampled = random.random() < self.recording.settings.explain_share
+        return "shares" if record.asked and record.status == 200 and unknown and sampled else None
 
     def _record(self, ended: Ended) -> RoutingRecord | None:
         try:
@@ -141,7 +147,7 @@ class Recorder:
     def _tried(self, action: Callable[[], Any]) -> bool:
         try:
             action()
-        except (SQLAlchemyError, ValueError) as error:
+        except Exception as error:  # whatever a driver raises: the thread goes on
             if time.monotonic() - self._complained > COMPLAIN_S:
                 self._complained = time.monotonic()
                 LOGGER.warning("records are lost, the database does not work: %s", str(error).split("\n")[0])
@@ -159,7 +165,7 @@ def record_of(ended: Ended, recording: Recording) -> RoutingRecord:
         status=ended.status,
         ms=round(ended.ms, 2),
         time=ended.at,
-        asker=ended.asker if ended.asker.startswith("key ") else None,  # an address is nobody's business
+        asker=ended.asker or None,
         streamed=ended.streamed,
         attempts=ended.attempts,
         violations=list(ended.violations),
@@ -174,13 +180,26 @@ def record_of(ended: Ended, recording: Recording) -> RoutingRecord:
 
 
 def labelled(request: Mapping[str, Any] | None, recording: Recording) -> dict[str, Any]:
-    """The domain that the rules give a request's question, with the channel and its evidence; nothing without rules."""
-    question = storable(question_of(request)) if request else ""
+    """The domain that the rules give a request's question, with the channel and its evidence; nothing without rules.
+
+    Where no rule matches, the general domain is no channel's opinion. The evidence quotes the question only where its
+    text is kept.
+    """
+    question = storable(_ends(question_of(request))) if request else ""
     if not recording.domains or not question:
         return {}
     label = label_by_rules(question, recording.domains)
-    said = {"domain": label.domain, "evidence": label.evidence, "confidence": 1.0}
-    return {"domain": label.domain, "channel": "rules", "evidence": label.evidence, "channels": {"rules": said}}
+    if label.evidence == NO_RULE:
+        return {"domain": label.domain, "channel": BY_DEFAULT, "evidence": NO_RULE}
+    evidence = label.evidence if recording.settings.prompts else label.evidence.partition(":")[0]  # it quotes the text
+    said = {"domain": label.domain, "evidence": evidence, "confidence": 1.0}
+    return {"domain": label.domain, "channel": "rules", "evidence": evidence, "channels": {"rules": said}}
+
+
+def _ends(question: str) -> str:
+    """What the rules look at of a question: their patterns may take long on what a client makes up."""
+    half = LABELLED // 2
+    return question if len(question) <= LABELLED else f"{question[:half]}\n{question[-half:]}"
 
 
 def engine_shares(routes: tuple[str, int] | None, recording: Recording) -> Shares:

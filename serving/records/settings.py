@@ -17,7 +17,8 @@ URL_VARIABLE = "QWEN_FUSION_RECORDS_URL"  # an address with a password has no pl
 
 @dataclass(frozen=True)
 class Recording:
-    """Where and how records are kept. `expert_of` names each domain's expert."""
+    """Where and how records are kept. `expert_of` names each domain's expert; `classifier` says whether the recipe
+    labels by one, which the background pass hears."""
 
     url: str = field(repr=False)
     settings: Records
@@ -25,6 +26,7 @@ class Recording:
     experts: tuple[str, ...] = ()
     expert_of: dict[str, str] = field(default_factory=dict)
     sparse_layers: tuple[int, ...] = ()
+    classifier: bool = False
 
 
 def store_url(recipe: Recipe) -> str:
@@ -41,7 +43,8 @@ def recording(recipe: Recipe, folder: Path) -> Recording:
         settings=recipe.serving.guard.records or Records(),
         domains=dict(recipe.domains),
         experts=tuple(expert.name for expert in recipe.experts),
-        expert_of={name: recipe.experts[recipe.expert_of(name)].name for name in recipe.domains},
+        expert_of=recipe.expert_names(),
+        classifier=recipe.gate_training.labels in ("classifier", "combined"),
         sparse_layers=_sparse_layers(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
     )
 

@@ -10,7 +10,7 @@ survives a kill. Tables are made where they are missing.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ from sqlalchemy.pool import QueuePool
 from fusion.errors import UserError
 from serving.records.record import Feedback, RoutingRecord, Shares
 
+TRIES = 5  # to make the tables
+PATIENCE = {"connect_timeout": 5, "options": "-c statement_timeout=10000"}  # with PostgreSQL, in s and ms
 BUSY_MS = 10_000  # that a writer waits for another one
 TABLES = MetaData()
 REQUESTS = Table(
@@ -104,9 +106,11 @@ class Store:
             with self._engine.begin() as connection:
                 connection.execute(insert(REQUESTS), rows)
 
-    def find(self, request_id: str) -> RoutingRecord | None:
-        """The newest record of a request's id."""
+    def find(self, request_id: str, owner: str | None = None) -> RoutingRecord | None:
+        """The newest record of a request's id; of this owner alone ("" for nobody's) where one is given."""
         query = select(*_KEPT).where(REQUESTS.c.request_id == request_id).order_by(REQUESTS.c.number.desc()).limit(1)
+        if owner is not None:
+            query = query.where(REQUESTS.c.asker == owner if owner else REQUESTS.c.asker.is_(None))
         with self._engine.connect() as connection:
             row = connection.execute(query).one_or_none()
         return _record(row) if row else None
@@ -128,8 +132,8 @@ class Store:
         return [(row[0], row[1], _record(row[2:])) for row in rows]
 
     def want_page(self, request_id: str) -> bool:
-        """Asks the background pass for a page that explains a request; False where the request's text is not kept."""
-        of_it = (REQUESTS.c.request_id == request_id) & REQUESTS.c.asked.is_not(None)
+        """Asks the background pass for a page that explains an answered request; False where no text of it is kept."""
+        of_it = (REQUESTS.c.request_id == request_id) & REQUESTS.c.asked.is_not(None) & (REQUESTS.c.status == 200)
         with self._engine.begin() as connection:
             return connection.execute(update(REQUESTS).where(of_it).values(wanted="page")).rowcount > 0
 
@@ -143,14 +147,15 @@ class Store:
     def fill(
         self,
         number: int,
-        channels: dict[str, dict[str, Any]] | None = None,
+        label: dict[str, Any] | None = None,
         shares: Shares | None = None,
         page: str | None = None,
     ) -> None:
-        """Puts down what the background pass has found for a record, which is then no longer waiting."""
-        found: dict[str, Any] = {"wanted": None}
-        if channels:
-            found["channels"] = channels
+        """Puts down what the background pass has found for a record, which is then no longer waiting.
+
+        `label` are the fields of the record that the label channels decide.
+        """
+        found: dict[str, Any] = {"wanted": None, **(label or {})}
         if shares:
             found |= {"shares": shares, "shares_source": "explain"}
         if page is not None:
@@ -177,6 +182,11 @@ class Store:
         with self._engine.begin() as connection:
             return connection.execute(delete(REQUESTS).where(old)).rowcount
 
+    def remove_feedback(self, request_id: str) -> int:
+        """Removes all feedback on a request; how much there was."""
+        with self._engine.begin() as connection:
+            return connection.execute(delete(FEEDBACK).where(FEEDBACK.c.request_id == request_id)).rowcount
+
     def count(self) -> int:
         """How many records there are."""
         with self._engine.connect() as connection:
@@ -188,13 +198,24 @@ def opened(url: str) -> Iterator[Store]:
     """The store at a database's address, its tables made where they are missing. Raises UserError where it fails."""
     engine = _engine(url)
     try:
-        try:
-            TABLES.create_all(engine)
-        except SQLAlchemyError as error:
-            raise UserError(f"no records can be kept in {_shown(engine)}: {_reason(error)}") from None
+        _make_tables(engine)
         yield Store(engine)
+    except SQLAlchemyError as error:
+        raise UserError(f"the records in {_shown(engine)} cannot be used: {_reason(error)}") from None
     finally:
         engine.dispose()
+
+
+def _make_tables(engine: Engine) -> None:
+    """Makes what is missing; of several processes that do so at once PostgreSQL refuses all but one."""
+    for left in reversed(range(TRIES)):
+        try:
+            TABLES.create_all(engine)
+            return
+        except SQLAlchemyError:
+            if not left:
+                raise
+            time.sleep(0.1)
 
 
 def _engine(url: str) -> Engine:
@@ -203,9 +224,13 @@ def _engine(url: str) -> Engine:
         raise UserError(f"{scheme}://... is no store of records: give sqlite:///FILE or postgresql://USER@HOST/NAME")
     if scheme == "postgresql":
         try:
-            return create_engine(f"postgresql+psycopg://{rest}", pool_pre_ping=True)
+            return create_engine(f"postgresql+psycopg://{rest}", pool_pre_ping=True, connect_args=PATIENCE)
         except ModuleNotFoundError:
             raise UserError("records in PostgreSQL need its driver: install qwen-fusion[postgres]") from None
+        except (SQLAlchemyError, ValueError) as error:
+            raise UserError(f"the address of the records is none of PostgreSQL ({error})") from None
+    if not rest.strip("/"):
+        raise UserError("sqlite:// names no file: give sqlite:///FILE")
     Path(rest.removeprefix("/")).expanduser().absolute().parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(url, poolclass=QueuePool, connect_args={"check_same_thread": False})
 
@@ -227,8 +252,3 @@ def _reason(error: SQLAlchemyError) -> str:
 
 def _record(row: Row[Any] | Sequence[Any]) -> RoutingRecord:
     return RoutingRecord(*row)  # in the order of _KEPT
-
-
-def without_text(record: RoutingRecord) -> RoutingRecord:
-    """The record without what was asked and answered."""
-    return replace(record, asked=None, answered=None)

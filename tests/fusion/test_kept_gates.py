@@ -27,7 +27,7 @@ def by(recipe: Recipe, method: str) -> Recipe:
 def state(recipe: Recipe) -> dict[str, str]:
     """Every file of the checkpoint and of the gates' reports, by its hash."""
     files = [*recipe.fused.iterdir(), *(recipe.folder / name for name in REPORTS)]
-    return {path.name: file_hash(path) for path in files}
+    return {path.name: file_hash(path) for path in files if path.is_file()}
 
 
 @pytest.fixture
