@@ -77,11 +77,19 @@ def _row(messages: Sequence[Mapping[str, str]], answer: str | None, domain: str,
 def newest(rows: Iterable[Row]) -> list[Row]:
     """One row a question with what was said before it: the newest of them, of equals one that has an answer."""
     kept: dict[str, Row] = {}
-    for row in sorted(
-        rows, key=lambda row: (row.get("provenance", {}).get("time", 0.0), row["messages"][-1]["content"])
-    ):
+    for row in sorted(rows, key=lambda row: (_time(row), row["messages"][-1]["content"])):
         kept[_question(row)] = row
     return list(kept.values())
+
+
+def _provenance(row: Row) -> dict[str, Any]:
+    told = row.get("provenance")
+    return told if isinstance(told, dict) else {}
+
+
+def _time(row: Row) -> float:
+    when = _provenance(row).get("time")
+    return float(when) if isinstance(when, int | float) else 0.0
 
 
 def export(recipe: Recipe, out: Path, misroutes: bool = False) -> list[Row]:
@@ -125,9 +133,7 @@ def take_in(recipe: Recipe, file: Path) -> int:
 
 def _feedback(row: Row) -> Feedback:
     """A row as feedback; of its provenance what is as it should be."""
-    told = row.get("provenance") if isinstance(row.get("provenance"), dict) else {}
-    assert told is not None
-    when, rating = told.get("time"), told.get("rating")
+    told, rating = _provenance(row), _provenance(row).get("rating")
     routed = told["routed"] if isinstance(told.get("routed"), dict) else {}
     known = {key: told[key] for key in ("source", "suspicions", "answered_by") if key in told}
     return Feedback(
@@ -135,7 +141,7 @@ def _feedback(row: Row) -> Feedback:
         rating=rating if rating in ("up", "down") else None,
         domain=row["domain"],
         comment=storable(str(told.get("comment") or "")),
-        time=float(when) if isinstance(when, int | float) else time.time(),
+        time=_time(row) or time.time(),
         messages=[{key: storable(text) for key, text in message.items()} for message in row["messages"][:-1]],
         answer=storable(row["messages"][-1]["content"]) or None,
         routed={**routed, "imported": True, "provenance": known},

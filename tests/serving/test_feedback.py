@@ -9,18 +9,19 @@ from typer.testing import CliRunner
 
 from fusion.cli import app
 from fusion.recipe import Recipe
-from serving.records.feedback import export, listed, markdown, misrouted_rows, newest, rows_of, take_in
+from serving.records.feedback import export, listed, markdown, misrouted_rows, newest, remove, rows_of, take_in
 from serving.records.record import Feedback, RoutingRecord
 from serving.records.settings import store_url
 from serving.records.store import opened
 from tests.recipes import make_recipe
 
 ASKED = [{"role": "user", "content": "How many are 1 and 1?"}]
+OF = {"math": "math", "general": "general"}
 ROUTED = {"domain": "general", "channel": "rules", "expert": "general"}
 UP = Feedback("a", "up", messages=ASKED, answer="2", routed=ROUTED, time=1.0)
 RIGHT = Feedback("b", "down", "math", "a sum", messages=ASKED, answer="hello", routed=ROUTED, time=2.0)
 MISROUTED = RoutingRecord(
-    "c", "/v1/chat/completions", 200, 1.0, domain="math", channel="rules",
+    "c", "/v1/chat/completions", 200, 1.0, domain="math", channel="rules", channels={"rules": {"domain": "math"}},
     shares={"all": {"general": 0.9, "math": 0.1}},
     asked=[{"role": "user", "content": "2+2"}], answered="hello",
 )  # fmt: skip
@@ -32,24 +33,50 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def test_a_row_has_the_right_domain_and_no_answer_of_the_wrong_expert() -> None:
-    confirmed, corrected = rows_of([UP, RIGHT])
+    confirmed, corrected = rows_of([UP, RIGHT], OF)
     assert confirmed["domain"] == "general" and confirmed["messages"][-1] == {"role": "assistant", "content": "2"}
     assert corrected["domain"] == "math" and corrected["messages"] == [*ASKED, {"role": "assistant", "content": ""}]
     assert corrected["provenance"]["routed"] == ROUTED and corrected["provenance"]["comment"] == "a sum"
-    assert (
-        rows_of([replace(UP, rating="down"), replace(UP, rating=None, comment="x"), replace(RIGHT, messages=None)])
-        == []
-    )
+    served = replace(RIGHT, routed={"domain": "math", "channel": "rules", "expert": "general"})
+    assert rows_of([served], OF)[0]["messages"][-1]["content"] == ""  # labelled right, served by another
+    known = replace(RIGHT, routed={"domain": "general", "channel": "default", "expert": "math"})
+    assert rows_of([known], OF)[0]["messages"][-1]["content"] == "hello"  # the right one has answered
+    silent = [replace(UP, rating="down"), replace(UP, rating=None, comment="x"), replace(RIGHT, messages=None)]
+    assert rows_of(silent, OF) == []
 
 
 def test_the_newest_word_on_a_question_counts() -> None:
-    assert newest(rows_of([RIGHT, UP])) == newest(rows_of([UP, RIGHT])) == rows_of([RIGHT])
+    assert newest(rows_of([RIGHT, UP], OF)) == newest(rows_of([UP, RIGHT], OF)) == rows_of([RIGHT], OF)
+
+
+def test_a_thumb_up_confirms_who_has_served() -> None:
+    by_math = {"domain": "general", "channel": "default", "expert": "math"}
+    assert rows_of([replace(UP, routed=by_math)], OF)[0]["domain"] == "math"
+    nobody_knows = {"domain": "general", "channel": "default", "expert": None}
+    assert rows_of([replace(UP, routed=nobody_knows)], OF) == []
+    ruled = {"domain": "math", "channel": "rules", "expert": None}
+    assert rows_of([replace(UP, routed=ruled)], OF)[0]["domain"] == "math"
 
 
 def test_misroutes_are_rows_by_their_label() -> None:
-    [row] = misrouted_rows([MISROUTED, replace(MISROUTED, asked=None)], {"math": "math", "general": "general"})
+    disputed = {**MISROUTED.channels, "classifier": {"domain": "general"}}
+    others = [replace(MISROUTED, asked=None), replace(MISROUTED, channels=disputed), replace(MISROUTED, channels={})]
+    [row] = misrouted_rows([MISROUTED, *others], OF)
     assert row["domain"] == "math" and row["provenance"]["suspicions"] == ["labelled math, served by general"]
     assert misrouted_rows([MISROUTED], {"math": "general"}) == []
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [None, "x", [], {"time": "x", "routed": "x", "rating": {}, "comment": 7, "request_id": None}, {"time": None}],
+)
+def test_a_rows_provenance_may_be_anything(recipe: Recipe, tmp_path: Path, provenance: object) -> None:
+    row = {"messages": [*ASKED, {"role": "assistant", "content": "two"}], "domain": "math", "provenance": provenance}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    assert take_in(recipe, tmp_path / "rows.jsonl") == 1
+    [kept] = export(recipe, tmp_path / "out.jsonl")
+    assert kept["messages"] == row["messages"] and kept["domain"] == "math"  # whoever labels a row answers for it
+    assert remove(recipe, kept["provenance"]["request_id"]) == 1
 
 
 def test_out_of_one_store_and_into_another(recipe: Recipe, tmp_path: Path) -> None:

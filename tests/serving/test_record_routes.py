@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import openai
 import pytest
 
+from fusion.recipe import Rule
 from serving.records.store import opened
 from tests.serving.conftest import Guarded
 from tests.serving.test_records import recording
@@ -67,7 +69,7 @@ def test_the_routing_is_told_where_it_is_asked_for(guarded: Start, tmp_path: Pat
     for asked in ({"extra_body": {"guard": {"routing": True}}}, {"extra_headers": {"x-qwen-fusion-routing": "true"}}):
         answer = ask(guard, **fields, **asked)
         told = answer.http_response.json()["guard"]["routing"]
-        assert (told["domain"], told["channel"], told["evidence"]) == ("math", "rules", "pattern: '1'")
+        assert (told["domain"], told["channel"], told["evidence"]) == ("math", "rules", "pattern")
         assert told["shares"]["all"] == {"g": 0.25, "m": 0.75}
         assert json.loads(answer.headers["x-qwen-fusion-routing"])["domain"] == "math"
         assert answer.parse().choices[0].message.content == "{}" and "routed_experts" not in answer.text
@@ -129,13 +131,43 @@ def test_feedback_that_says_nothing_usable_is_refused(guarded: Start, tmp_path: 
 
 
 def test_records_are_for_those_who_asked_and_for_operators(guarded: Start, tmp_path: Path) -> None:
-    guard = guarded(recording=recording(tmp_path, prompts=True), api_keys=("one", "two", "op"), operator_keys=("op",))
+    guard = guarded(recording=recording(tmp_path, prompts=True), api_keys=("one", "two"), operator_keys=("op",))
     request_id = ask(guard, key="one").headers["x-request-id"]
     said = {"request_id": request_id, "rating": "up"}
     for key, seen, kept in (("one", 200, 201), ("op", 200, 201), ("two", 404, 404), ("three", 401, 401)):
         assert call(guard, "GET", f"/v1/routing/{request_id}", key=key)[0] == seen
         assert call(guard, "POST", "/v1/feedback", said, key)[0] == kept
-    assert call(guard, "GET", "/v1/routing/none", key="op")[0] == 404
+    for unknown in ("none", "%00", "a%00b", "x" * 200):
+        assert call(guard, "GET", f"/v1/routing/{unknown}", key="op")[0] == 404
+    for unknown in ("none", "a\0", "\ud800", 7, None):
+        assert call(guard, "POST", "/v1/feedback", {**said, "request_id": unknown}, "op")[0] == 404
+
+
+def test_a_clients_own_id_hides_nobody_elses_record(guarded: Start, tmp_path: Path) -> None:
+    guard = guarded(recording=recording(tmp_path, prompts=True), api_keys=("one", "two"))
+    for key in ("one", "two"):
+        ask(guard, key=key, messages=[{"role": "user", "content": key}], extra_headers={"x-request-id": "same"})
+    for key in ("one", "two"):
+        status, record = call(guard, "GET", "/v1/routing/same", key=key)
+        assert status == 200 and record["asked"][0]["content"] == key
+
+
+def test_operators_alone_close_the_page_where_nobody_else_needs_a_key(guarded: Start, tmp_path: Path) -> None:
+    guard = guarded(recording=recording(tmp_path), records={}, ui=True, operator_keys=("op",))
+    request_id = ask(guard).headers["x-request-id"]
+    assert call(guard, "GET", f"/v1/routing/{request_id}")[0] == 200
+    assert call(guard, "GET", "/ui/overview")[0] == 403
+    assert call(guard, "GET", "/ui/overview", key="op")[0] == 200
+
+
+def test_a_question_made_to_be_slow_does_not_hold_up_others(guarded: Start, tmp_path: Path) -> None:
+    told = recording(tmp_path)
+    slow = {"math": told.domains["math"].model_copy(update={"rules": (Rule(pattern=r"\d+ *[-+*] *\d+"),)})}
+    guard = guarded(recording=replace(told, domains={**slow, "general": told.domains["general"]}))
+    ask(guard, messages=[{"role": "user", "content": "1" * 40_000}], extra_body={"guard": {"routing": True}})
+    began = time.perf_counter()
+    assert call(guard, "GET", "/health")[0] == 200
+    assert time.perf_counter() - began < 5
 
 
 def test_without_records_there_are_no_such_routes(guarded: Start) -> None:

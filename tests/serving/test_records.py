@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion.errors import UserError
-from fusion.recipe import Domain, Records
+from fusion.recipe import Domain, Records, Rule
 from serving.records.answer import told
 from serving.records.record import Feedback, RoutingRecord, entropy, suspicions
-from serving.records.recorder import Ended, Recorder, asked_of, question_of, record_of
+from serving.records.recorder import Ended, Recorder, asked_of, labelled, question_of, record_of
 from serving.records.settings import Recording
 from serving.records.shares import shares_of
 from serving.records.store import Store, opened
@@ -73,7 +73,7 @@ def test_what_the_background_pass_finds_is_put_down_once(store: Store) -> None:
     store.add([NOW, replace(NOW, request_id="b")], ["shares", None])
     [(number, what, record)] = store.waiting(10)
     assert (what, record) == ("shares", NOW)
-    store.fill(number, shares={"all": {"g": 1.0}}, channels={"rules": {"domain": "general"}})
+    store.fill(number, shares={"all": {"g": 1.0}}, label={"channels": {"rules": {"domain": "general"}}})
     assert store.waiting(10) == []
     found = store.find("a")
     assert found is not None and found.shares == {"all": {"g": 1.0}} and found.shares_source == "explain"
@@ -102,7 +102,7 @@ def test_old_records_go_and_feedback_stays(store: Store) -> None:
     "url", ["mysql://x", "records.sqlite", "sqlite:////proc/none/x.sqlite", "postgresql://@127.0.0.1:9/x"]
 )
 def test_an_address_that_is_none_is_one_sentence(url: str) -> None:
-    with pytest.raises((UserError, OSError), match=r"store of records|kept in|No such file"), opened(url):
+    with pytest.raises((UserError, OSError), match=r"store of records|cannot be used|No such file"), opened(url):
         pass
 
 
@@ -151,12 +151,13 @@ def test_a_request_is_labelled_by_its_last_question() -> None:
 def test_text_is_kept_only_where_the_recipe_says_so(tmp_path: Path) -> None:
     request = {"messages": [{"role": "user", "content": "1+1="}]}
     body = json.dumps({"choices": [{"message": {"content": "2"}}]}).encode()
-    ended = Ended("a", "/v1/chat/completions", 200, 3, asker="127.0.0.1", admitted=request, body=body)
+    ended = Ended("a", "/v1/chat/completions", 200, 3, admitted=request, body=body)
     bare = record_of(ended, recording(tmp_path))
     assert bare.asked is None and bare.answered is None and bare.asker is None
-    assert (bare.domain, bare.channel, bare.evidence) == ("math", "rules", "pattern: '1'")
-    kept = record_of(replace(ended, asker="key 2"), recording(tmp_path, prompts=True))
-    assert kept.asked == request["messages"] and kept.answered == "2" and kept.asker == "key 2"
+    assert (bare.domain, bare.channel, bare.evidence) == ("math", "rules", "pattern")  # without the text that it quotes
+    kept = record_of(replace(ended, asker="0a1b"), recording(tmp_path, prompts=True))
+    assert kept.asked == request["messages"] and kept.answered == "2" and kept.asker == "0a1b"
+    assert kept.evidence == "pattern: '1'"
     assert record_of(replace(ended, status=422), recording(tmp_path, prompts=True)).answered is None
 
 
@@ -179,12 +180,30 @@ def test_text_that_no_database_takes_is_mended(tmp_path: Path) -> None:
     assert spoilt.answered == "a\ufffdb ? é" and spoilt.asked == [{"role": "user\ufffd", "content": "1a\ufffdb ? é"}]
 
 
+def test_without_a_rule_there_is_no_opinion(tmp_path: Path) -> None:
+    request = {"messages": [{"role": "user", "content": "seven plus twelve"}]}
+    record = record_of(Ended("a", "/v1/completions", 200, 1, admitted=request), recording(tmp_path))
+    assert (record.domain, record.channel, record.channels) == ("general", "default", {})
+    served = replace(record, shares={"all": {"g": 0.05, "m": 0.95}})
+    assert suspicions(served, {"math": "m", "general": "g"}) == []
+
+
+def test_a_long_question_takes_no_longer_than_a_short_one(tmp_path: Path) -> None:
+    slow = {"math": DOMAINS["math"].model_copy(update={"rules": (Rule(pattern=r"\d+ *[-+*] *\d+"),)})}
+    began = time.perf_counter()
+    label = labelled({"prompt": "1" * 200_000}, replace(recording(tmp_path), domains={**slow, **DOMAINS}))
+    assert time.perf_counter() - began < 5 and label["domain"] == "math"  # quadratic in what is looked at
+    ends = labelled({"prompt": "x" * 100_000 + " 1"}, recording(tmp_path))
+    assert ends["channel"] == "rules"
+
+
 def test_what_looks_misrouted_is_told_and_nothing_else() -> None:
     of = {"math": "m", "general": "g"}
     fine = replace(NOW, domain="math", channels={"rules": {"domain": "math"}}, shares={"all": {"g": 0.1, "m": 0.9}})
     assert suspicions(fine, of) == [] == suspicions(NOW, of)
     assert suspicions(replace(fine, domain="general", channels={}), of) == ["labelled general, served by m"]
     assert suspicions(replace(fine, status=422, attempts=3), of) == ["no answer as asked in 3 attempts"]
+    assert suspicions(replace(fine, status=422, violations=[]), of) == []  # a policy's
     assert "no expert stands out" in suspicions(replace(fine, shares={"all": {"g": 0.45, "m": 0.55}}), of)[0]
     channels = {"rules": {"domain": "math"}, "classifier": {"domain": "general"}}
     assert suspicions(replace(fine, channels=channels), of) == ["label channels disagree: general, math"]
@@ -281,6 +300,16 @@ def postgres(folder: Path) -> Iterator[str]:
             server.wait(30)
     finally:
         shutil.rmtree(place)
+
+
+def test_processes_that_start_at_once_make_one_set_of_tables(tmp_path: Path) -> None:
+    program = "import sys; from serving.records.store import opened\nwith opened(sys.argv[1]) as s: print(s.count())"
+    with postgres(tmp_path) as url:
+        starts = [
+            subprocess.Popen([sys.executable, "-c", program, url], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for _ in range(4)
+        ]
+        assert [(start.communicate()[0], start.returncode) for start in starts] == [(b"0\n", 0)] * 4
 
 
 def test_several_replicas_write_to_one_postgresql(tmp_path: Path) -> None:

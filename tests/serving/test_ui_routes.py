@@ -25,7 +25,9 @@ def test_the_figures_are_those_of_the_records(tmp_path: Path) -> None:
         shares={"all": {"g": 0.0, "m": 1.0}}, completion_tokens=20,
     )  # fmt: skip
     wrong = replace(fine, request_id="b", ms=300.0, time=now - 130, shares={"all": {"g": 0.9, "m": 0.1}})
-    failed = RoutingRecord("c", "/v1/chat/completions", 422, 50.0, time=now - 131, domain="general", attempts=3)
+    failed = RoutingRecord(
+        "c", "/v1/chat/completions", 422, 50.0, time=now - 131, domain="general", attempts=3, violations=["type"]
+    )
     valid = replace(failed, request_id="d", status=200, attempts=1)
     said = [Feedback("b", "up"), Feedback("b", "down", "general"), Feedback("elsewhere", domain="math")]
     found = overview([fine, wrong, failed, valid], said, recording(tmp_path), 5)
