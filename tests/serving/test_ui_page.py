@@ -197,6 +197,16 @@ def test_a_request_is_corrected_by_keyboard_alone(guard: Guarded, visit: Any, st
         expect(request(it, 0, among).get_by_role("status")).to_have_text("✓ right domain: general, thumb down")
 
 
+def test_a_label_is_confirmed_with_one_click(guard: Guarded, visit: Any, store: Store) -> None:
+    [first] = asked(guard, "What is 1+1?")
+    it = visit(guard)
+    request(it).get_by_role("button", name="math is right").click()
+    expect(request(it).get_by_role("status")).to_have_text("✓ right domain: math")
+    [said] = store.feedback()
+    assert (said.request_id, said.domain) == (first, "math")
+    expect(request(it, 0, "recent").get_by_role("button", name="math is right")).to_be_hidden()
+
+
 def test_an_answer_that_is_not_kept_is_told(guarded: Start, told: Recording, visit: Any, store: Store) -> None:
     guard = guarded(with_routes(completion("2")), recording=told, records={}, ui=True, requests_per_minute=1)
     asked(guard, "What is 1+1?")
