@@ -225,6 +225,8 @@ def test_healed_gates_are_not_rolled_back(recipe: Recipe) -> None:
     files = hashes(recipe.fused)
     with pytest.raises(UserError, match="was healed since, its gates together with its attention"):
         road.rollback(recipe)
+    with pytest.raises(UserError, match="is healed, its gates together with its attention"):
+        road.train_gates(recipe, force=True, with_feedback=True)
     assert hashes(recipe.fused) == files
     road.train_gates(by("cross-entropy"), force=True)  # takes healing back first
     road.rollback(recipe)

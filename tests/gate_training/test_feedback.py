@@ -82,6 +82,10 @@ def test_feedback_corrects_paraphrases_and_spares_the_other_domains(recipe: Reci
     road.train_gates(recipe)  # what `run` calls: nothing has changed, and what was learnt stays
     assert file_hash(recipe.fused / GATES_FILE) == before
     assert not (recipe.folder / ".feedback").exists()
+    road.rollback(recipe)  # takes the feedback with it: what is trained next does not learn it again
+    assert not feedback_file(recipe).exists()
+    road.train_gates(recipe, force=True)
+    assert share_of(recipe, wrong, PARAPHRASES) == pytest.approx(shares[wrong])
 
 
 def test_gates_that_lose_on_a_domain_are_refused_and_nothing_changes(recipe: Recipe) -> None:
