@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from fusion.checkpoint import Checkpoint
 from fusion.encoding import load_tokenizer
@@ -83,23 +85,28 @@ def test_a_request_that_cannot_be_explained_costs_no_other(recipe: Recipe, capsy
 
 
 @pytest.mark.parametrize("answer", ["3 4", "import os", "a story of a home"])
-def test_the_engines_account_comes_to_the_same_shares(recipe: Recipe, answer: str) -> None:
-    """Routes laid out and encoded as vLLM does: all layers, every token but the last one sampled."""
+def test_the_engines_account_comes_to_the_shares_of_the_model_itself(recipe: Recipe, answer: str) -> None:
+    """Routes by transformers' router logits, laid out and encoded as vLLM does: of every token but the last sampled."""
     from vllm.utils.serial_utils import numpy2base64
 
-    tokenizer = load_tokenizer(recipe.fused)
-    found = explain(Checkpoint(recipe.fused), tokenizer, ASKED, answer)
-    layers = Checkpoint(recipe.fused).config["num_hidden_layers"]
+    found = explain(Checkpoint(recipe.fused), load_tokenizer(recipe.fused), ASKED, answer)
     prompt = sum(token.part != "answer" for token in found.tokens)
-    spoken = sum(token.part == "answer" for token in found.tokens)
-    routes = np.zeros((prompt + spoken, layers, found.top_k), dtype=np.uint8)
-    routes[:, found.layers] = np.array(found.chosen).transpose(1, 0, 2)[: prompt + spoken]
+    ids = torch.tensor([[token.id for token in found.tokens]])
+    model = AutoModelForCausalLM.from_pretrained(recipe.fused, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(ids, output_router_logits=True).router_logits  # of each sparse layer (tokens, experts)
+    routes = np.zeros((ids.shape[1] - 1, model.config.num_hidden_layers, found.top_k), dtype=np.uint8)
+    for layer, scores in zip(found.layers, logits, strict=True):
+        routes[:, layer] = scores[:-1].topk(found.top_k).indices.numpy()
     told = recording(recipe, recipe.fused)
     assert told.sparse_layers == tuple(found.layers)
     shares = shares_of(numpy2base64(routes), told.experts, told.sparse_layers, prompt)
-    assert shares["all"] == pytest.approx(found.shares.answer, abs=1e-3)
-    for group in found.groups:
-        assert shares[group.name] == pytest.approx(group.shares.answer, abs=1e-3)
+    spoken = routes[prompt:, found.layers]
+    for number, name in enumerate(told.experts):
+        assert shares["all"][name] == pytest.approx((spoken == number).mean(), abs=1e-4)
+        assert found.shares.answer is not None  # with the end mark, which is one token more
+        assert abs(shares["all"][name] - found.shares.answer[name]) <= 1 / len(spoken)
+    assert set(shares) == {"all", *(group.name for group in found.groups)}
 
 
 PROGRAM = """
