@@ -21,10 +21,12 @@ from fusion.errors import UserError
 from fusion.recipe import Recipe
 from gate_training.feedback import checked, feedback_file, json_rows
 from serving.records.record import BY_DEFAULT, Feedback, RoutingRecord, storable, suspicions, top_expert
+from serving.records.recorder import question_of
 from serving.records.settings import store_url
 from serving.records.store import opened
 
 Row = dict[str, Any]
+SHOWN = 60  # characters of a cell
 MISROUTES = 1000  # records that are looked through for misroutes, the newest
 
 
@@ -182,7 +184,7 @@ def listed(recipe: Recipe, limit: int) -> dict[str, Any]:
                 "domain": one.domain,
                 "routed": one.routed,
                 "comment": one.comment,
-                "text_kept": one.messages is not None,
+                "question": question_of({"messages": one.messages}) if one.messages else None,
             }
             for one in said
         ],
@@ -195,7 +197,7 @@ def listed(recipe: Recipe, limit: int) -> dict[str, Any]:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """`listed` as two tables."""
-    lines = ["| when | request | thumb | right domain | routed | comment |", "| --- " * 6 + "|"]
+    lines = ["| when | request | thumb | right domain | routed | question | comment |", "| --- " * 7 + "|"]
     for row in found["feedback"]:
         routed = f"{row['routed'].get('domain') or '?'}, by {row['routed'].get('expert') or '?'}"
         cells = [
@@ -204,6 +206,7 @@ def markdown(found: Mapping[str, Any]) -> str:
             row["rating"] or "",
             row["domain"] or "",
             routed,
+            row["question"] or "not kept",
             row["comment"],
         ]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
@@ -219,4 +222,5 @@ def _when(seconds: float) -> str:
 
 
 def _cell(text: str) -> str:
+    text = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
     return text.replace("\n", " ").replace("|", "\\|")

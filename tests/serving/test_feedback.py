@@ -101,7 +101,8 @@ def test_out_of_one_store_and_into_another(recipe: Recipe, tmp_path: Path) -> No
     found = listed(recipe, 5)
     assert [row["request_id"] for row in found["feedback"]] == ["b", "a"]
     assert [row["request_id"] for row in found["misroutes"]] == ["c"]
-    assert "labelled math, served by general" in markdown(found)
+    assert found["feedback"][0]["question"] == ASKED[0]["content"]
+    assert "labelled math, served by general" in markdown(found) and ASKED[0]["content"] in markdown(found)
 
 
 def test_the_commands(tmp_path: Path, recipe: Recipe) -> None:
