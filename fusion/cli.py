@@ -239,7 +239,7 @@ def train_gates(
     road.train_gates(loaded, force=True, with_feedback=with_feedback)
 
 
-feedback = typer.Typer(no_args_is_help=True, help="What people said of requests: list, export, import.")
+feedback = typer.Typer(no_args_is_help=True, help="What people said of requests: list, export, import, remove.")
 app.add_typer(feedback, name="feedback")
 
 
@@ -252,16 +252,13 @@ def feedback_list(
 ) -> None:
     """Show feedback, and requests that look misrouted although nobody has said so."""
     loaded = _load(recipe, set_)
-    from rich.markdown import Markdown
-
-    from fusion.progress import console
     from serving.records.feedback import listed, markdown
 
     found = listed(loaded, limit)
     if json_:
         _print_json(found, json_)
     if json_ != "-":
-        console.print(Markdown(markdown(found)))
+        typer.echo(markdown(found))  # whole ids, for `feedback remove`
 
 
 @feedback.command(name="export")

@@ -35,6 +35,8 @@ def json_rows(file: Path) -> list[Any]:
     """The values of a file of JSON lines. Raises UserError where it is none."""
     from fusion.checkpoint import read_lines  # which imports torch
 
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: give a file that `feedback export` has written")
     try:
         return read_lines(file)
     except (OSError, ValueError) as error:

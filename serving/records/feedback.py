@@ -163,9 +163,15 @@ def _question(row: Row) -> str:
 
 
 def remove(recipe: Recipe, request_id: str) -> int:
-    """Removes all feedback on a request; how much there was. What gates have learnt from it they know."""
+    """Removes all feedback on a request; how much there was. Raises UserError where there is none.
+
+    What gates have learnt from it they know: `rollback`, or delete feedback.jsonl and train again.
+    """
     with opened(store_url(recipe)) as store:
-        return store.remove_feedback(request_id)
+        found = store.remove_feedback(request_id)
+    if not found:
+        raise UserError(f"there is no feedback on a request {request_id}: `qwen-fusion feedback list` shows the ids")
+    return found
 
 
 def listed(recipe: Recipe, limit: int) -> dict[str, Any]:
