@@ -17,7 +17,6 @@ from serving.client import Answer, chat
 from serving.engine import EngineSettings
 from serving.guard.keys import OPERATOR_VARIABLE, read_keys
 from serving.guard.settings import GuardSettings
-from serving.records.observer import observing
 from serving.records.settings import recording
 from serving.serve import RunningServer, find_state, manifest_shards, running_server, serve
 
@@ -84,6 +83,8 @@ def guard_settings(recipe: Recipe) -> GuardSettings:
 
 def serve_recipe(recipe: Recipe) -> None:
     """Serves the recipe's fused model on its host and port until Ctrl-C."""
+    from serving.records.observer import observing
+
     engine, guard = engine_settings(recipe), guard_settings(recipe)
     with observing(recipe, recipe.folder / "logs" / "observer.log"):
         serve(engine, guard, recipe.serving.host, recipe.serving.port, log=_log(recipe), state=recipe.folder / STATE)

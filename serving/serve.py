@@ -31,7 +31,6 @@ from serving.engine import Engine, EngineSettings, is_healthy
 from serving.guard.asgi import App, build_app
 from serving.guard.metrics import SHARED
 from serving.guard.settings import GuardSettings
-from serving.records.store import opened
 
 CHECK_EVERY_S = 0.5
 GATES_FILE = "gates.safetensors"  # fusion.merge, which imports torch
@@ -243,6 +242,8 @@ def _config(settings: GuardSettings) -> uvicorn.Config:
 def _run_guard(settings: GuardSettings, listener: socket.socket, alive: Callable[[], bool] | None = None) -> None:
     """Runs the guard's processes until a signal, or until what they guard is not `alive` any more (None: it may be)."""
     if settings.recording:
+        from serving.records.store import opened
+
         with opened(settings.recording.url):  # its tables are made once, and a database that fails is told of now
             pass
     config = _config(settings)

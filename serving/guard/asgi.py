@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
@@ -39,10 +39,9 @@ from serving.guard.ladder import Done, Exhausted, Ladder, Limits, Send, ladder_f
 from serving.guard.live import LiveCheck
 from serving.guard.metrics import Metrics
 from serving.guard.openapi import DESCRIPTION
+from serving.guard.paths import CHAT, COMPLETIONS, COUNTED, FEEDBACK, MODELS, OPEN, POSTED, ROUTING, UI, is_ui
 from serving.guard.policy_step import PolicyStep
 from serving.guard.rates import Rates
-from serving.guard.record_routes import FEEDBACK, ROUTING, UI, RecordRoutes, is_ui
-from serving.guard.recording import RequestRecords
 from serving.guard.requests_log import RequestsLog
 from serving.guard.schema import CheckerCache, NotCompiled, SchemaError
 from serving.guard.settings import GuardSettings
@@ -51,13 +50,13 @@ from serving.guard.tracing import Tracing
 from serving.guard.upstream import BODY_HEADERS, OF_BODY, Upstream, forwarded, returned
 from serving.guard.wanted import CONSTRAINTS, FIELD, Extension, extension_of, is_completion
 
+if TYPE_CHECKING:
+    from serving.guard.record_routes import RecordRoutes
+    from serving.guard.recording import RequestRecords
+
 LOGGER = logging.getLogger(__name__)
 App = Callable[[MutableMapping[str, Any], Receive, SendEvent], Awaitable[None]]
 
-OPEN = ("/health", "/ready")  # without a key, however many requests are under way
-CHAT, COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
-COUNTED = (*OPEN, "/metrics", "/openapi.json", CHAT, COMPLETIONS, MODELS, FEEDBACK)
-POSTED = (CHAT, COMPLETIONS, FEEDBACK)
 NUMBERS = ("n", "max_tokens", "max_completion_tokens", "temperature", "seed")
 RETRY_SOON = (b"retry-after", b"1")
 ATTEMPTS_HEADER, BREAKDOWN_HEADER = b"x-qwen-fusion-attempts", b"x-qwen-fusion-attempt-breakdown"
@@ -98,11 +97,7 @@ class _Guard:
         self._dropped, self._dropped_of_body = own, own | OF_BODY
         self._metrics, self._log = Metrics(), RequestsLog(guard.log)
         self._policy = PolicyStep(guard.policy)
-        self._records = self._record_routes = None
-        if settings.recording:
-            self._records = RequestRecords(settings.recording, self._metrics.dropped)
-            keyed = bool(settings.api_keys or settings.operator_keys)
-            self._record_routes = RecordRoutes(self._records.recorder, Keys(settings.operator_keys), keyed)
+        self._records, self._record_routes = _recording(settings, self._metrics)
         self._in_flight = 0  # completions alone
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: SendEvent) -> None:
@@ -270,7 +265,7 @@ class _Guard:
         missing = {key: value for key, value in defaults.items() if value is not None and request.get(key) is None}
         return {**request, **missing}
 
-    async def _whole(self, exchange: Exchange, request: dict[str, Any], records: RequestRecords) -> None:
+    async def _whole(self, exchange: Exchange, request: dict[str, Any], records: "RequestRecords") -> None:
         """Asks for an answer that nothing is asked of, less the engine's account of its experts, with the routing."""
         async with asyncio.timeout_at(exchange.deadline):
             headers = self._tracing.inject(self._body_headers(exchange))
@@ -460,6 +455,17 @@ def _attempt_headers(attempts: list[dict[str, Any]]) -> tuple[Header, Header]:
                 part += f";{key}={count}"
         told.append(part)
     return (ATTEMPTS_HEADER, str(len(attempts)).encode()), (BREAKDOWN_HEADER, ", ".join(told).encode())
+
+
+def _recording(settings: GuardSettings, metrics: Metrics) -> tuple["RequestRecords | None", "RecordRoutes | None"]:
+    """What records need, imported only where there are some: the database's library takes as long as all else here."""
+    if settings.recording is None:
+        return None, None
+    from serving.guard.record_routes import RecordRoutes
+    from serving.guard.recording import RequestRecords
+
+    records, keyed = RequestRecords(settings.recording, metrics.dropped), settings.api_keys or settings.operator_keys
+    return records, RecordRoutes(records.recorder, Keys(settings.operator_keys), bool(keyed))
 
 
 def _is_number(value: Any, key: str) -> bool:

@@ -21,12 +21,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from serving.guard.bodies import decoded
 from serving.guard.exchange import REQUEST_IDS, Exchange, Refusal
 from serving.guard.keys import Keys
+from serving.guard.paths import EXPLAIN, OVERVIEW, ROUTING, UI
 from serving.records.record import Feedback, RoutingRecord, storable, suspicions, top_expert
 from serving.records.recorder import Recorder
 from serving.ui.overview import COUNTED, overview
 
-FEEDBACK, ROUTING = "/v1/feedback", "/v1/routing/"
-UI, OVERVIEW, EXPLAIN = "/ui", "/ui/overview", "/ui/explain/"
 MINUTES, MOST_MINUTES = 60, 24 * 60  # that the overview goes back
 NOTHING_ELSE = (  # data: is the empty icon, without which browsers ask for /favicon.ico
     b"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -42,11 +41,6 @@ RATINGS = ("up", "down")
 MAX_COMMENT = 2000  # characters
 THREADS = 4
 LOST_FOR_S = 0.5  # that a record may take to be written
-
-
-def is_ui(path: str) -> bool:
-    """Whether a path is one of the page's."""
-    return path in (UI, OVERVIEW) or path.startswith(EXPLAIN)
 
 
 class RecordRoutes:

@@ -16,7 +16,7 @@ from typer.main import get_command
 from fusion.cli import app
 from fusion.recipe import Guarding
 from serving.engine import GRACE_S, Engine
-from serving.guard.asgi import OPEN
+from serving.guard.paths import OPEN
 from tests.serving.conftest import Guarded
 
 ROOT = Path(__file__).parents[2]
