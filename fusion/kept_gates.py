@@ -16,7 +16,7 @@ from fusion.checkpoint import Checkpoint, file_hash, link_file, read_json, stage
 from fusion.errors import UserError
 from fusion.healed import is_healed
 from fusion.layers import Gates, checkpoint_gates
-from fusion.merge import GATES_FILE, MANIFEST, gates_are_trained
+from fusion.merge import GATES_FILE, MANIFEST, gates_are_trained, other_experts
 from fusion.recipe import Recipe
 
 # in the recipe's folder, and the feedback that they learnt from
@@ -52,7 +52,7 @@ def put_back_gates(recipe: Recipe, folder: Path) -> dict[str, Any]:
     Raises UserError where there are none, or where experts or shared parts are no longer those they were trained with.
     """
     manifest = read_json(folder / MANIFEST)
-    _refuse_others(recipe, folder, manifest)
+    _refuse_others(recipe, folder)
     others = set(kept_folder(recipe).glob("[!.]*")) - {_place(recipe, folder)}
     if not others:
         names = ", ".join(row["name"] for row in manifest["experts"])
@@ -96,10 +96,8 @@ def _keep(recipe: Recipe, folder: Path) -> Path:
     return here
 
 
-def _refuse_others(recipe: Recipe, folder: Path, manifest: dict[str, Any]) -> None:
-    have, wanted = [row["name"] for row in manifest["experts"]], [expert.name for expert in recipe.experts]
-    if have != wanted:
-        said = f"{folder} has the experts {', '.join(have)}, the recipe {', '.join(wanted)}"
+def _refuse_others(recipe: Recipe, folder: Path) -> None:
+    if said := other_experts(recipe, folder):
         raise UserError(f"{said}: gates of other experts are of no use, run `qwen-fusion merge` on the recipe")
     if is_healed(folder):
         said = f"{folder} was healed since, its gates together with its attention"

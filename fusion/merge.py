@@ -411,6 +411,12 @@ def gates_are_trained(folder: Path) -> bool:
     return gates.get("method") != "random" and gates.get("sha256") == file_hash(folder / GATES_FILE)
 
 
+def other_experts(recipe: Recipe, folder: Path) -> str | None:
+    """Which experts the checkpoint has and which the recipe names, None where they are the same."""
+    have, wanted = ([row["name"] for row in read_json(folder / MANIFEST)["experts"]], [e.name for e in recipe.experts])
+    return None if have == wanted else f"{folder} has the experts {', '.join(have)}, the recipe {', '.join(wanted)}"
+
+
 def mergekit_config(
     recipe: Recipe, anchor: ModelSource, experts: list[ModelSource], shared_expert: ModelSource | None
 ) -> tuple[MoEMergeConfig, dict[str, ModelSource], dict[str, str]]:

@@ -6,6 +6,9 @@ Whatever is wrong with a recipe is one sentence that names the file and the line
 a file that holds one section alone, as `qwen-fusion guard --config` does.
 """
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +29,15 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     recipe, places = _load(Recipe, path, overrides or [], "recipe", "configs/demo.yaml")
     recipe._places.update(places)
     return recipe
+
+
+@contextmanager
+def as_file(recipe: Recipe) -> Iterator[Path]:
+    """A file of the recipe as it is, with every override, for a process that is to work on it."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        yaml.safe_dump(recipe.model_dump(mode="json"), file)
+        file.flush()
+        yield Path(file.name)
 
 
 def load_section(kind: type[Kind], path: Path | None, overrides: list[str] | None, example: str) -> Kind:

@@ -473,7 +473,8 @@ def train_gates(recipe: Recipe, force: bool = False, with_feedback: bool = False
         said = "train-gates: rolled back, and so it stays until `qwen-fusion train-gates` is called"
         console.print(f"[dim]{said}[/dim]", highlight=False, soft_wrap=True)
         return
-    run_step(gates_step(recipe, train, pending), recipe.folder, force or not gates_are_trained(folder))
+    step = gates_step(recipe, partial(train, feedback=pending), pending)
+    run_step(step, recipe.folder, force or not gates_are_trained(folder))
     write_papers(recipe, folder)
     _tell_server(recipe)
 
@@ -503,7 +504,7 @@ def _tell_server(recipe: Recipe) -> None:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
-def gates_step(recipe: Recipe, train: "Callable[..., GateReport]", feedback: Path | None = None) -> Step:
+def gates_step(recipe: Recipe, train: "Callable[[Recipe, Path], GateReport]", feedback: Path | None = None) -> Step:
     """What puts gates in place and reports on them, under the hash of all that decides them.
 
     `feedback` is a file of more of it than the gates in place have learnt from.
@@ -517,12 +518,10 @@ def gates_step(recipe: Recipe, train: "Callable[..., GateReport]", feedback: Pat
         from gate_training.report import write_report
 
         restore(folder, unhealed_folder(recipe))
+        result = train(recipe, folder)
         if feedback:
-            result = train(recipe, folder, feedback=feedback)
             feedback.replace(feedback_file(recipe))
             feedback.parent.rmdir()
-        else:
-            result = train(recipe, folder)
         write_report(result, recipe.folder)
         last = result.layers[-1]
         return (

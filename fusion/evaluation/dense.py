@@ -3,12 +3,11 @@
 run_step(dense_step(recipe, "TIES"), recipe.folder)   # OUTPUT/alternatives/TIES
 """
 
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fusion.checkpoint import put_in_place
+from fusion.checkpoint import staged_folder
 from fusion.data import choosing_rows
 from fusion.recipe import BranchSettings, Recipe
 from fusion.road import learnt_rows, trained_layers
@@ -39,9 +38,7 @@ def dense_step(recipe: Recipe, name: str) -> Step:
         from mergekit.merge import run_merge
         from mergekit.options import MergeOptions
 
-        aside = out.with_name(f".{name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        with ExitStack() as stack:
+        with staged_folder(out) as aside, ExitStack() as stack:
             folders = [str(stack.enter_context(whole_model(source))) for source in sources]
             if method != "linear":  # what has not moved from the base adds nothing to a sum of task vectors
                 folders = [path for path in folders if path != str(anchor.folder)]
@@ -55,7 +52,6 @@ def dense_step(recipe: Recipe, name: str) -> Step:
                 config["base_model"] = str(anchor.folder)
             options = MergeOptions(copy_tokenizer=True, random_seed=0, quiet=True, write_model_card=False)
             run_merge(MergeConfiguration.model_validate(config), str(aside), options)
-        put_in_place(aside, out)
         return f"{name}: mergekit {method} of {len(folders)} models"
 
     inputs = [path for source in (anchor, *sources) for path in source.paths]

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fusion import road
-from fusion.checkpoint import Checkpoint, read_json
+from fusion.checkpoint import Checkpoint
 from fusion.encoding import load_tokenizer
 from fusion.errors import UserError
 from fusion.explain.conversation import Conversation, tokenize
 from fusion.explain.explain import explain_all
 from fusion.explain.explanation import Explanation
 from fusion.explain.opinions import opinions
+from fusion.merge import other_experts
 from fusion.recipe import Recipe
 
 
@@ -28,13 +29,10 @@ def explain_asked(
     trained gates and the recipe's experts, or the conversation is longer than serving.max_model_len.
     """
     folder = road.gated_folder(recipe)
-    _refuse_other_experts(recipe, folder)
-    checkpoint, tokenizer = Checkpoint(folder), load_tokenizer(folder)
-    if recipe.serving.yarn_factor is not None:
-        from serving.engine import yarn_overrides
-
-        checkpoint.config |= yarn_overrides(checkpoint.config, recipe.serving.yarn_factor)
-    _refuse_too_long(recipe, tokenizer, conversation)
+    if said := other_experts(recipe, folder):
+        raise UserError(f"{said}: run `qwen-fusion add-expert`, `remove-expert` or `merge` first")
+    checkpoint, tokenizer = opened_checkpoint(recipe, folder)
+    refuse_too_long(recipe, tokenizer, conversation)
     if with_answer:
         from serving.ask import ask_messages
 
@@ -43,17 +41,18 @@ def explain_asked(
     return replace(explained, opinions=opinions(recipe, conversation, explained.winner, classifier))
 
 
-def _refuse_other_experts(recipe: Recipe, folder: Path) -> None:
-    have = [row["name"] for row in read_json(folder / "fusion.json")["experts"]]
-    wanted = [expert.name for expert in recipe.experts]
-    if have != wanted:
-        raise UserError(
-            f"{folder} has the experts {', '.join(have)}, the recipe {', '.join(wanted)}: "
-            "run `qwen-fusion add-expert`, `remove-expert` or `merge` first"
-        )
+def opened_checkpoint(recipe: Recipe, folder: Path) -> tuple[Checkpoint, Any]:
+    """A fused checkpoint with its positions as the recipe serves them, and its tokenizer."""
+    checkpoint = Checkpoint(folder)
+    if recipe.serving.yarn_factor is not None:
+        from serving.engine import yarn_overrides
+
+        checkpoint.config |= yarn_overrides(checkpoint.config, recipe.serving.yarn_factor)
+    return checkpoint, load_tokenizer(folder)
 
 
-def _refuse_too_long(recipe: Recipe, tokenizer: Any, conversation: Conversation) -> None:
+def refuse_too_long(recipe: Recipe, tokenizer: Any, conversation: Conversation) -> None:
+    """Raises UserError where a conversation has more tokens than the served model may read."""
     limit = recipe.serving.max_model_len
     count = len(tokenize(tokenizer, conversation)) - (conversation.answer is not None)  # the end mark is not read
     if count > limit:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from serving.guard.bodies import decoded, encoded
+from serving.guard.bodies import decoded, encoded, object_of
 from serving.guard.exchange import (
     EVENT_STREAM,
     FAILURES,
@@ -219,11 +219,8 @@ class _Guard:
         await self._upstream.relay(exchange, body, self._tracing.inject(headers))
 
     async def _completion(self, exchange: Exchange, body: bytes) -> None:
-        try:
-            request = decoded(body)
-        except (ValueError, RecursionError):
-            request = None
-        if not isinstance(request, dict):
+        request = object_of(body)
+        if request is None:
             raise Refusal(
                 400, "The body is no JSON object, or one nested too deeply.", "invalid_request_error", "invalid_json"
             )
@@ -479,11 +476,8 @@ def _is_number(value: Any, key: str) -> bool:
 
 
 def _judged(ladder: Ladder, content: bytes) -> Send | Done | Exhausted:
-    try:
-        answer = decoded(content)
-    except (ValueError, RecursionError):
-        answer = None
-    if not is_completion(answer):  # it has been generated, and would be again
+    answer = object_of(content)
+    if answer is None or not is_completion(answer):  # it has been generated, and would be again
         said = "The engine's answer is no completion."
         raise Refusal(502, said, "upstream_error", "upstream_unavailable", headers=(NO_RETRY,))
     return ladder.receive(answer)

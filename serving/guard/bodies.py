@@ -14,6 +14,15 @@ def decoded(body: bytes) -> Any:
     return json.loads(body)
 
 
+def object_of(body: bytes) -> dict[str, Any] | None:
+    """The object of a JSON text; None where it is none, or one nested too deeply."""
+    try:
+        found = decoded(body)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def encoded(value: Any) -> bytes:
     """The JSON text of a value."""
     try:

@@ -18,11 +18,11 @@ from urllib.parse import parse_qs
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.guard.bodies import decoded
+from serving.guard.bodies import object_of
 from serving.guard.exchange import REQUEST_IDS, Exchange, Refusal
 from serving.guard.keys import Keys
 from serving.guard.paths import EXPLAIN, OVERVIEW, ROUTING, UI
-from serving.records.record import Feedback, RoutingRecord, storable, suspicions, top_expert
+from serving.records.record import Feedback, RoutingRecord, routed, storable, suspicions
 from serving.records.recorder import Recorder
 from serving.ui.overview import COUNTED, overview
 
@@ -138,8 +138,7 @@ def feedback_on(
     record: RoutingRecord, rating: Any, domain: str | None, comment: str, asker: str | None = None
 ) -> Feedback:
     """Feedback with what it is about: the text where that was kept, and how the request had been routed."""
-    routed = {"domain": record.domain, "channel": record.channel, "expert": top_expert(record.shares)}
-    about = {"messages": record.asked, "answer": record.answered, "routed": routed}
+    about = {"messages": record.asked, "answer": record.answered, "routed": routed(record)}
     return Feedback(record.request_id, rating, domain, storable(comment.strip()), asker=asker, **about)
 
 
@@ -157,11 +156,8 @@ def _minutes(query: bytes) -> int:
 
 
 def _object(body: bytes) -> dict[str, Any]:
-    try:
-        given = decoded(body)
-    except (ValueError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
+    given = object_of(body)
+    if given is None:
         raise _invalid('the body is a JSON object, such as {"request_id": "...", "rating": "down"}', None)
     return given
 

@@ -1,7 +1,7 @@
 """Feedback and misroutes as rows to train on: listed, written to a file, read from one.
 
     qwen-fusion feedback list RECIPE
-    qwen-fusion feedback export RECIPE --misroutes      # OUTPUT/feedback.jsonl
+    qwen-fusion feedback export RECIPE --misroutes      # OUTPUT/exported-feedback.jsonl
     qwen-fusion feedback import RECIPE labelled.jsonl
     qwen-fusion feedback remove RECIPE REQUEST_ID
 
@@ -20,7 +20,7 @@ from typing import Any
 from fusion.errors import UserError
 from fusion.recipe import Recipe
 from gate_training.feedback import checked, feedback_file, json_rows
-from serving.records.record import BY_DEFAULT, Feedback, RoutingRecord, storable, suspicions, top_expert
+from serving.records.record import BY_DEFAULT, Feedback, RoutingRecord, routed, storable, suspicions
 from serving.records.recorder import question_of
 from serving.records.settings import store_url
 from serving.records.store import opened
@@ -50,12 +50,13 @@ def rows_of(said: Iterable[Feedback], expert_of: Mapping[str, str]) -> list[Row]
     return rows
 
 
-def _confirmed(routed: Mapping[str, Any], expert_of: Mapping[str, str]) -> str | None:
+def _confirmed(as_routed: Mapping[str, Any], expert_of: Mapping[str, str]) -> str | None:
     """The domain that a thumb up confirms: of the expert that served, the labelled one where several are its."""
-    expert, labelled = routed.get("expert"), routed.get("domain")
-    spoken = labelled if routed.get("channel") != BY_DEFAULT else None
-    if expert is None or expert_of.get(labelled or "") == expert:
-        return labelled if expert is not None else spoken
+    expert, labelled = as_routed.get("expert"), as_routed.get("domain")
+    if expert is None:
+        return None if as_routed.get("channel") == BY_DEFAULT else labelled
+    if expert_of.get(labelled or "") == expert:
+        return labelled
     return next((domain for domain, name in expert_of.items() if name == expert), None)
 
 
@@ -65,15 +66,14 @@ def misrouted_rows(records: Iterable[RoutingRecord], expert_of: Mapping[str, str
     for record in records:
         doubts, said = suspicions(record, expert_of), {one["domain"] for one in record.channels.values()}
         if doubts and record.asked and len(said) == 1:
-            routed = {"domain": record.domain, "channel": record.channel, "expert": top_expert(record.shares)}
             told = {"source": "misroute", "request_id": record.request_id, "time": record.time, "suspicions": doubts}
-            rows.append(_row(record.asked, "", said.pop(), told, routed))
+            rows.append(_row(record.asked, "", said.pop(), told, routed(record)))
     return rows
 
 
-def _row(messages: Sequence[Mapping[str, str]], answer: str | None, domain: str, told: Row, routed: Row) -> Row:
+def _row(messages: Sequence[Mapping[str, str]], answer: str | None, domain: str, told: Row, as_routed: Row) -> Row:
     whole = [*messages, {"role": "assistant", "content": answer or ""}]
-    return {"messages": whole, "domain": domain, "provenance": {**told, "routed": routed}}
+    return {"messages": whole, "domain": domain, "provenance": {**told, "routed": as_routed}}
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
@@ -136,7 +136,7 @@ def take_in(recipe: Recipe, file: Path) -> int:
 def _feedback(row: Row) -> Feedback:
     """A row as feedback; of its provenance what is as it should be."""
     told, rating = _provenance(row), _provenance(row).get("rating")
-    routed = told["routed"] if isinstance(told.get("routed"), dict) else {}
+    as_routed = told["routed"] if isinstance(told.get("routed"), dict) else {}
     known = {key: told[key] for key in ("source", "suspicions", "answered_by") if key in told}
     return Feedback(
         request_id=storable(str(told.get("request_id") or "imported"))[:128],
@@ -146,7 +146,7 @@ def _feedback(row: Row) -> Feedback:
         time=_time(row) or time.time(),
         messages=[{key: storable(text) for key, text in message.items()} for message in row["messages"][:-1]],
         answer=storable(row["messages"][-1]["content"]) or None,
-        routed={**routed, "imported": True, "provenance": known},
+        routed={**as_routed, "imported": True, "provenance": known},
     )
 
 
@@ -205,13 +205,13 @@ def markdown(found: Mapping[str, Any]) -> str:
     """`listed` as two tables."""
     lines = ["| when | request | thumb | right domain | routed | question | comment |", "| --- " * 7 + "|"]
     for row in found["feedback"]:
-        routed = f"{row['routed'].get('domain') or '?'}, by {row['routed'].get('expert') or '?'}"
+        as_routed = f"{row['routed'].get('domain') or '?'}, by {row['routed'].get('expert') or '?'}"
         cells = [
             _when(row["time"]),
             row["request_id"],
             row["rating"] or "",
             row["domain"] or "",
-            routed,
+            as_routed,
             row["question"] or "not kept",
             row["comment"],
         ]

@@ -10,21 +10,19 @@ time, and puts down shares, the classifier's opinion where the recipe labels by 
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from sqlalchemy.exc import SQLAlchemyError
 
 from fusion.errors import UserError, run_main
 from fusion.recipe import Recipe
-from fusion.recipe_file import load_recipe
-from serving.engine import yarn_overrides
+from fusion.recipe_file import as_file, load_recipe
 from serving.records.record import BY_DEFAULT, WHOLE, RoutingRecord, Shares
 from serving.records.settings import store_url
 from serving.records.store import Store, opened
@@ -37,6 +35,7 @@ AT_ONCE = 16
 IDLE_S = 1.0
 GRACE_S = 5.0
 NICE = 10
+Waiting = tuple[int, str, RoutingRecord]  # as Store.waiting gives them
 
 
 @contextmanager
@@ -47,11 +46,9 @@ def observing(recipe: Recipe, log: Path) -> Iterator[None]:
         yield
         return
     log.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as as_it_is, log.open("wb") as said:
-        yaml.safe_dump(recipe.model_dump(mode="json"), as_it_is)  # with every override
-        as_it_is.flush()
+    with as_file(recipe) as path, log.open("wb") as said:
         supervisor = Path(__file__).parents[1] / "supervisor.py"
-        command = [sys.executable, str(supervisor), str(GRACE_S), sys.executable, "-m", __spec__.name, as_it_is.name]
+        command = [sys.executable, str(supervisor), str(GRACE_S), sys.executable, "-m", __spec__.name, str(path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "QWEN_FUSION_QUIET": "1"}
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=said, stderr=said, env=environment, start_new_session=True
@@ -73,58 +70,53 @@ def observe(recipe: Recipe, store: Store, opinions: "Opinions") -> int:
     waiting = store.waiting(AT_ONCE)
     if not waiting:
         return 0
-    checkpoint, tokenizer = _explained_by(recipe)
-    for batch in (waiting, *([row] for row in waiting)):
-        try:
-            _observe(recipe, store, opinions, batch, checkpoint, tokenizer)
-        except SQLAlchemyError:
-            raise
-        except Exception as error:
-            if batch is waiting:
-                continue
-            said = f"request {batch[0][2].request_id} cannot be explained: {error}"
-            print(said, file=sys.stderr, flush=True)
-            store.fill(batch[0][0], page=f"<!doctype html><title>explain</title><p>{escape(said)}</p>")
-        else:
-            if batch is waiting:
-                break
+    explain = partial(_explain, recipe, store, opinions, _explained_by(recipe))
+    try:
+        explain(waiting)
+    except SQLAlchemyError:
+        raise
+    except Exception:  # one of them cannot be explained: each alone
+        for row in waiting:
+            _explain_or_say_why(explain, store, row)
     return len(waiting)
+
+
+def _explain_or_say_why(explain: Callable[[list[Waiting]], None], store: Store, row: Waiting) -> None:
+    try:
+        explain([row])
+    except SQLAlchemyError:
+        raise
+    except Exception as error:
+        said = f"request {row[2].request_id} cannot be explained: {error}"
+        print(said, file=sys.stderr, flush=True)
+        store.fill(row[0], page=f"<!doctype html><title>explain</title><p>{escape(said)}</p>")
 
 
 def _explained_by(recipe: Recipe) -> tuple["Checkpoint", Any]:
     """The checkpoint that is served, as it is served, with its tokenizer; the fused one where that is quantised."""
-    from fusion.checkpoint import Checkpoint
-    from fusion.encoding import load_tokenizer
+    from fusion.explain.asked import opened_checkpoint
     from serving.ask import served_folder
 
-    folder = served_folder(recipe)
-    if not (folder / "config.json").is_file() or "quantization_config" in Checkpoint(folder).config:
-        folder = recipe.fused
-    if not (folder / "config.json").is_file():
-        raise UserError(f"there is no fused model in {folder} to explain requests by")
-    checkpoint = Checkpoint(folder)
-    if recipe.serving.yarn_factor is not None:
-        checkpoint.config |= yarn_overrides(checkpoint.config, recipe.serving.yarn_factor)
-    return checkpoint, load_tokenizer(folder)
+    for folder in dict.fromkeys((served_folder(recipe), recipe.fused)):
+        if (folder / "config.json").is_file():
+            checkpoint, tokenizer = opened_checkpoint(recipe, folder)
+            if "quantization_config" not in checkpoint.config:
+                return checkpoint, tokenizer
+    raise UserError(f"there is no fused model in {recipe.fused} to explain requests by")
 
 
-def _observe(
-    recipe: Recipe,
-    store: Store,
-    opinions: "Opinions",
-    waiting: Sequence[tuple[int, str, RoutingRecord]],
-    checkpoint: "Checkpoint",
-    tokenizer: Any,
+def _explain(
+    recipe: Recipe, store: Store, opinions: "Opinions", by: tuple["Checkpoint", Any], waiting: Sequence[Waiting]
 ) -> None:
-    from fusion.explain.conversation import Conversation, tokenize
+    from fusion.explain.asked import refuse_too_long
+    from fusion.explain.conversation import Conversation
     from fusion.explain.explain import explain_all
     from fusion.explain.page import page
 
+    checkpoint, tokenizer = by
     conversations = [Conversation(tuple(record.asked), record.answered or None) for _, _, record in waiting]
     for conversation in conversations:
-        count = len(tokenize(tokenizer, conversation))
-        if count > recipe.serving.max_model_len + 1:  # the end mark is not read
-            raise ValueError(f"{count:,} tokens are more than serving.max_model_len")
+        refuse_too_long(recipe, tokenizer, conversation)
     explained = explain_all(checkpoint, tokenizer, conversations)
     labels = opinions([record for _, _, record in waiting])
     for (number, wanted, record), found, label in zip(waiting, explained, labels, strict=True):

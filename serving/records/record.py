@@ -78,6 +78,11 @@ def top_expert(shares: Shares) -> str | None:
     return max(found, key=lambda name: found[name]) if found else None
 
 
+def routed(record: RoutingRecord) -> dict[str, Any]:
+    """How a request was routed, as feedback on it keeps it."""
+    return {"domain": record.domain, "channel": record.channel, "expert": top_expert(record.shares)}
+
+
 def entropy(shares: Shares) -> float | None:
     """The entropy of the experts' shares over all layers, of the largest there could be; None where nobody knows."""
     found = shares.get(WHOLE)

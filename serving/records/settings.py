@@ -3,7 +3,6 @@
 recording(load_recipe("configs/demo.yaml"))
 """
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from fusion.errors import UserError
 from fusion.recipe import Domain, Recipe, Records
+from serving.engine import model_config
 
 URL_VARIABLE = "QWEN_FUSION_RECORDS_URL"  # an address with a password has no place in a recipe
 
@@ -45,7 +45,7 @@ def recording(recipe: Recipe, folder: Path) -> Recording:
         experts=tuple(expert.name for expert in recipe.experts),
         expert_of=recipe.expert_names(),
         classifier=recipe.gate_training.labels in ("classifier", "combined"),
-        sparse_layers=_sparse_layers(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
+        sparse_layers=_sparse_layers(model_config(str(folder))),
     )
 
 

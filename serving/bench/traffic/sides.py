@@ -7,18 +7,16 @@ with fused(recipe, memory, folder) as side:
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fusion.errors import UserError
 from fusion.evaluation.adapters import LORA_RANK, extracted
 from fusion.recipe import Recipe
+from fusion.recipe_file import as_file
 from fusion.sources import anchor_source, expert_sources, whole_model
 from serving.bench.processes import becomes_healthy, pinned
 from serving.engine import Engine, EngineSettings, Hardware, detect_hardware, free_port
@@ -129,10 +127,8 @@ def lora(recipe: Recipe, memory: int, folder: Path) -> Iterator[Side]:
 def router(recipe: Recipe, targets: dict[str, tuple[str, str]]) -> Iterator[str]:
     """The router process; its address."""
     port = free_port()
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as as_it_is:  # with every override
-        yaml.safe_dump(recipe.model_dump(mode="json"), as_it_is)
-        as_it_is.flush()
-        command = [sys.executable, "-m", "serving.bench.traffic.router", as_it_is.name, str(port), json.dumps(targets)]
+    with as_file(recipe) as path:
+        command = [sys.executable, "-m", "serving.bench.traffic.router", str(path), str(port), json.dumps(targets)]
         yield from _running(command, port)
 
 
