@@ -1,6 +1,6 @@
 """What a family of experts can become, every way by answer loss: one dense model, whole experts, adapters, fused.
 
-    python -m fusion.evaluation.alternatives configs/qwen2.5-0.5b-five-experts.yaml --set data_folder=../shared/data
+    python -m fusion.evaluation.alternatives configs/qwen2.5-0.5b-five-experts.yaml --set data_folder=../data
 
 Makes the dense models (dense.py) and the gates of every method, then measures all ways (ways.py). Everything is kept
 under OUTPUT/alternatives, way by way, and made again only where what it comes from has changed.

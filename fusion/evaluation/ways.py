@@ -116,7 +116,7 @@ def _without_fusing(recipe: Recipe, rows: HeldOut) -> Iterator[Way]:
         return lambda: rows.losses(Reader(source), forced(0), [0] * len(rows.rows), source.name)
 
     def adapted() -> Losses:
-        made = extracted(recipe, recipe.folder / "alternatives" / "adapters")
+        made = extracted(recipe, folder_of(recipe, "adapters"))
         sources = [ModelSource(e.name, anchor.folder, made.get(e.name)) for e in recipe.experts]
         return rows.of_whole(sources, rows.picked, "adapters")
 

@@ -63,12 +63,9 @@ def label_questions(
 
 def whole_experts(recipe: Recipe, questions: Sequence[str]) -> list[int]:
     """The expert that a router in front of whole models picks for each question: by rules, else by a classifier."""
-    settings, domains = recipe.gate_training, recipe.domains
-    found = [label_by_rules(question, domains) for question in questions]
-    open_ = [number for number, label in enumerate(found) if label.evidence == NO_RULE]
-    picked = [label.domain for label in found]
-    if open_:
+    settings = recipe.gate_training
+    labels = label_questions(questions, recipe.domains, None)
+    if any(label.evidence == NO_RULE for label in labels):
         classify = recipe_classifier(recipe, train_rows(recipe, settings.rows, settings.seed))
-        for number, label in zip(open_, classify([questions[number] for number in open_]), strict=True):
-            picked[number] = label.domain
-    return [recipe.expert_of(domain) for domain in picked]
+        labels = label_questions(questions, recipe.domains, classify)
+    return [recipe.expert_of(label.domain) for label in labels]
