@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from fusion.architecture import layer_of
 from fusion.branch import RESULT, judge, train_expert, trainable_model, training_dtype, write_full
-from fusion.checkpoint import Checkpoint, put_in_place, read_json, weight_stamps, write_json
+from fusion.checkpoint import Checkpoint, put_in_place, read_json, remove_folder, weight_stamps, write_json
 from fusion.data import ChatExample
 from fusion.drift import Moved, moved_by_group
 from fusion.encoding import encode_batches
@@ -40,6 +40,7 @@ from fusion.transport import transported
 
 SHARES = {"expert": 1.0, "halfway": 0.5, "anchor": 0.0}  # of the expert in the first MLPs; `best` is one of these
 STARTS = (*SHARES, "transported")
+PREPARED = "prepared.json"  # in the aside folder, once what comes before the training is done
 TRANSPORT_ROWS = 512  # training rows that the maps of fusion/transport.py are fitted on
 
 
@@ -143,7 +144,7 @@ def anchor_expert(
     shares = {"retained_share": result.retained_share, "starts_retained": result.starts_retained}
     write_json(done / ANCHORING_NOTE, {**asdict(result), **shares, **(notes or {})})
     put_in_place(done, out)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_folder(partial, PREPARED)
     return result
 
 
@@ -161,7 +162,7 @@ def _prepared(
 
     `start` names the row of STARTS that the folder holds, `starts` has the loss of each that was tried.
     """
-    note = partial / "prepared.json"
+    note = partial / PREPARED
     anchor, expert = models["anchor"], models["expert"]
     stamps = [weight_stamps(path) for source in models.values() for path in source.paths]
     texts = [(row.question, row.answer) for row in (*train[:TRANSPORT_ROWS], *held_out)]

@@ -146,7 +146,7 @@ def train_expert(
     record = {**asdict(result), "settings": settings.model_dump(mode="json"), **(notes or {})}
     write_json(made.paths[-1] / RESULT, record)
     put_in_place(made.paths[-1], out)
-    shutil.rmtree(partial, ignore_errors=True)
+    training.release(partial)
     return result
 
 

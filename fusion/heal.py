@@ -11,7 +11,6 @@ section put them back.
 """
 
 import hashlib
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -111,7 +110,7 @@ def heal(recipe: Recipe, folder: Path, kept: Path) -> HealResult:
     result = HealResult(figures, done.best_step, settings.steps, done.tokens, seconds, done.curve)
     note = {"parts": [*HEALED_PARTS, "gates"], "best_step": done.best_step, "tokens": done.tokens}
     write_healed(recipe, folder, kept, tensors, gates, note)
-    shutil.rmtree(partial, ignore_errors=True)
+    training.release(partial)
     return result
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from fusion.checkpoint import read_json, write_json
+from fusion.checkpoint import read_json, remove_folder, write_json
 from fusion.data import ChatExample
 from fusion.errors import UserError
 from fusion.evaluation.generate import answer_losses, unwrapped
@@ -28,6 +28,7 @@ from fusion.progress import console, progress_bar
 from fusion.recipe import Steps
 
 BEST = "best.safetensors"
+CALL = "call.txt"  # in the aside folder: whose it is
 QUIET: dict[str, Any] = {  # of TrainingArguments: no files, no lines, no bars of the Trainer's own
     "save_strategy": "no",
     "logging_strategy": "no",
@@ -90,11 +91,16 @@ def train(
 
 def claim(partial: Path, fingerprint: str) -> None:
     """Makes the aside folder this call's: what an earlier, different call left there is removed."""
-    note = partial / "call.txt"
+    note = partial / CALL
     if not note.is_file() or note.read_text(encoding="utf-8") != fingerprint:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         note.write_text(fingerprint, encoding="utf-8")
+
+
+def release(partial: Path) -> None:
+    """Removes the aside folder of a call that has ended."""
+    remove_folder(partial, CALL)
 
 
 def fitting(tokenizer: Any, examples: Sequence[ChatExample], max_length: int, section: str) -> list[dict[str, Any]]:
@@ -125,11 +131,17 @@ def mean_loss(model: Any, tokenizer: Any, rows: Sequence[ChatExample], batch_row
 def _last_checkpoint(partial: Path) -> str | None:
     """The newest complete checkpoint (its trainer_state.json is written last); half-written ones are removed."""
     found = sorted(partial.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    complete = [path for path in found if (path / "trainer_state.json").is_file()]
-    for path in found:
-        if path not in complete:
-            shutil.rmtree(path)
-    return str(complete[-1]) if complete else None
+    while found and not _whole_json(found[-1] / "trainer_state.json"):
+        shutil.rmtree(found.pop())
+    return str(found[-1]) if found else None
+
+
+def _whole_json(path: Path) -> bool:
+    try:
+        read_json(path)
+    except UserError:
+        return False
+    return True
 
 
 def _arguments(partial: Path, settings: Steps, rows: int) -> TrainingArguments:

@@ -9,7 +9,6 @@ the mean over domains, is kept, and the start is step 0: on those examples the r
 """
 
 import hashlib
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,7 +80,7 @@ def refine(recipe: Recipe, folder: Path, gates: Gates, data: RoutingData) -> tup
     seconds = round(time.monotonic() - began, 1)
     result = Refined(before, curve[done.best_step], done.best_step, settings.steps, done.tokens, seconds, done.curve)
     refined = trained_gates(model, saved)
-    shutil.rmtree(partial, ignore_errors=True)
+    training.release(partial)
     return refined, result
 
 

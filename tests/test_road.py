@@ -154,19 +154,21 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shot_at(path: Path, step: str) -> None:
     """Starts a run and kills it while it is at work on `step`, or right behind it."""
     run = path.parent / "run"
-    process = start(path)
+    process, said = start(path), ""
     assert process.stderr is not None
     try:
         for line in process.stderr:
+            said += line
             if step in line.strip().split(", "):  # steps side by side share a line
                 break
         while step in UNDER_WAY and not list(run.glob(UNDER_WAY[step])):
-            assert process.poll() is None
+            assert process.poll() is None, said
             if (run / STATE).exists() and f'"{step}"' in (run / STATE).read_text(encoding="utf-8"):
                 break
             time.sleep(0.002)
         if step != "merge":
             time.sleep(0.4)
+        assert process.poll() in (None, 0), said
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)  # ends once no worker holds the pipes any more
