@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from fusion.architecture import layer_of
 from fusion.branch import RESULT, judge, train_expert, trainable_model, training_dtype, write_full
-from fusion.checkpoint import Checkpoint, put_in_place, read_json, remove_folder, weight_stamps, write_json
+from fusion.checkpoint import Checkpoint, put_in_place, read_json, weight_stamps, write_json
 from fusion.data import ChatExample
 from fusion.drift import Moved, moved_by_group
 from fusion.encoding import encode_batches
@@ -33,6 +33,7 @@ from fusion.layers import Batch
 from fusion.progress import console
 from fusion.reader import Reader
 from fusion.recipe import AnchoringSettings, BranchSettings, Loading, TrainingSettings
+from fusion.resumable import release
 from fusion.shards import write_shards
 from fusion.sources import ANCHORING_NOTE, ModelSource, load_model
 from fusion.teacher import Teacher
@@ -144,7 +145,7 @@ def anchor_expert(
     shares = {"retained_share": result.retained_share, "starts_retained": result.starts_retained}
     write_json(done / ANCHORING_NOTE, {**asdict(result), **shares, **(notes or {})})
     put_in_place(done, out)
-    remove_folder(partial, PREPARED)
+    release(partial, PREPARED)
     return result
 
 

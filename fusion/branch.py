@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from fusion import training
 from fusion.architecture import MLP_PARTS, is_mlp, layer_of
-from fusion.checkpoint import Checkpoint, put_in_place, read_json, weight_stamps, write_json
+from fusion.checkpoint import Checkpoint, put_in_place, weight_stamps, write_json
 from fusion.data import ChatExample
 from fusion.drift import GROUPS, Moved, group_of, moved_by_group
 from fusion.errors import UserError
@@ -34,6 +34,7 @@ from fusion.evaluation.intervals import difference
 from fusion.evaluation.scores import score
 from fusion.progress import console
 from fusion.recipe import BranchSettings, HealSettings
+from fusion.resumable import claim, noted, release
 from fusion.sources import ModelSource
 from fusion.teacher import Teacher
 
@@ -89,7 +90,7 @@ def train_expert(
     began = time.monotonic()
     partial = out.with_name(f".{out.name}.branch")
     decisive = settings.model_copy(update={"allow_no_gain": False})
-    training.claim(partial, _fingerprint(start, train, held_out, general, decisive, layers, teacher, watched))
+    claim(partial, _fingerprint(start, train, held_out, general, decisive, layers, teacher, watched))
     tokenizer = AutoTokenizer.from_pretrained(start)
     rows = training.fitting(tokenizer, _mixed(train, general, settings), settings.max_length, "branch")
     if teacher is not None:
@@ -98,10 +99,7 @@ def train_expert(
     judged, watched = held_out[: settings.score_rows], watched or held_out[: settings.held_out_rows]
     score_name = judged[0].score if judged else ""
 
-    before_file = partial / "before.json"
-    if not before_file.is_file():
-        write_json(before_file, judge(model, tokenizer, judged, watched, settings, "anchor"))
-    before = read_json(before_file)
+    before = noted(partial / "before.json", lambda: judge(model, tokenizer, judged, watched, settings, "anchor"))
 
     trained = training.train(
         model,
@@ -146,7 +144,7 @@ def train_expert(
     record = {**asdict(result), "settings": settings.model_dump(mode="json"), **(notes or {})}
     write_json(made.paths[-1] / RESULT, record)
     put_in_place(made.paths[-1], out)
-    training.release(partial)
+    release(partial)
     return result
 
 

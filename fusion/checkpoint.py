@@ -170,12 +170,6 @@ def put_in_place(aside: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_folder(folder: Path, note: str) -> None:
-    """Removes a folder that its file `note` says to be whole: the note first, or a kill would leave half of one."""
-    (folder / note).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def link_file(source: Path, target: Path) -> None:
     """The same file under another name, or a copy where the disk has no such links; written files replace names."""
     target.unlink(missing_ok=True)

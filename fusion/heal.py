@@ -12,7 +12,7 @@ section put them back.
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from fusion import training
 from fusion.architecture import part_of
 from fusion.branch import ATTENTION_PARTS, judge
-from fusion.checkpoint import Checkpoint, read_json, weight_stamps, write_json
+from fusion.checkpoint import Checkpoint, weight_stamps
 from fusion.data import ChatExample, choosing_rows, load_examples, trained_on
 from fusion.encoding import load_tokenizer
 from fusion.errors import UserError
@@ -30,6 +30,7 @@ from fusion.healed import write_healed
 from fusion.layers import checkpoint_gates
 from fusion.merge import checkpoint_dtype
 from fusion.recipe import HealSettings, Recipe
+from fusion.resumable import claim, noted, release
 from fusion.router import TrainedRouter, train_routers, trained_gates
 from fusion.sources import ModelSource, anchor_source, load_model, own_source
 from fusion.teacher import Teacher
@@ -79,10 +80,10 @@ def heal(recipe: Recipe, folder: Path, kept: Path) -> HealResult:
     began, settings = time.monotonic(), recipe.heal or HealSettings()
     train, held_out = _data(recipe, settings)
     partial = folder.with_name(f".{folder.name}.heal")
-    training.claim(partial, _fingerprint(folder, train, held_out, settings, recipe.routing))
+    claim(partial, _fingerprint(folder, train, held_out, settings, recipe.routing))
     tokenizer, saved = load_tokenizer(folder), getattr(torch, checkpoint_dtype(folder))
     rows = _taught(recipe, settings, train, tokenizer, partial)
-    figures = _noted(partial / "before.json", lambda: _dense_figures(recipe, settings, held_out, tokenizer))
+    figures = noted(partial / "before.json", lambda: _dense_figures(recipe, settings, held_out, tokenizer))
 
     model, routers = _trainable(recipe, folder, settings, saved)
     experts = {name: recipe.expert_of(name) for name in recipe.domains}
@@ -90,8 +91,8 @@ def heal(recipe: Recipe, folder: Path, kept: Path) -> HealResult:
     def judged(labelled: bool) -> Judged:
         return _judged(model, tokenizer, held_out, settings, routers, experts if labelled else {})
 
-    noted = _noted(partial / "merged.json", lambda: {"merged": judged(False), "merged_labelled": judged(True)})
-    figures = {**figures, **noted}
+    merged = noted(partial / "merged.json", lambda: {"merged": judged(False), "merged_labelled": judged(True)})
+    figures = {**figures, **merged}
     limits = (_mean(figures["anchor"]), _mean(figures["own_expert"]))
 
     def held_out_loss() -> float:
@@ -110,7 +111,7 @@ def heal(recipe: Recipe, folder: Path, kept: Path) -> HealResult:
     result = HealResult(figures, done.best_step, settings.steps, done.tokens, seconds, done.curve)
     note = {"parts": [*HEALED_PARTS, "gates"], "best_step": done.best_step, "tokens": done.tokens}
     write_healed(recipe, folder, kept, tensors, gates, note)
-    training.release(partial)
+    release(partial)
     return result
 
 
@@ -205,14 +206,6 @@ def _watched(held_out: dict[str, list[ChatExample]], settings: HealSettings) -> 
 def _mean(found: Judged) -> float:
     """The mean loss over domains."""
     return sum(figures["loss"] for figures in found.values()) / len(found)
-
-
-def _noted(note: Path, make: Callable[[], dict[str, Judged]]) -> dict[str, Judged]:
-    """What `make` gives, made once."""
-    if not note.is_file():
-        write_json(note, make())
-    found: dict[str, Judged] = read_json(note)
-    return found
 
 
 def _trainable(

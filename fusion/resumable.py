@@ -1,4 +1,6 @@
-"""A folder written file by file beside its place, so that one that was interrupted goes on where it was.
+"""Folders in which an interrupted call goes on where it was, when it is made again.
+
+One that is written file by file beside its place:
 
     with resumable_folder(target, key) as (aside, journal):
         if journal.verified("a.safetensors") is None:
@@ -6,10 +8,16 @@
 
 A kill, Ctrl-C, power cut or full disk leaves the folder; the next call with the same `key` checks what is recorded by
 hash and writes the rest. Any other error removes it: what is wrong will be wrong again.
+
+And one that holds what a call has found so far:
+
+    claim(aside, fingerprint)
+    figures = noted(aside / "figures.json", measure)
+    release(aside)
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +27,7 @@ from fusion.errors import UserError
 from fusion.progress import size
 
 JOURNAL = ".journal.json"
+CALL = "call.txt"  # in a claimed folder: whose it is
 
 
 class Journal:
@@ -77,3 +86,26 @@ def resumable_folder(target: Path, key: str) -> Iterator[tuple[Path, Journal]]:
     except Exception:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def claim(aside: Path, fingerprint: str) -> None:
+    """Makes a folder this call's: what an earlier call with another fingerprint left there is removed."""
+    note = aside / CALL
+    if not note.is_file() or note.read_text(encoding="utf-8") != fingerprint:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        note.write_text(fingerprint, encoding="utf-8")
+
+
+def noted(note: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` gives, made once and kept as JSON in file `note`."""
+    if not note.is_file():
+        write_json(note, make())
+    found: dict[str, Any] = read_json(note)
+    return found
+
+
+def release(aside: Path, note: str = CALL) -> None:
+    """Removes a folder whose file `note` says what is in it: the note first, or a kill would leave half of one."""
+    (aside / note).unlink(missing_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)

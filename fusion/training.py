@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from fusion.checkpoint import read_json, remove_folder, write_json
+from fusion.checkpoint import read_json, write_json
 from fusion.data import ChatExample
 from fusion.errors import UserError
 from fusion.evaluation.generate import answer_losses, unwrapped
@@ -28,7 +28,6 @@ from fusion.progress import console, progress_bar
 from fusion.recipe import Steps
 
 BEST = "best.safetensors"
-CALL = "call.txt"  # in the aside folder: whose it is
 QUIET: dict[str, Any] = {  # of TrainingArguments: no files, no lines, no bars of the Trainer's own
     "save_strategy": "no",
     "logging_strategy": "no",
@@ -87,20 +86,6 @@ def train(
         trainer.train(resume_from_checkpoint=_last_checkpoint(partial))
     restore(model, load_file(partial / BEST), saved_dtype)
     return Trained(progress.best_step, progress.curve, trainer.tokens)
-
-
-def claim(partial: Path, fingerprint: str) -> None:
-    """Makes the aside folder this call's: what an earlier, different call left there is removed."""
-    note = partial / CALL
-    if not note.is_file() or note.read_text(encoding="utf-8") != fingerprint:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        note.write_text(fingerprint, encoding="utf-8")
-
-
-def release(partial: Path) -> None:
-    """Removes the aside folder of a call that has ended."""
-    remove_folder(partial, CALL)
 
 
 def fitting(tokenizer: Any, examples: Sequence[ChatExample], max_length: int, section: str) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from fusion.layers import Gates
 from fusion.merge import GATES_FILE, checkpoint_dtype
 from fusion.packing import answer_loss
 from fusion.recipe import Recipe
+from fusion.resumable import claim, release
 from fusion.router import TrainedRouter, train_routers, trained_gates
 from fusion.sources import ModelSource, load_model
 from gate_training.examples import RoutingData, RoutingExample
@@ -53,7 +54,7 @@ def refine(recipe: Recipe, folder: Path, gates: Gates, data: RoutingData) -> tup
     began = time.monotonic()
     settings, saved = recipe.gate_training.refinement, getattr(torch, checkpoint_dtype(folder))
     partial = folder.with_name(f".{folder.name}.refine")
-    training.claim(partial, _fingerprint(folder, gates, data.digest(), settings, recipe.routing))
+    claim(partial, _fingerprint(folder, gates, data.digest(), settings, recipe.routing))
     tokenizer = load_tokenizer(folder)
     examples = [example.example for example in data.train_examples]
     rows = training.fitting(tokenizer, examples, settings.max_length, "gate_training.refinement")
@@ -80,7 +81,7 @@ def refine(recipe: Recipe, folder: Path, gates: Gates, data: RoutingData) -> tup
     seconds = round(time.monotonic() - began, 1)
     result = Refined(before, curve[done.best_step], done.best_step, settings.steps, done.tokens, seconds, done.curve)
     refined = trained_gates(model, saved)
-    training.release(partial)
+    release(partial)
     return refined, result
 
 

@@ -3,18 +3,20 @@
     qwen-fusion evaluate configs/demo.yaml
     qwen-fusion evaluate configs/demo.yaml --json -
 
-Task scores and answer losses come from whole models, one in memory at a time; the routing from the layer stream.
+Task scores and answer losses come from whole models, one in memory at a time; the routing from the layer stream. What
+is found of a model is kept as it comes: an interrupted call goes on with the next one.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusion.checkpoint import Checkpoint, file_hash, read_json
+from fusion.checkpoint import Checkpoint, file_hash, read_json, weight_stamps
 from fusion.contamination import check, trained_rows
 from fusion.data import ChatExample, gate_rows, load_examples, trained_on
 from fusion.drift import as_plain, moved_by_group
@@ -25,9 +27,10 @@ from fusion.evaluation.baselines import expert_prompts, hidden_gates, random_gat
 from fusion.evaluation.generate import answer_examples
 from fusion.evaluation.intervals import difference, mean_interval, retained_share
 from fusion.evaluation.scores import score
-from fusion.layers import checkpoint_gates, forced, gated
+from fusion.layers import Gates, checkpoint_gates, forced, gated
 from fusion.progress import console
-from fusion.recipe import Recipe
+from fusion.recipe import Evaluation, Recipe
+from fusion.resumable import claim, noted, release
 from fusion.router import place_gates
 from fusion.served import routed_weight
 from fusion.sources import (
@@ -92,27 +95,41 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
 
     figures: dict[str, dict[str, Figures]] = {row: {} for row in ROWS}
     scored = held_out | extra
-    figures["anchor"] = _scores(recipe, anchor, tokenizer, scored)
+    aside = recipe.folder / ".evaluation"
+    claim(aside, _fingerprint([anchor, *experts, ModelSource("fused", folder)], gates, scored, settings))
+
+    def score_of(source: ModelSource, wanted: dict[str, list[ChatExample]]) -> dict[str, Figures]:
+        model = load_model(source, recipe.attn_implementation, recipe.loading)
+        return _score_model(recipe, model, tokenizer, wanted, source.name)
+
+    figures["anchor"] = _kept(aside / "anchor.json", lambda: score_of(anchor, scored))
     cross: dict[str, dict[str, float]] = {}
     for index, (expert, source) in enumerate(zip(recipe.experts, experts, strict=True)):
         own = {n: rows for n, rows in scored.items() if n in held_out and recipe.expert_of(n) == index}
         wanted = scored if settings.cross_domains else own
         same = source.folder == anchor.folder and source.adapter is None
-        found = {n: figures["anchor"][n] for n in wanted} if same else _scores(recipe, source, tokenizer, wanted)
+        if same:
+            found = {name: figures["anchor"][name] for name in wanted}
+        else:
+            found = _kept(aside / f"expert-{expert.name}.json", partial(score_of, source, wanted))
         figures["own_expert"].update({name: found[name] for name in own})
         cross[expert.name] = {name: mean_interval(f.scores).value for name, f in found.items()}
     fewer = {name: rows[: settings.baseline_rows] for name, rows in held_out.items()}
-    fused = load_model(ModelSource("fused", folder), recipe.attn_implementation, recipe.loading)
-    for name, gate in gates.items():
-        place_gates(fused, gate)
-        wanted = scored if name == "fused_trained" else fewer
-        figures[name] = _score_model(recipe, fused, tokenizer, wanted, name)
-    del fused
+    fused = cache(lambda: load_model(ModelSource("fused", folder), recipe.attn_implementation, recipe.loading))
+
+    def score_with(name: str) -> dict[str, Figures]:
+        place_gates(fused(), gates[name])
+        return _score_model(recipe, fused(), tokenizer, scored if name == "fused_trained" else fewer, name)
+
+    for name in gates:
+        figures[name] = _kept(aside / f"{name}.json", partial(score_with, name))
+    fused.cache_clear()
 
     ways = _ways(recipe, figures, fewer, tokenizer, checkpoint)
     routing = _routing(recipe, held_out, tokenizer, checkpoint)
     domains = {name: _domain(figures, name, recipe, rows[0].score) for name, rows in held_out.items()}
     shares = [d["retained_share"] for d in domains.values() if d["retained_share"] is not None]
+    release(aside)
     return {
         "recipe": recipe.name,
         "code": code_hash(),
@@ -241,12 +258,25 @@ def _is_generated(recipe: Recipe, name: str) -> bool:
     return all(part.generated for part in source.parts or (source,))
 
 
-def _scores(
-    recipe: Recipe, source: ModelSource, tokenizer: Any, examples: dict[str, list[ChatExample]]
-) -> dict[str, Figures]:
-    return _score_model(
-        recipe, load_model(source, recipe.attn_implementation, recipe.loading), tokenizer, examples, source.name
-    )
+def _kept(note: Path, make: Callable[[], dict[str, Figures]]) -> dict[str, Figures]:
+    """What `make` finds of a model, made once and kept in file `note`."""
+    found = noted(note, lambda: {task: asdict(figures) for task, figures in make().items()})
+    return {task: Figures(**figures) for task, figures in found.items()}
+
+
+def _fingerprint(
+    sources: Sequence[ModelSource],
+    gates: Mapping[str, Gates],
+    examples: dict[str, list[ChatExample]],
+    settings: Evaluation,
+) -> str:
+    """A hash of all that decides the models' figures, so that a changed call starts anew instead of going on."""
+    stamps = [weight_stamps(path) for source in sources for path in source.paths]
+    digest = hashlib.sha256(repr((code_hash(), stamps, examples, settings)).encode())
+    for by_layer in gates.values():
+        for _, gate in sorted(by_layer.items()):
+            digest.update(gate.float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _score_model(

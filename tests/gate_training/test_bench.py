@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from fusion import road
 from fusion.checkpoint import Checkpoint
 from fusion.errors import UserError
+from fusion.evaluation import evaluate as module
 from fusion.evaluation.evaluate import ROWS, evaluate
 from fusion.layers import checkpoint_gates
 from fusion.recipe_file import load_recipe
@@ -79,6 +81,36 @@ def test_evaluated_from_disk_the_figures_are_the_same(path: Path) -> None:
             found = spread_out["domains"][name][row]
             assert found["loss"] == pytest.approx(domain[row]["loss"], rel=1e-5)
             assert found["exact_match"] == domain[row]["exact_match"]
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_models_that_are_left(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(path)
+    road.merge(recipe)
+    road.train_gates(recipe)
+    whole = evaluate(recipe)
+    asked: list[str] = []
+    cut = ["fused_random"]
+
+    def scored(*arguments: Any) -> Any:
+        asked.append(arguments[-1])
+        if asked[-1] in cut:
+            cut.clear()
+            raise KeyboardInterrupt
+        return score_model(*arguments)
+
+    score_model = module._score_model
+    monkeypatch.setattr(module, "_score_model", scored)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(recipe)
+    asked.clear()
+    assert evaluate(recipe) == whole
+    assert asked == ["fused_random", "fused_hidden", "fused_trained"]
+    assert not (recipe.folder / ".evaluation").exists()
+    asked.clear()
+    assert evaluate(load_recipe(path, ["gate_training.seed=7"]))["domains"] != whole["domains"]
+    assert asked[0] == "anchor"
 
 
 def test_other_texts_are_measured_beside_answers(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
