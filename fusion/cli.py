@@ -360,7 +360,7 @@ def benchmark(
     limit: Annotated[int | None, typer.Option(min=1, help="rows of every task")] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="of experts, anchor, and the dense average, TIES, DARE, union; commas between"),
+        typer.Option(help="of experts, anchor, router, and the dense average, TIES, DARE, union; commas between"),
     ] = None,
     backend: Annotated[str | None, typer.Option(help="vllm or transformers")] = None,
     url: Annotated[str | None, typer.Option(metavar="URL", help="a server that serves the fused model")] = None,

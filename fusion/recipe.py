@@ -467,8 +467,11 @@ class Benchmarking(Section):
     tasks: tuple[str, ...] = ("domains",)  # files of configs/benchmarks, or tasks of the harness
     limit: int | None = Field(None, gt=0)  # rows of a task; None: all
     limits: dict[str, PositiveInt] = {}  # rows of a task, by the name in `tasks`
-    # the last four: what fusion.evaluation.alternatives has made
-    against: tuple[Literal["experts", "anchor", "average", "TIES", "DARE", "union"], ...] = ("experts", "anchor")
+    # `router`: the expert that rules, or else a classifier, pick; then what fusion.evaluation.alternatives has made
+    against: tuple[Literal["experts", "anchor", "router", "average", "TIES", "DARE", "union"], ...] = (
+        "experts",
+        "anchor",
+    )
     backend: Literal["vllm", "transformers"] = "vllm"
     concurrency: int = Field(16, gt=0)  # requests under way
 

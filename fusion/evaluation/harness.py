@@ -72,7 +72,6 @@ class Measured:
     task: TaskFile
     metric: str
     rows: tuple[int, ...]  # of the data set
-    questions: tuple[str, ...]
     scores: tuple[float, ...]
     others: dict[str, tuple[float, ...]]
     samples: list[dict[str, Any]]
@@ -292,7 +291,7 @@ def rows_of(
         kept = [number for number in range(len(docs)) if number not in out]
         count = limits.get(owner.group, limit)
         if count is not None and count < len(kept):
-            kept = sorted(random.Random(SUBSET_SEED).sample(kept, count))
+            kept = sorted(random.Random(f"{SUBSET_SEED} {name}").sample(kept, count))
         if kept:
             rows[name] = kept
         else:
@@ -354,13 +353,11 @@ def _measured(task: TaskFile, samples: list[dict[str, Any]]) -> Measured:
         raise UserError(f"{task.name}: its score '{metric}' is no figure of a row, so it cannot be compared by row")
     values = {name: tuple(_number(sample[name]) for sample in kept) for name in metrics}
     logged = [{key: sample[key] for key in ("doc_id", "arguments", "resps", "target", *metrics)} for sample in kept]
-    rows, questions = tuple(sample["doc_id"] for sample in kept), tuple(map(_question, kept))
-    return Measured(task, metric, rows, questions, values.pop(metric), values, logged)
+    return Measured(task, metric, tuple(s["doc_id"] for s in kept), values.pop(metric), values, logged)
 
 
-def _question(sample: dict[str, Any]) -> str:
-    """What was asked, without examples and template."""
-    doc = sample["doc"]
+def question_of(doc: dict[str, Any]) -> str:
+    """What a row asks, without examples and template."""
     return str(next((doc[key] for key in ("prompt", "question", "text", "input") if key in doc), ""))
 
 

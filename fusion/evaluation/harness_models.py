@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fusion.evaluation.harness_metrics import unpacked
+from fusion.progress import console
 from fusion.sources import ModelSource, load_model
+
+MOST_TOKENS = 512  # of an answer, where the task says nothing: lm-eval's 256 cut a model's sums where it is not brief
 
 
 class Models(Protocol):
@@ -48,6 +51,7 @@ class Served:
                 except ClientResponseError as error:
                     if error.status != 400:
                         raise
+                    console.print("  a prompt was refused (HTTP 400): it has no answer", highlight=False)
                     return [""] * len(messages)
 
             def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> Any:
@@ -80,6 +84,7 @@ class Served:
             "model": self.name,
             "num_concurrent": self.concurrency,
             "max_length": self.max_model_len,
+            "max_gen_toks": MOST_TOKENS,
             "timeout": 3600,
             "header": {"Authorization": f"Bearer {self.api_key}"} if self.api_key else None,
         }
@@ -94,6 +99,10 @@ class InTransformers:
 
         class Local(HFLM):
             """Whole conversations as prompts."""
+
+            @property
+            def max_gen_toks(self) -> int:
+                return min(MOST_TOKENS, int(self.max_length) // 2)
 
             def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> Any:
                 return super().apply_chat_template(unpacked(chat_history), add_generation_prompt)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -16,7 +17,7 @@ from fusion.errors import UserError
 from fusion.evaluation import harness
 from fusion.evaluation.benchmark_data import write_split
 from fusion.evaluation.benchmark_table import draw, markdown
-from fusion.evaluation.benchmarks import benchmark, models, summary
+from fusion.evaluation.benchmarks import benchmark, models, picked_experts, routed_scores, summary
 from fusion.evaluation.dense import folder_of
 from fusion.evaluation.harness import Measured, TaskFile, known_groups, known_tasks, load_tasks, rows_of, task_files
 from fusion.evaluation.harness_metrics import (
@@ -372,19 +373,36 @@ def test_a_task_for_several_experts_is_compared_with_the_best_and_with_a_router(
     data["domains"]["general"]["rules"] = [{"words": ["who", "where"]}]
     recipe = Recipe.model_validate(data)
     task = TaskFile("mixed", "mixed", "math", "score", None, tmp_path, mixed=True)
+    asked = SimpleNamespace(eval_docs=[{"question": question} for question in QUESTIONS])
+    loaded = harness.Loaded(None, {"mixed": asked}, {"mixed": task})
+    picked = picked_experts(recipe, loaded, {"mixed": list(ROWS)})
+    assert list(picked["mixed"].values()) == ["math", "general", "math", "math", "general", "math"]
     scores = {"anchor": [0, 1, 0, 0, 1, 0], "math": [1, 0, 1, 0, 0, 1], "fused": [1, 1, 1, 0, 0, 1]}
     measured = {
-        model: {"mixed": Measured(task, "score", ROWS, QUESTIONS, tuple(map(float, row)), {}, [])}
+        model: {"mixed": Measured(task, "score", ROWS, tuple(map(float, row)), {}, [])}
         for model, row in {**scores, "general": scores["anchor"]}.items()
     }
     experts = {"math": "math", "general": "general"}
+    measured["router"] = routed_scores(measured, {model: {} for model in measured}, picked, experts)
     row = summary(recipe, [task], measured, experts)["tasks"]["mixed"]
     assert {name: score["value"] for name, score in row["experts"].items()} == {"math": 3 / 6, "general": 2 / 6}
-    assert row["best_expert"] == "math" and row["routed"]["value"] == 5 / 6
+    assert row["best_expert"] == "math" and row["scores"]["router"]["value"] == 5 / 6
     assert row["fused_minus_best"]["value"] == pytest.approx(1 / 6)
-    assert row["fused_minus_routed"]["value"] == pytest.approx(-1 / 6)
+    assert row["fused_minus"]["router"]["value"] == pytest.approx(-1 / 6)
     assert "less the router: -0.167" in markdown(summary(recipe, [task], measured, experts))
     assert "experts" not in summary(recipe, [task], measured, {"math": "math"})["tasks"]["mixed"]  # not all were asked
+
+
+def test_a_router_is_scored_by_what_the_picked_experts_answer() -> None:
+    def answers(rows: tuple[int, ...], scores: tuple[float, ...]) -> dict[str, Measured]:
+        return {"gsm": Measured(TASK, "exact_match", rows, scores, {"valid": tuple(-s for s in scores)}, [])}
+
+    scores = {"fused": answers((1, 4, 7), (0.0, 0.0, 0.0)), "math": answers((1, 4, 7), (0.1, 0.4, 0.7)), "coding": {}}
+    strays = {"fused": {}, "math": {}, "coding": answers((4,), (0.9,))}
+    picked = {"gsm": {1: "math", 4: "coding", 7: "math"}}
+    found = routed_scores(scores, strays, picked, {"math": "math", "coding": "coding"})["gsm"]
+    assert found.scores == (0.1, 0.9, 0.7) and found.rows == (1, 4, 7)
+    assert found.others == {"valid": (-0.1, -0.9, -0.7)}
 
 
 def test_dense_models_are_asked_beside_the_others(tmp_path: Path, anchor: Path) -> None:
@@ -400,7 +418,7 @@ def test_dense_models_are_asked_beside_the_others(tmp_path: Path, anchor: Path) 
         "TIES": place,
     }
     measured = {
-        model: {"gsm": Measured(TASK, "exact_match", ROWS, QUESTIONS, (score,) * len(ROWS), {}, [])}
+        model: {"gsm": Measured(TASK, "exact_match", ROWS, (score,) * len(ROWS), {}, [])}
         for model, score in {"fused": 1.0, "anchor": 0.0, "TIES": 0.5}.items()
     }
     found = summary(recipe, [TASK], measured, {"math": "anchor", "general": "anchor"})
@@ -430,9 +448,7 @@ def test_figures_are_paired_by_row(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, tmp_path, {"general": tmp_path, "math": tmp_path})
     scores = {"anchor": [0, 0, 1, 0, 0, 1], "math": [1, 1, 1, 0, 1, 1], "fused": [1, 1, 1, 0, 0, 1]}
     measured = {
-        model: {
-            "gsm": Measured(TASK, "exact_match", ROWS, QUESTIONS, tuple(map(float, row)), {"valid": (1.0,) * 6}, [])
-        }
+        model: {"gsm": Measured(TASK, "exact_match", ROWS, tuple(map(float, row)), {"valid": (1.0,) * 6}, [])}
         for model, row in scores.items()
     }
     result = summary(recipe, [TASK], measured, {"math": "math"})
