@@ -2,9 +2,9 @@
 
     contaminated = shared_runs(trained_texts, questions, words=13)
 
-Wording that more than COMMON rows share is a task's, not one row's, and tells nothing (arXiv:2005.14165, appendix C,
-leaves out the same); nor do numbers alone. Generated tasks are left out: a hash decides the split of each of their
-items.
+Wording that more than COMMON rows share, several held-out ones among them, is a task's, not one row's, and tells
+nothing (arXiv:2005.14165, appendix C, leaves out the same); nor do numbers alone. Generated tasks are left out: a hash
+decides the split of each of their items.
 """
 
 import re
@@ -33,21 +33,25 @@ def shared_runs(trained: Sequence[str], held_out: Sequence[str], words: int) -> 
     for lesson in lessons:
         taught.update(asked.keys() & set(_runs(lesson, words)))
     whole = [f" {' '.join(lesson)} " for lesson in lessons]
+
+    def is_wording(run: str) -> bool:
+        return asked[run] > 1 and max(taught[run], asked[run]) > COMMON
+
     found = {}
     for number, found_words in enumerate(texts):
         if SHORTEST <= len(found_words) < words:
             text = " ".join(found_words)
-            if 0 < sum(f" {text} " in lesson for lesson in whole) <= COMMON:
+            if any(f" {text} " in lesson for lesson in whole):
                 found[number] = text
             continue
         runs = list(_runs(found_words, words))
         wording = [False] * len(found_words)
         for begin, run in enumerate(runs):
-            if max(taught[run], asked[run]) > COMMON:
+            if is_wording(run):
                 wording[begin : begin + words] = [True] * words
         for begin, run in enumerate(runs):
             own = [w for w, common in zip(found_words[begin:], wording[begin : begin + words]) if not common]  # noqa: B905
-            if 0 < taught[run] <= COMMON and 2 * sum(not word.isdecimal() for word in own) >= words:
+            if taught[run] and not is_wording(run) and 2 * sum(not word.isdecimal() for word in own) >= words:
                 found[number] = run
                 break
     return found

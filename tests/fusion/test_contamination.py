@@ -48,6 +48,13 @@ def test_the_wording_of_a_task_is_none() -> None:
     assert list(shared_runs([*trained, PLANTED], held_out, 13)) == [7]
 
 
+def test_a_question_that_many_rows_teach_is_no_wording() -> None:
+    trained = [f"{PLANTED} How many are left? Answer {i}" for i in range(30)]
+    assert list(shared_runs([*OTHER, *trained], [OTHER[0][:30], PLANTED], 13)) == [1]
+    short = " ".join(PLANTED.split()[:7])
+    assert list(shared_runs(trained, [short], 13)) == [0]
+
+
 def test_numbers_alone_are_none() -> None:
     numbers = " ".join(map(str, range(40)))
     assert shared_runs([f"sort {numbers}"], [f"add {numbers}"], 13) == {}
