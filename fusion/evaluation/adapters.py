@@ -1,4 +1,4 @@
-"""The experts as LoRA adapters of one anchor: their own, or what mergekit-extract-lora makes of their MLPs.
+"""The experts as LoRA adapters of one anchor: their own, or what mergekit-extract-lora makes of their weights.
 
     extracted(load_recipe("configs/demo.yaml"), Path("adapters"))   # {"math": Path("adapters/math-1b2c..."), ...}
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fusion.drift import moved_by_group, outside
 from fusion.errors import UserError
 from fusion.merge import source_stamp
 from fusion.recipe import Recipe
@@ -20,7 +21,8 @@ LORA_RANK = 32
 def extracted(recipe: Recipe, folder: Path) -> dict[str, Path]:
     """The adapters by expert, those of rank LORA_RANK made in `folder` where they are not there; none of the anchor.
 
-    Raises UserError where mergekit can make none.
+    They are on the MLPs, and on the attention of an expert whose attention has moved too. Raises UserError where
+    mergekit can make none.
     """
     anchor, found = anchor_source(recipe), {}
     for expert, source in zip(recipe.experts, expert_sources(recipe), strict=True):
@@ -39,7 +41,12 @@ def extracted(recipe: Recipe, folder: Path) -> dict[str, Path]:
 def _extract(source: ModelSource, anchor: ModelSource, out: Path) -> None:
     program = str(Path(sys.executable).with_name("mergekit-extract-lora"))
     command = [program, "--model", str(source.folder), "--base-model", str(anchor.folder), "--out-path", str(out)]
-    command += ["--max-rank", str(LORA_RANK), "-i", r"mlp\.(gate|up|down)_proj", "-e", "embed|lm_head|norm|self_attn"]
+    wanted, others = r"mlp\.(gate|up|down)_proj", "embed|lm_head|norm"
+    if outside(moved_by_group(anchor, source)):
+        wanted += r"|self_attn\.[qkvo]_proj"
+    else:
+        others += "|self_attn"
+    command += ["--max-rank", str(LORA_RANK), "-i", wanted, "-e", others]
     done = subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"no adapter can be extracted from {source.folder}: {done.stderr.strip().splitlines()[-1]}")

@@ -101,14 +101,14 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
     if picked:
         scores[ROUTER] = routed_scores(scores, strays, picked, experts)
     result = summary(recipe, tasks, scores, experts)
-    result |= {"through": url or settings.backend, "made": _made()}
+    result |= {"through": url or settings.backend, "made": made()}
     write_text(folder / "benchmark.md", markdown(result))
     draw(result, folder / "benchmark.png")
     write_json(folder / "benchmark.json", result)
     return result
 
 
-def _made() -> dict[str, Any]:
+def made() -> dict[str, Any]:
     """When, on what and by which command figures were made."""
     cores = len(os.sched_getaffinity(0))
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

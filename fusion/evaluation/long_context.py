@@ -45,6 +45,9 @@ def evaluate_long(recipe: Recipe, rows: int) -> dict[str, Any]:
     """
     tokenizer = load_tokenizer(recipe.fused)
     questions = [row for found in held_out_rows(recipe, list(recipe.domains)).values() for row in found]
+    lengths = lengths_of(recipe)
+    short = [row for row in questions if len(encode(tokenizer, row).ids) <= lengths[0]]
+    questions = short or questions  # a row longer than a context would be counted as one of that length
     rng = random.Random(recipe.evaluation.seed)
     rng.shuffle(questions)
     fillers = [
@@ -52,7 +55,6 @@ def evaluate_long(recipe: Recipe, rows: int) -> dict[str, Any]:
         for name, domain in recipe.domains.items()
         for row in load_examples(domain.train, name, 200, recipe.evaluation.seed)
     ]
-    lengths = lengths_of(recipe)
     asked = {n: [_after(tokenizer, row, fillers, n, rng) for row in questions[:rows]] for n in lengths}
     hidden = {
         n: [_with_key(tokenizer, fillers, n, depth, rng) for depth in DEPTHS for _ in range(rows)] for n in lengths

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
-from fusion.architecture import is_mlp
 from fusion.checkpoint import Checkpoint, written_aside
 from fusion.data import ChatExample
+from fusion.drift import moved_by_group, outside
 from fusion.encoding import encode, encode_batches, load_tokenizer
 from fusion.evaluation.adapters import LORA_RANK, extracted
 from fusion.evaluation.answer_loss import answer_losses
@@ -163,11 +162,7 @@ def _behind_candidates(recipe: Recipe, rows: HeldOut) -> Iterator[Way]:
 
 
 def _drifted(recipe: Recipe) -> bool:
-    """Whether any expert has other attention, norms, embeddings or head than the anchor."""
-    anchor = Reader(anchor_source(recipe))
-    readers = [Reader(source) for source in expert_sources(recipe)]
-    names = [name for name in anchor.names() if not is_mlp(name)]
-    return any(not torch.equal(reader.tensor(name), anchor.tensor(name)) for name in names for reader in readers)
+    return any(outside(moved_by_group(anchor_source(recipe), source)) for source in expert_sources(recipe))
 
 
 def gates_file(recipe: Recipe, method: str) -> Path:

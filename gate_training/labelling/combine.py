@@ -63,9 +63,13 @@ def label_questions(
 
 def whole_experts(recipe: Recipe, questions: Sequence[str]) -> list[int]:
     """The expert that a router in front of whole models picks for each question: by rules, else by a classifier."""
-    settings = recipe.gate_training
     labels = label_questions(questions, recipe.domains, None)
     if any(label.evidence == NO_RULE for label in labels):
-        classify = recipe_classifier(recipe, train_rows(recipe, settings.rows, settings.seed))
-        labels = label_questions(questions, recipe.domains, classify)
+        labels = label_questions(questions, recipe.domains, router_classifier(recipe))
     return [recipe.expert_of(label.domain) for label in labels]
+
+
+def router_classifier(recipe: Recipe) -> Classify:
+    """A classifier for such a router, fitted on the gates' training rows."""
+    settings = recipe.gate_training
+    return recipe_classifier(recipe, train_rows(recipe, settings.rows, settings.seed))

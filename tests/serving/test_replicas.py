@@ -182,9 +182,9 @@ def test_both_replicas_are_asked(replicas: Replicas) -> None:
 
 def spread(url: str) -> float:
     """Seconds from a stream's first event to its last."""
-    with urllib.request.urlopen(request(url, stream=True, tokens=12), timeout=60) as answer:
+    with urllib.request.urlopen(request(url, stream=True, tokens=48), timeout=60) as answer:
         times = [time.monotonic() for line in answer if line.startswith(b"data:")]
-    assert len(times) > 5
+    assert len(times) > 2  # a busy machine puts several tokens into one event
     return times[-1] - times[0]
 
 

@@ -3,20 +3,24 @@
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fusion.data import load_examples
 from fusion.encoding import load_tokenizer
 from fusion.merge import merge
 from fusion.recipe import Recipe
-from serving.bench.traffic.__main__ import _ratios, _with_top
+from gate_training.labelling.combine import router_classifier
+from serving.bench.traffic import sides
+from serving.bench.traffic.__main__ import Round, _ratios, _with_top
 from serving.bench.traffic.router import expert_of, question_of
-from serving.bench.traffic.sides import PLACEMENTS, Side, _placed, router, total_memory, weight_bytes
+from serving.bench.traffic.sides import PLACEMENTS, _placed, fused, lora, router, separate, total_memory, weight_bytes
 from serving.bench.traffic.trace import BURST, LEAST, MOST, trace, write
 from serving.engine import EngineSettings, Hardware, engine_arguments
 from tests.recipes import make_recipe, recipe_data
@@ -61,9 +65,16 @@ def test_a_question_is_the_last_of_the_user() -> None:
     assert question_of({"messages": [{"role": "user", "content": parts}]}) == "5\n6"
 
 
-def test_rules_say_whose_a_question_is(recipe: Recipe) -> None:
-    asked = {"1+2=": "math", "import os": "coding", "Who lives here?": "general"}
-    assert {question: expert_of(recipe, question) for question in asked} == asked
+def test_rules_or_else_a_classifier_say_whose_a_question_is(recipe: Recipe) -> None:
+    asked = {"1+2=": "math", "import os": "coding"}
+    assert {question: expert_of(recipe, question, unasked) for question in asked} == asked
+    pick = router_classifier(recipe)
+    [trained] = [row.question for row in load_examples(recipe.domains["general"].train, "general", 1, 0)]
+    assert expert_of(recipe, trained, pick) == "general"
+
+
+def unasked(questions: Sequence[str]) -> Any:
+    raise AssertionError(f"the classifier was asked for {questions}")
 
 
 class _Echo(BaseHTTPRequestHandler):
@@ -113,11 +124,35 @@ def test_the_router_asks_the_expert_of_the_question(tmp_path: Path, recipe: Reci
                 assert said[:3] == [f"data: {port}", f"data: {model}", "data: /v1/chat/completions"]
 
 
-def test_every_side_has_the_same_memory(tmp_path: Path, anchor: Path) -> None:
-    recipe = make_recipe(tmp_path, anchor, {"general": anchor, "math": anchor})
+def test_every_side_has_the_same_memory(
+    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and KV cache of the engines that each side starts; of adapters what vLLM keeps for them."""
+    recipe = make_recipe(tmp_path, anchor, anchored_experts)
     merge(recipe)
-    assert total_memory(recipe, 1000) == 2 * (weight_bytes(anchor) + 1000)
-    assert weight_bytes(recipe.fused) < 2 * weight_bytes(anchor)
+    count = len(recipe.experts)
+    memory = total_memory(recipe, 10**6)
+    assert memory == count * (weight_bytes(anchor) + 10**6)
+    started: list[EngineSettings] = []
+
+    @contextmanager
+    def engine(settings: EngineSettings, log: Path, hardware: Hardware | None = None) -> Iterator[Any]:
+        started.append(settings)
+        log.write_text("GPU KV cache size: 1,234 tokens")
+        yield SimpleNamespace(url="http://127.0.0.1:1", log=log)
+
+    monkeypatch.setattr(sides, "Engine", engine)
+    monkeypatch.setattr(sides, "extracted", lambda recipe, folder: {"math": tmp_path / "adapter"})
+    ways = (
+        (fused(recipe, memory, tmp_path), 1),
+        (lora(recipe, memory, tmp_path), 1),
+        (separate(recipe, 10**6, tmp_path, PLACEMENTS[0]), count),
+    )
+    for way, engines in ways:
+        started.clear()
+        with way as side:
+            assert side.kv_tokens == 1234 * engines == 1234 * len(started)
+            assert side.weights + sum(settings.kv_cache_bytes or 0 for settings in started) == memory
 
 
 @pytest.mark.parametrize("cores", [(0,), (0, 1), (0, 1, 2, 3)])
@@ -152,19 +187,32 @@ def test_adapters_are_named_to_vllm(tmp_path: Path, anchor: Path) -> None:
 
 
 def test_ratios_are_of_the_measured_figures() -> None:
-    def figures(latency: float, throughput: float) -> dict[str, dict[str, float]]:
-        row = {"mean_e2el_ms": latency, "p95_e2el_ms": 2 * latency, "output_throughput": throughput}
-        return {"evenly, 1 a second": row, "evenly, all at once": row | {"mean_e2el_ms": 1e9}}
+    """Each load counts alike, and against the placement that is best by the figure."""
 
-    table = {"fused": figures(62, 30), "separate": figures(100, 20), "anchor with LoRA adapters": figures(50, 40)}
-    sides = {name: Side(name, "", "", weights, 0) for name, weights in (("fused", 3), ("separate", 5))}
-    decode = {name: {"1": speed} for name, speed in (("dense", 10.0), ("top-1", 9.0), ("top-2", 7.0))}
-    assert _ratios(table, sides, "separate", decode) == {
-        "mean_latency_vs_separate": 0.62,
-        "p95_latency_vs_separate": 0.62,
-        "throughput_vs_separate": 1.5,
-        "memory_vs_separate": 0.6,
-        "mean_latency_vs_lora": 1.24,
-        "decode_top1_vs_dense": 0.9,
-        "decode_top2_vs_dense": 0.7,
+    def side(weights: int, latency: float, throughput: float, tail: float = 2.0) -> dict[str, Any]:
+        row = {"mean_e2el_ms": latency, "p95_e2el_ms": tail * latency, "output_throughput": throughput}
+        busy = {"mean_e2el_ms": 100 * latency, "p95_e2el_ms": 100 * tail * latency, "output_throughput": 1.0}
+        loads = {"evenly, 1 a second": row, "evenly, 4 a second": busy, "evenly, all at once": row | NOT_COUNTED}
+        return {"weights": weights, "loads": loads}
+
+    table = {
+        "fused": side(3, 62, 30),
+        "separate, a": side(5, 100, 20),
+        "separate, b": side(5, 200, 25, tail=0.8),
+        "anchor with LoRA adapters": side(2, 50, 40),
     }
+    decode = {name: {"1": {"mean_tpot_ms": ms}} for name, ms in (("dense", 9.0), ("top-1", 10.0), ("top-2", 12.0))}
+    assert _ratios(Round(table, decode)) == pytest.approx(
+        {
+            "mean_latency_vs_separate": 0.62,
+            "p95_latency_vs_separate": 124 / 160,
+            "throughput_vs_separate": 30 / 25,
+            "memory_vs_separate": 0.6,
+            "mean_latency_vs_lora": 1.24,
+            "decode_top1_vs_dense": 0.9,
+            "decode_top2_vs_dense": 0.75,
+        }
+    )
+
+
+NOT_COUNTED = {"mean_e2el_ms": 1e9, "p95_e2el_ms": 1e9}

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from fusion.checkpoint import read_json
+from fusion.errors import UserError
 from fusion.plan.budget import kv_bytes_per_token
 from fusion.plan.capacity import BLOCK_CPU, kv_blocks, logged_tokens
 from serving.client import chat
@@ -189,6 +190,18 @@ def test_a_tool_whose_parameters_the_grammar_cannot_express_is_left_to_the_model
         "/tools/f/properties/a",
         "multipleOf",
     )
+
+
+def test_vllms_load_generator_measures_what_was_asked(url: str, folder: Path, tmp_path: Path) -> None:
+    from serving.bench.traffic.load import KEPT, drive
+    from serving.bench.traffic.trace import write
+
+    rows = [{"prompt": question, "output_tokens": 8} for question in ("one?", "two?", "three?")]
+    figures = drive(url, "tiny", folder / "model", write(tmp_path / "rows.jsonl", rows), tmp_path, at_once=2)
+    assert set(figures) == set(KEPT) and figures["completed"] == 3
+    assert figures["output_throughput"] * figures["duration"] == pytest.approx(3 * 8)
+    with pytest.raises(UserError, match="3 of 3 requests"):
+        drive(url, "nobody", folder / "model", tmp_path / "rows.jsonl", tmp_path, at_once=2)
 
 
 def test_the_harness_asks_through_the_guard(url: str, folder: Path, tmp_path: Path) -> None:

@@ -4,26 +4,36 @@
     python -m serving.bench.traffic RECIPE --rates 0.5,1,2
 
 All sides get the same memory for weights and KV cache together, the same requests (trace.py), the same arrivals (vLLM's
-load generator, open loop); the separate engines the best of three core placements. Then the fused model's tokens a
-second with one and two experts a token beside one dense expert in the same engine. The last line is one JSON object.
+load generator, open loop); the separate engines the best of three core placements, for each figure its own. Then the
+fused model with one and two experts a token beside one dense expert in the same engine. Every other round goes through
+them backwards, so that a machine that gets slower favours nobody. What is measured is kept side by side: the same
+command goes on where it was stopped (`--again` does not). The last line is one JSON object: geometric means over loads
+and rounds.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from fusion.checkpoint import read_json, write_json
+from fusion.checkpoint import read_json, weight_stamps, write_json
 from fusion.encoding import load_tokenizer
 from fusion.errors import UserError, run_main
+from fusion.evaluation.benchmarks import made
 from fusion.plan.budget import kv_bytes_per_token
 from fusion.progress import console
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
-from fusion.sources import anchor_source
+from fusion.resumable import claim, noted, release
+from fusion.sources import anchor_source, expert_sources
 from serving.bench.traffic.load import drive
 from serving.bench.traffic.sides import PLACEMENTS, Side, fused, lora, separate, total_memory
 from serving.bench.traffic.trace import ORDERS, trace, write
@@ -32,14 +42,25 @@ from serving.engine import detect_hardware
 AT_ONCE = (1, 8, 32)
 LEAST_KV = 64 * 2**20
 DECODED = 64  # tokens of an answer where tokens a second are measured
-Table = dict[str, dict[str, dict[str, float]]]  # side -> "order, rate" -> figures
+ALL_AT_ONCE = "all at once"
+Table = dict[str, dict[str, Any]]  # side -> name, weights, kv_tokens, loads: {"order, rate": figures}
+
+
+@dataclass(frozen=True)
+class Round:
+    """All that was measured once: the sides by name, and dense and fused models by name and requests at once."""
+
+    table: Table
+    decode: dict[str, dict[str, dict[str, float]]]
 
 
 def main(*given: str) -> None:
     """Measures, prints the tables, and the JSON line."""
     parser = argparse.ArgumentParser(prog="python -m serving.bench.traffic", description=__doc__.split("\n")[0])
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--requests", type=int, default=100, help="of each load")
+    parser.add_argument("--requests", type=int, default=50, help="of each load")
+    parser.add_argument("--rounds", type=int, default=2, help="how often every side is measured")
+    parser.add_argument("--again", action="store_true", help="measure again what was measured already")
     parser.add_argument("--rates", default="1,2,4", help="arrivals a second")
     parser.add_argument("--kv-mb", type=int, help="KV cache of each separate engine; default: for two full sequences")
     parser.add_argument("--placements", type=int, default=len(PLACEMENTS), help="how many of the core placements")
@@ -52,33 +73,69 @@ def main(*given: str) -> None:
     folder: Path = arguments.folder or recipe.folder / "traffic"
     folder.mkdir(parents=True, exist_ok=True)
     rates = _rates(arguments.rates)
-    if arguments.placements < 1 or arguments.requests < 1:
-        raise UserError("--placements and --requests are greater than 0")
+    if min(arguments.placements, arguments.requests, arguments.rounds) < 1:
+        raise UserError("--placements, --requests and --rounds are greater than 0")
     kv_bytes = arguments.kv_mb * 2**20 if arguments.kv_mb else _two_sequences(recipe)
     requests = _requests(recipe, arguments.requests, folder)
     memory = total_memory(recipe, kv_bytes)
-    table: Table = {}
-    sides: dict[str, Side] = {}
     placements = PLACEMENTS[: arguments.placements] if not detect_hardware().gpus else PLACEMENTS[:1]
-    ways: list[AbstractContextManager[Side]] = [
-        fused(recipe, memory, folder),
-        lora(recipe, memory, folder),
-        *(separate(recipe, kv_bytes, folder, placement) for placement in placements),
-    ]
-    print("| side | load | mean, p95 to the first token, ms | mean, p95 latency, ms | tokens/s |")
-    print("| --- | --- | --- | --- | --- |", flush=True)
-    for way in ways:
-        with way as side:
-            console.print(f"[bold]{side.name}[/bold]: {side.weights / 1e9:.2f} GB, {side.kv_tokens:,} KV tokens")
-            sides[side.name] = side
-            table[side.name] = _loads(side, recipe, requests, rates, folder)
-        _print_loads(side.name, table[side.name])
-    decode = _decode(recipe, memory, folder)
-    best = min((n for n in table if n.startswith("separate")), key=lambda n: _mean(table[n], "mean_e2el_ms"))
-    result = _ratios(table, sides, best, decode)
-    write_json(folder / "traffic.json", {"table": table, "decode": decode, "best_placement": best, "ratios": result})
-    _print_sizes(sides, decode, best)
+    ways: dict[str, Callable[[], AbstractContextManager[Side]]] = {
+        "fused": lambda: fused(recipe, memory, folder),
+        "lora": lambda: lora(recipe, memory, folder),
+        **{f"separate-{n}": partial(separate, recipe, kv_bytes, folder, p) for n, p in enumerate(placements)},
+    }
+    models = {"dense": anchor_source(recipe).folder, "top-1": recipe.fused, "top-2": recipe.fused}
+    kept = folder / "measured"
+    if arguments.again:
+        release(kept)
+    claim(kept, _key(recipe, requests, rates, memory, placements))
+    print("| round | side | load | mean, p95 to the first token, ms | mean, p95 latency, ms | tokens/s |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    rounds: list[Round] = []
+    for number in range(arguments.rounds):
+        table: Table = {}
+        turn = list(ways) if number % 2 == 0 else list(reversed(ways))
+        for way in turn:
+            make = partial(_measured, ways[way], recipe, requests, rates, folder)
+            found = noted(kept / f"{number}-{way}.json", make)
+            table[found["name"]] = found
+            _print_loads(number, found)
+        turn = list(models) if number % 2 == 0 else list(reversed(models))
+        decode = {
+            name: noted(
+                kept / f"{number}-decode-{name}.json", partial(_decode, recipe, memory, folder, name, models[name])
+            )
+            for name in turn
+        }
+        rounds.append(Round(table, decode))
+    by_round = [_ratios(one) for one in rounds]
+    result = {name: round(_geometric([found[name] for found in by_round]), 3) for name in by_round[0]}
+    told = {"requests": arguments.requests, "rates": rates, "memory": memory, "made": made()}
+    write_json(folder / "traffic.json", told | {"rounds": [asdict(one) for one in rounds], "ratios": result})
+    _print_sizes(rounds)
+    _print_ratios(result, by_round)
     print(json.dumps(result))
+
+
+def _key(recipe: Recipe, requests: dict[str, Path], rates: list[float], memory: int, placements: Sequence[str]) -> str:
+    """Tells that what was measured is of other models, requests or settings."""
+    stamps = [weight_stamps(path) for source in expert_sources(recipe) for path in (*source.paths, recipe.fused)]
+    texts = [path.read_text(encoding="utf-8") for path in requests.values()]
+    told = [recipe.serving.model_dump(mode="json"), stamps, texts, rates, memory, placements]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _measured(
+    way: Callable[[], AbstractContextManager[Side]],
+    recipe: Recipe,
+    requests: dict[str, Path],
+    rates: list[float],
+    folder: Path,
+) -> dict[str, Any]:
+    with way() as side:
+        console.print(f"[bold]{side.name}[/bold]: {side.weights / 1e9:.2f} GB, {side.kv_tokens:,} KV tokens")
+        loads = _loads(side, recipe, requests, rates, folder)
+    return {"name": side.name, "weights": side.weights, "kv_tokens": side.kv_tokens, "loads": loads}
 
 
 def _rates(text: str) -> list[float]:
@@ -111,24 +168,20 @@ def _loads(
     for order, path in requests.items():
         for rate in rates:
             found[f"{order}, {rate:g} a second"] = drive(side.url, side.model, recipe.fused, path, folder, rate=rate)
-        found[f"{order}, all at once"] = drive(side.url, side.model, recipe.fused, path, folder, at_once=32)
+        found[f"{order}, {ALL_AT_ONCE}"] = drive(side.url, side.model, recipe.fused, path, folder, at_once=32)
     return found
 
 
-def _decode(recipe: Recipe, memory: int, folder: Path) -> dict[str, dict[str, float]]:
-    """Tokens a second of a dense expert, and of the fused model with one and with two experts a token."""
+def _decode(recipe: Recipe, memory: int, folder: Path, name: str, model: Path) -> dict[str, dict[str, float]]:
+    """By requests at once: the figures of a dense expert, or of the fused model with one or two experts a token."""
     tokenizer = load_tokenizer(recipe.fused)
     rows = [row | {"output_tokens": DECODED} for row in trace(recipe, tokenizer, 2 * max(AT_ONCE), "evenly")]
-    found: dict[str, dict[str, float]] = {}
-    models = {"dense": anchor_source(recipe).folder, "top-1": recipe.fused, "top-2": recipe.fused}
-    for name, model in models.items():
-        with _with_top(model, name) as place, fused(recipe, memory, folder, place) as side:
-            found[name] = {}
-            for at_once in AT_ONCE:
-                path = write(folder / "decode.jsonl", rows[: max(8, 2 * at_once)])
-                drive(side.url, side.model, recipe.fused, path, folder, at_once=at_once)
-                figures = drive(side.url, side.model, recipe.fused, path, folder, at_once=at_once)
-                found[name][str(at_once)] = figures["output_throughput"]
+    found = {}
+    with _with_top(model, name) as place, fused(recipe, memory, folder, place) as side:
+        for at_once in AT_ONCE:
+            path = write(folder / "decode.jsonl", rows[: max(8, 2 * at_once)])
+            drive(side.url, side.model, recipe.fused, path, folder, at_once=at_once)
+            found[str(at_once)] = drive(side.url, side.model, recipe.fused, path, folder, at_once=at_once)
     return found
 
 
@@ -148,49 +201,66 @@ def _with_top(model: Path, name: str) -> Iterator[Path]:
         yield Path(aside)
 
 
-def _mean(rows: dict[str, dict[str, float]], key: str) -> float:
-    """The mean over all open loads."""
-    values = [row[key] for name, row in rows.items() if not name.endswith("all at once")]
-    return sum(values) / len(values)
+def _geometric(values: Iterable[float]) -> float:
+    return math.exp(mean(map(math.log, values)))
 
 
-def _ratios(table: Table, sides: dict[str, Side], best: str, decode: dict[str, dict[str, float]]) -> dict[str, Any]:
-    ours, theirs, adapters = table["fused"], table[best], table["anchor with LoRA adapters"]
+def _ratios(measured: Round) -> dict[str, float]:
+    """Fused to others: geometric means over loads; of the separate engines the placement that does best by a figure."""
+    table = measured.table
+    ours, adapters = table["fused"], table["anchor with LoRA adapters"]
+    placed = [side for name, side in table.items() if name.startswith("separate")]
 
-    def throughput(rows: dict[str, dict[str, float]]) -> float:
-        values = [row["output_throughput"] for name, row in rows.items() if name.endswith("all at once")]
-        return sum(values) / len(values)
+    def ratio(theirs: dict[str, Any], key: str, at_once: bool = False) -> float:
+        names = [name for name in ours["loads"] if name.endswith(ALL_AT_ONCE) == at_once]
+        return _geometric(ours["loads"][name][key] / theirs["loads"][name][key] for name in names)
 
-    result = {
-        "mean_latency_vs_separate": _mean(ours, "mean_e2el_ms") / _mean(theirs, "mean_e2el_ms"),
-        "p95_latency_vs_separate": _mean(ours, "p95_e2el_ms") / _mean(theirs, "p95_e2el_ms"),
-        "throughput_vs_separate": throughput(ours) / throughput(theirs),
-        "memory_vs_separate": sides["fused"].weights / sides[best].weights,
-        "mean_latency_vs_lora": _mean(ours, "mean_e2el_ms") / _mean(adapters, "mean_e2el_ms"),
-        "decode_top1_vs_dense": decode["top-1"]["1"] / decode["dense"]["1"],
-        "decode_top2_vs_dense": decode["top-2"]["1"] / decode["dense"]["1"],
+    def speed(name: str) -> float:
+        """Of one answer, once it has begun."""
+        return 1 / measured.decode[name]["1"]["mean_tpot_ms"]
+
+    return {
+        "mean_latency_vs_separate": max(ratio(side, "mean_e2el_ms") for side in placed),
+        "p95_latency_vs_separate": max(ratio(side, "p95_e2el_ms") for side in placed),
+        "throughput_vs_separate": min(ratio(side, "output_throughput", at_once=True) for side in placed),
+        "memory_vs_separate": ours["weights"] / placed[0]["weights"],
+        "mean_latency_vs_lora": ratio(adapters, "mean_e2el_ms"),
+        "decode_top1_vs_dense": speed("top-1") / speed("dense"),
+        "decode_top2_vs_dense": speed("top-2") / speed("dense"),
     }
-    return {name: round(value, 3) for name, value in result.items()}
 
 
-def _print_loads(name: str, rows: dict[str, dict[str, float]]) -> None:
+def _print_loads(number: int, side: dict[str, Any]) -> None:
     """The table's lines of one side, as soon as it is measured."""
-    for load, row in rows.items():
+    for load, row in side["loads"].items():
         first = f"{row['mean_ttft_ms']:.0f}, {row['p95_ttft_ms']:.0f}"
         whole = f"{row['mean_e2el_ms']:.0f}, {row['p95_e2el_ms']:.0f}"
-        print(f"| {name} | {load} | {first} | {whole} | {row['output_throughput']:.1f} |", flush=True)
+        cells = (str(number + 1), side["name"], load, first, whole, f"{row['output_throughput']:.1f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def _print_sizes(sides: dict[str, Side], decode: dict[str, dict[str, float]], best: str) -> None:
+def _print_sizes(rounds: Sequence[Round]) -> None:
+    """What every side holds; tokens a second of dense and fused, the mean of all rounds."""
     print("\n| side | weights, GB | KV tokens |")
     print("| --- | --- | --- |")
-    for name, side in sides.items():
-        marked = f"{name}, the best placement" if name == best else name
-        print(f"| {marked} | {side.weights / 1e9:.2f} | {side.kv_tokens:,} |")
-    print("\n| tokens/s at so many requests | " + " | ".join(map(str, AT_ONCE)) + " |")
+    for name, side in rounds[0].table.items():
+        print(f"| {name} | {side['weights'] / 1e9:.2f} | {side['kv_tokens']:,} |")
+    print("\n| requests at once: tokens/s, ms from token to token | " + " | ".join(map(str, AT_ONCE)) + " |")
     print("| --- " * (len(AT_ONCE) + 1) + "|")
-    for name, speeds in decode.items():
-        print(f"| {name} | " + " | ".join(f"{speed:.1f}" for speed in speeds.values()) + " |")
+    for name in rounds[0].decode:
+        cells = []
+        for at_once in map(str, AT_ONCE):
+            found = [one.decode[name][at_once] for one in rounds]
+            speed, pause = (mean(row[key] for row in found) for key in ("output_throughput", "mean_tpot_ms"))
+            cells.append(f"{speed:.1f}, {pause:.1f}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def _print_ratios(result: dict[str, float], by_round: Sequence[dict[str, float]]) -> None:
+    print("\n| ratio | all rounds | each |")
+    print("| --- | --- | --- |")
+    for name, value in result.items():
+        print(f"| {name} | {value:.3f} | {', '.join(f'{found[name]:.3f}' for found in by_round)} |")
     print(flush=True)
 
 

@@ -2,8 +2,8 @@
 
     python -m serving.bench.traffic.router RECIPE PORT '{"math": ["http://127.0.0.1:9001", "math"], ...}'
 
-The recipe's rules decide (gate_training/labelling/rules.py), which costs next to nothing. The targets are addresses and
-model names by expert; streams pass through as they come.
+The recipe's rules decide, or where none matches its classifier (gate_training/labelling/). The targets are addresses
+and model names by expert; streams pass through as they come.
 """
 
 import asyncio
@@ -16,7 +16,9 @@ from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
 from fusion.errors import run_main
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
-from gate_training.labelling.rules import label_by_rules
+from gate_training.labelling.classifier import Classify
+from gate_training.labelling.combine import router_classifier
+from gate_training.labelling.rules import NO_RULE, label_by_rules
 
 Targets = dict[str, tuple[str, str]]  # expert -> address, model
 
@@ -30,14 +32,17 @@ def question_of(body: dict[str, Any]) -> str:
     return str(content)
 
 
-def expert_of(recipe: Recipe, question: str) -> str:
-    """The name of the expert whose domain the rules say a question is of."""
-    return recipe.experts[recipe.expert_of(label_by_rules(question, recipe.domains).domain)].name
+def expert_of(recipe: Recipe, question: str, classify: Classify) -> str:
+    """The name of the expert whose domain the rules, or else a classifier, say a question is of."""
+    rule = label_by_rules(question, recipe.domains)
+    domain = classify([question])[0].domain if rule.evidence == NO_RULE else rule.domain
+    return recipe.experts[recipe.expert_of(domain)].name
 
 
 def build_app(recipe: Recipe, targets: Targets) -> web.Application:
     """The router's application."""
     app = web.Application(client_max_size=2**26)
+    classify = router_classifier(recipe)
 
     async def session(_: web.Application) -> Any:
         timeout = ClientTimeout(total=None)
@@ -50,7 +55,7 @@ def build_app(recipe: Recipe, targets: Targets) -> web.Application:
 
     async def passed_on(request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        url, model = targets[expert_of(recipe, question_of(body))]
+        url, model = targets[expert_of(recipe, question_of(body), classify)]
         async with app["client"].post(f"{url}{request.path}", json={**body, "model": model}) as upstream:
             answer = web.StreamResponse(status=upstream.status, headers={"content-type": upstream.content_type})
             await answer.prepare(request)

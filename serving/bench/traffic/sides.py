@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusion.checkpoint import read_json
 from fusion.errors import UserError
 from fusion.evaluation.adapters import LORA_RANK, extracted
+from fusion.plan.alternatives import adapter_rank, dense_config, lora_slot_bytes
+from fusion.plan.budget import DTYPE_BYTES
 from fusion.recipe import Recipe
 from fusion.recipe_file import as_file
 from fusion.sources import anchor_source, expert_sources, whole_model
@@ -113,8 +116,11 @@ def lora(recipe: Recipe, memory: int, folder: Path) -> Iterator[Side]:
     """The anchor with an adapter for every expert that has moved, the adapter picked per request by the router."""
     anchor = anchor_source(recipe)
     adapters = extracted(recipe, folder / "adapters")
-    weights = weight_bytes(anchor.folder) + sum(weight_bytes(adapter) for adapter in adapters.values())
-    more: dict[str, Any] = {"lora_modules": tuple((n, str(a)) for n, a in adapters.items()), "max_lora_rank": LORA_RANK}
+    rank = max(LORA_RANK, adapter_rank(recipe))
+    config = dense_config(read_json(anchor.folder / "config.json"))
+    weights = weight_bytes(anchor.folder)  # vLLM keeps a slot of that rank for every adapter
+    weights += len(adapters) * lora_slot_bytes(config, 1, rank, DTYPE_BYTES[config["dtype"]])
+    more: dict[str, Any] = {"lora_modules": tuple((n, str(a)) for n, a in adapters.items()), "max_lora_rank": rank}
     with ExitStack() as stack:
         settings = _settings(recipe, anchor.folder, "anchor", memory - weights, **more)
         engine = stack.enter_context(Engine(settings, folder / "vllm-lora.log"))
