@@ -8,13 +8,17 @@ under OUTPUT/alternatives, way by way, and made again only where what it comes f
 
 import argparse
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from fusion.checkpoint import read_json, write_json, write_text
 from fusion.errors import run_main
+from fusion.evaluation.answer_loss import Nats, by_domain
 from fusion.evaluation.dense import DENSE, dense_step, folder_of, union_step
-from fusion.evaluation.ways import Losses, Way, gates_step, held_out, ways
+from fusion.evaluation.intervals import Interval, difference
+from fusion.evaluation.ways import Way, gates_step, held_out, own_gates, ways
 from fusion.healed import as_merged
 from fusion.progress import console
 from fusion.recipe import Recipe
@@ -24,8 +28,11 @@ from fusion.steps import Step, run_step
 from gate_training.trainer import METHODS
 
 
-def compare(recipe: Recipe) -> dict[str, Losses]:
-    """Every way's losses, what is there already taken as it is. Raises UserError where nothing has been merged yet."""
+def compare(recipe: Recipe) -> tuple[dict[str, list[Nats]], list[str]]:
+    """Every way's losses by row, what is there already taken as it is; the rows' domains.
+
+    Raises UserError where nothing has been merged yet.
+    """
     with as_merged(fused_folder(recipe), unhealed_folder(recipe)) as folder:
         steps = [dense_step(recipe, name) for name in DENSE]
         if any(expert.branch for expert in recipe.experts):
@@ -37,31 +44,51 @@ def compare(recipe: Recipe) -> dict[str, Losses]:
         found = {}
         for way in ways(recipe, rows, folder):
             file = folder_of(recipe, "losses") / f"{way.name.replace(', ', '-').replace(' ', '_')}.json"
-            measure = partial(_keep, file, way)
+            measure = partial(_keep, file, way, rows.domains)
             run_step(Step(way.name, [digest, rows.picked], way.inputs, [file], measure), recipe.folder)
-            found[way.name] = read_json(file)
-    return found
+            found[way.name] = [tuple(row) for row in read_json(file)]
+    return found, rows.domains
 
 
-def _keep(file: Path, way: Way) -> str:
-    losses = way.measure()
-    write_json(file, losses)
-    return ", ".join(f"{domain} {loss:.3f}" for domain, loss in losses.items())
+def _keep(file: Path, way: Way, domains: list[str]) -> str:
+    measured = way.measure()
+    write_json(file, measured)
+    return ", ".join(f"{domain} {loss:.3f}" for domain, loss in by_domain(measured, domains).items())
 
 
-def markdown(found: dict[str, Losses]) -> str:
-    """A line a way: its losses by domain, their mean, the share of the experts' gain that it keeps."""
-    anchor, own = found["anchor"], found["own expert"]
-    gains = {name: anchor[name] - own[name] for name in anchor if anchor[name] - own[name] > 0.01}
-    lines = ["| way | " + " | ".join(anchor) + " | mean | of the experts' gain kept: mean, worst |"]
-    lines.append("| --- " * (len(anchor) + 3) + "|")
-    for way, by_domain in found.items():
-        kept = [(anchor[name] - by_domain[name]) / gain for name, gain in gains.items()]
+def markdown(found: dict[str, list[Nats]], domains: Sequence[str], beside: str) -> str:
+    """A line a way: its losses by domain, their mean, that less the mean of way `beside`, what it keeps of the gains.
+
+    Gains are the experts', where 95% of the differences between anchor and own expert have one.
+    """
+    losses = {way: by_domain(rows, domains) for way, rows in found.items()}
+    anchor, own = losses["anchor"], losses["own expert"]
+    gains = {}
+    for name in anchor:
+        mine = [number for number, domain in enumerate(domains) if domain == name]
+        before, after = ([found[way][number] for number in mine] for way in ("anchor", "own expert"))
+        if _less(before, after, [name] * len(mine)).low > 0:
+            gains[name] = anchor[name] - own[name]
+    head = ["way", *anchor, "mean", f"less that of *{beside}*", "of the experts' gain kept: mean, worst"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for way, loss in losses.items():
+        kept = [(anchor[name] - loss[name]) / gain for name, gain in gains.items()]
         share = f"{sum(kept) / len(kept):.3f}, {min(kept):.3f}" if kept else "no gain"
-        cells = [f"{loss:.3f}" for loss in by_domain.values()]
-        mean = sum(by_domain.values()) / len(by_domain)
-        lines.append(f"| {way} | " + " | ".join(cells) + f" | {mean:.3f} | {share} |")
+        less = _less(found[way], found[beside], domains)
+        cells = [*(f"{nats:.3f}" for nats in loss.values()), f"{sum(loss.values()) / len(loss):.3f}"]
+        cells.append("" if way == beside else f"{less.value:+.3f} [{less.low:+.3f}, {less.high:+.3f}]")
+        lines.append(f"| {way} | {' | '.join(cells)} | {share} |")
     return "\n".join([*lines, ""])
+
+
+def _less(first: Sequence[Nats], second: Sequence[Nats], domains: Sequence[str]) -> Interval:
+    """The mean over domains of one way's loss less another's, paired by row."""
+    tokens: Counter[str] = Counter()
+    for (_, count), domain in zip(first, domains, strict=True):
+        tokens[domain] += count
+    weights = [len(domains) / (len(tokens) * tokens[domain]) for domain in domains]
+    pair = ([nats * weight for (nats, _), weight in zip(rows, weights, strict=True)] for rows in (first, second))
+    return difference(*pair)
 
 
 def main(*given: str) -> None:
@@ -73,10 +100,11 @@ def main(*given: str) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args(given)
     recipe = load_recipe(arguments.recipe, arguments.set)
-    found = compare(recipe)
-    write_json(folder_of(recipe, "losses.json"), found)
-    write_text(folder_of(recipe, "losses.md"), markdown(found))
-    console.print(markdown(found), highlight=False, soft_wrap=True)
+    found, domains = compare(recipe)
+    table = markdown(found, domains, own_gates(recipe.routing.top_k))
+    write_json(folder_of(recipe, "losses.json"), {"domains": domains, "nats and tokens by row": found})
+    write_text(folder_of(recipe, "losses.md"), table)
+    console.print(table, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ its shared parts where its experts have drifted, and healed.
 """
 
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from fusion.checkpoint import Checkpoint, written_aside
 from fusion.data import ChatExample
 from fusion.drift import moved_by_group, outside
-from fusion.encoding import encode, encode_batches, load_tokenizer
+from fusion.encoding import encode_batches, load_tokenizer
 from fusion.evaluation.adapters import LORA_RANK, extracted
-from fusion.evaluation.answer_loss import answer_losses
+from fusion.evaluation.answer_loss import Nats, answer_nats
 from fusion.evaluation.dense import DENSE, UNION, folder_of
 from fusion.evaluation.evaluate import held_out_rows
 from fusion.hardware import compute_dtype
@@ -38,17 +37,16 @@ from gate_training.feedback import feedback_file
 from gate_training.labelling.combine import whole_experts
 from gate_training.trainer import METHODS, fit_gates
 
-Losses = dict[str, float]  # nats a held-out answer token, by domain
 MERGEKIT = ("mergekit random", "mergekit cheap_embed", HIDDEN)
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way: the files that its losses depend on, and how they are measured."""
+    """One way: the files that its losses depend on, and how those of each held-out row are measured."""
 
     name: str
     inputs: list[Path]
-    measure: Callable[[], Losses]
+    measure: Callable[[], list[Nats]]
 
 
 @dataclass(frozen=True)
@@ -65,25 +63,25 @@ class HeldOut:
         """The domain of each row."""
         return [row.domain for row in self.rows]
 
-    def losses(self, source: Source, route: Route, labels: Sequence[int], name: str) -> Losses:
+    def losses(self, source: Source, route: Route, labels: Sequence[int], name: str) -> list[Nats]:
         """A model's losses, its tokens sent as `route` says of rows labelled with the experts `labels`."""
-        batches = encode_batches(self.tokenizer, self.rows, labels)
-        return answer_losses(source, batches, self.domains, route, f"answer loss, {name}", compute_dtype())
+        return self._losses(self.rows, source, route, labels, name)
 
-    def of_whole(self, sources: Sequence[ModelSource], experts: Sequence[int], name: str) -> Losses:
+    def of_whole(self, sources: Sequence[ModelSource], experts: Sequence[int], name: str) -> list[Nats]:
         """The losses where each row is answered by one whole model: that of its expert in `experts`."""
-        nats: dict[str, float] = defaultdict(float)
-        tokens: dict[str, int] = defaultdict(int)
+        found: dict[int, Nats] = {}
         for index in sorted(set(experts)):
-            mine = [row for row, expert in zip(self.rows, experts, strict=True) if expert == index]
-            part = HeldOut(self.tokenizer, mine, [0] * len(mine), [0] * len(mine))
-            means = part.losses(Reader(sources[index]), forced(0), part.right, name)
-            for row in mine:
-                encoded = encode(self.tokenizer, row)
-                count = len(encoded.ids) - encoded.answer_start
-                nats[row.domain] += means[row.domain] * count
-                tokens[row.domain] += count
-        return {name: nats[name] / tokens[name] for name in dict.fromkeys(self.domains)}
+            mine = [number for number, expert in enumerate(experts) if expert == index]
+            rows = [self.rows[number] for number in mine]
+            measured = self._losses(rows, Reader(sources[index]), forced(0), [0] * len(rows), name)
+            found |= dict(zip(mine, measured, strict=True))
+        return [found[number] for number in range(len(self.rows))]
+
+    def _losses(
+        self, rows: Sequence[ChatExample], source: Source, route: Route, labels: Sequence[int], name: str
+    ) -> list[Nats]:
+        batches = encode_batches(self.tokenizer, rows, labels)
+        return answer_nats(source, batches, route, f"answer loss, {name}", compute_dtype())
 
 
 def held_out(recipe: Recipe) -> HeldOut:
@@ -111,10 +109,10 @@ def _without_fusing(recipe: Recipe, rows: HeldOut) -> Iterator[Way]:
     own = [own_source(recipe, expert) for expert in recipe.experts]
     paths = [path for source in own for path in source.paths]
 
-    def dense(source: ModelSource) -> Callable[[], Losses]:
+    def dense(source: ModelSource) -> Callable[[], list[Nats]]:
         return lambda: rows.losses(Reader(source), forced(0), [0] * len(rows.rows), source.name)
 
-    def adapted() -> Losses:
+    def adapted() -> list[Nats]:
         made = extracted(recipe, folder_of(recipe, "adapters"))
         sources = [ModelSource(e.name, anchor.folder, made.get(e.name)) for e in recipe.experts]
         return rows.of_whole(sources, rows.picked, "adapters")
@@ -133,7 +131,7 @@ def _fused(recipe: Recipe, rows: HeldOut, folder: Path) -> Iterator[Way]:
     checkpoint, inputs = Checkpoint(folder), [folder]
     top = checkpoint.config["num_experts_per_tok"]
 
-    def by(gates: Callable[[], Gates], k: int, name: str) -> Callable[[], Losses]:
+    def by(gates: Callable[[], Gates], k: int, name: str) -> Callable[[], list[Nats]]:
         return lambda: rows.losses(checkpoint, gated(gates(), k), rows.right, name)
 
     yield Way("fused, perfect routing", inputs, lambda: rows.losses(checkpoint, forced(), rows.right, "labelled"))
@@ -146,14 +144,19 @@ def _fused(recipe: Recipe, rows: HeldOut, folder: Path) -> Iterator[Way]:
             found = by(lambda file=file: _read_gates(file), top, method)  # type: ignore[misc]
             yield Way(f"fused, gates by {method}", [*inputs, file], found)
     for k in sorted({1, 2, top} & set(range(1, len(recipe.experts) + 1))):
-        yield Way(f"fused, its own gates, top-{k}", inputs, by(lambda: checkpoint_gates(checkpoint), k, f"top-{k}"))
+        yield Way(own_gates(k), inputs, by(lambda: checkpoint_gates(checkpoint), k, f"top-{k}"))
+
+
+def own_gates(k: int) -> str:
+    """What the fused model is called as it is served, with `k` experts a token."""
+    return f"fused, its own gates, top-{k}"
 
 
 def _behind_candidates(recipe: Recipe, rows: HeldOut) -> Iterator[Way]:
     models = [path for source in (anchor_source(recipe), *expert_sources(recipe)) for path in source.paths]
     for method in CANDIDATES:
 
-        def measure(method: SharedMethod = method) -> Losses:
+        def measure(method: SharedMethod = method) -> list[Nats]:
             with tempfile.TemporaryDirectory(dir=recipe.folder) as aside:
                 source = fused_behind(recipe, method, Path(aside) / method)
                 return rows.losses(source, forced(), rows.right, f"shared parts by {method}")

@@ -7,6 +7,7 @@ import torch
 
 from fusion.checkpoint import Checkpoint
 from fusion.evaluation.alternatives import compare, markdown
+from fusion.evaluation.answer_loss import Nats, by_domain
 from fusion.evaluation.dense import DENSE, UNION, dense_step, folder_of, union_step
 from fusion.evaluation.ways import held_out, ways
 from fusion.merge import merge
@@ -51,7 +52,8 @@ def test_sums_of_task_vectors_are_models(recipe: Recipe, name: str) -> None:
 
 
 def test_every_way_has_its_losses_and_is_measured_once(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    found = compare(recipe)
+    rows, domains = compare(recipe)
+    found = {way: by_domain(measured, domains) for way, measured in rows.items()}
     assert {
         "anchor",
         "own expert",
@@ -74,9 +76,9 @@ def test_every_way_has_its_losses_and_is_measured_once(recipe: Recipe, capsys: p
         assert found["whole expert, by its question"][name] == pytest.approx(found["own expert"][name], rel=1e-4)
         # noise has no low rank: adapters are somewhere between
         assert found["anchor with LoRA adapters of rank 32, by its question"][name] != found["anchor"][name]
-    assert "| dense, average |" in markdown(found)
+    assert "| dense, average |" in markdown(rows, domains, "fused, its own gates, top-2")
     capsys.readouterr()
-    assert compare(recipe) == found
+    assert compare(recipe) == (rows, domains)
     assert capsys.readouterr().err.count("unchanged, skipped") == len(found) + len(DENSE) + len(METHODS)
 
 
@@ -90,19 +92,34 @@ def test_drifted_experts_are_measured_behind_every_candidate(
     merge(recipe)
     rows = held_out(recipe)
     found = {way.name: way for way in ways(recipe, rows, recipe.fused)}
-    losses = {method: found[f"fused, perfect routing, shared parts by {method}"].measure() for method in CANDIDATES}
-    assert losses["anchor"] == pytest.approx(found["fused, perfect routing"].measure(), rel=1e-4)
+
+    def loss(way: str) -> dict[str, float]:
+        return by_domain(found[way].measure(), rows.domains)
+
+    losses = {method: loss(f"fused, perfect routing, shared parts by {method}") for method in CANDIDATES}
+    assert losses["anchor"] == pytest.approx(loss("fused, perfect routing"), rel=1e-4)
     assert losses["mean"] != pytest.approx(losses["anchor"], rel=1e-3)
     assert not [path for path in recipe.folder.iterdir() if path.name.startswith("tmp")]
 
 
 def test_shares_are_of_the_experts_gain() -> None:
-    found = {
-        "anchor": {"math": 2.0, "general": 1.0},
-        "own expert": {"math": 1.0, "general": 1.0},
-        "half": {"math": 1.5, "general": 1.0},
-    }
-    assert markdown(found).splitlines()[-1] == "| half | 1.500 | 1.000 | 1.250 | 0.500, 0.500 |"
+    domains = ["math"] * 6 + ["general"] * 2
+    tokens = [1, 2, 3, 4, 5, 6, 7, 8]
+
+    def rows(*nats: float) -> list[Nats]:
+        """Each row's loss is that of its domain, in nats a token."""
+        return [(nats[domain == "general"] * count, count) for domain, count in zip(domains, tokens, strict=True)]
+
+    found = {"anchor": rows(2.0, 1.0), "own expert": rows(1.0, 1.0), "half": rows(1.5, 1.0)}
+    table = markdown(found, domains, "own expert").splitlines()
+    assert table[0].startswith("| way | math | general | mean | less that of *own expert* |")
+    assert table[-1].startswith("| half | 1.500 | 1.000 | 1.250 | +0.250 [+0.") and table[-1].endswith(
+        "| 0.500, 0.500 |"
+    )
+    assert table[-2] == "| own expert | 1.000 | 1.000 | 1.000 |  | 1.000, 1.000 |"
+    noise = [(nats + (20.0 if row % 2 else -20.0), count) for row, (nats, count) in enumerate(found["own expert"])]
+    found["own expert"] = noise
+    assert markdown(found, domains, "anchor").splitlines()[-1].endswith("| no gain |")
 
 
 def test_one_model_learns_from_all_the_data(tmp_path: Path, anchor: Path) -> None:
