@@ -20,10 +20,10 @@ Row = dict[str, Any]
 
 
 def write_split(form: str, source: Path, target: Path) -> None:
-    """Writes the rows of a benchmark's file. Raises UserError where it is missing or another data set's."""
+    """Writes the rows of a benchmark's file or folder. Raises UserError where it is missing or another data set's."""
     try:
         rows = FORMS[form](source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{source} is not the benchmark's own file ({error}): download it again") from error
     write_lines(target, rows)
 
@@ -69,6 +69,25 @@ def bbh(path: Path) -> list[Row]:
     return rows
 
 
+def mmlu(path: Path) -> list[Row]:
+    """Lines of question, four answers and the right one's letter, without a header."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [(line[0], line[1:5], "ABCD".index(line[5])) for line in csv.reader(file)]
+    return [{"question": question, "choices": choices, "answer": answer} for question, choices, answer in rows]
+
+
+def with_header(path: Path) -> list[Row]:
+    """A table whose first line names its columns."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def schemas(folder: Path) -> list[Row]:
+    """A folder with one JSON schema a file."""
+    paths = sorted(folder.glob("*.json"))
+    return [{"json_schema": path.read_text(encoding="utf-8"), "unique_id": path.stem} for path in paths]
+
+
 FORMS: dict[str, Callable[[Path], list[Row]]] = {
     "json_lines": read_lines,
     "ifeval": ifeval,
@@ -76,4 +95,7 @@ FORMS: dict[str, Callable[[Path], list[Row]]] = {
     "mgsm": mgsm,
     "xquad": xquad,
     "bbh": bbh,
+    "mmlu": mmlu,
+    "csv": with_header,
+    "schemas": schemas,
 }

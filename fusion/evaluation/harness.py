@@ -156,7 +156,7 @@ def _prepare(recipe: Recipe, given: dict[str, Any], word: str, folder: Path) -> 
         return True
     data = Path(recipe.data_folder or "data").expanduser()
     files = {split: data / file for split, file in given["prepare"].items() if split != "as"}
-    if not all(file.is_file() for file in files.values()):
+    if not all(file.exists() for file in files.values()):
         return False
     written = given["dataset_kwargs"]["data_files"]
     for split, file in files.items():

@@ -35,7 +35,8 @@ from fusion.merge import merge
 from fusion.recipe import Recipe
 from tests.recipes import make_recipe, recipe_data
 
-OURS = {"task", "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "metadata", "custom_dataset"}
+OURS = {"task", "dataset_path", "dataset_name", "dataset_kwargs", "metadata", "custom_dataset"}
+OURS |= {"training_split", "validation_split"}
 TOKENS = 24
 
 
@@ -149,6 +150,9 @@ def prepared(tmp_path: Path, group: str) -> tuple[Recipe, list[TaskFile]]:
         "mgsm": "Wie viel?\t1,000\n",
         "xquad": json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": []}] * 201}]}),
         "bbh": json.dumps({"examples": [{"input": "not True is", "target": "False"}]}),
+        "mmlu": '"Which, if any?",a,b,c,d,C\n',
+        "csv": "id,question,A,B,C,D,answer\n0,哪个？,甲,乙,丙,丁,B\n",
+        "schemas": '{"type": "object"}',
     }
     data = tmp_path / "data"
     for word in given.get("each", [""]):
@@ -156,6 +160,7 @@ def prepared(tmp_path: Path, group: str) -> tuple[Recipe, list[TaskFile]]:
         for split, name in given["prepare"].items():
             if split != "as":
                 path = data / name.replace("${each}", word)
+                path = path / "one.json" if form == "schemas" else path
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(texts.get(form) or json.dumps(rows[form]))
     recipe = Recipe.model_validate(recipe_data(tmp_path, tmp_path, {"general": tmp_path, "math": tmp_path}))
@@ -163,6 +168,7 @@ def prepared(tmp_path: Path, group: str) -> tuple[Recipe, list[TaskFile]]:
     return recipe, task_files(recipe, [group], tmp_path / "tasks")
 
 
+UPSTREAM = {"bbh": "bbh/zeroshot", "mgsm": "mgsm/direct", "mmlu": "mmlu/default", "hendrycks_math500": "hendrycks_math"}
 INCLUDING = [name for name in known_tasks() if "include:" in (harness.CONFIGS / f"{name}.yaml").read_text()]
 
 
@@ -176,9 +182,7 @@ def test_task_files_are_upstreams_tasks_with_other_data(
     _, tasks = prepared(tmp_path, group)
     upstream_of = {
         load_yaml(path, resolve_func=False)["task"]: path
-        for path in Path(harness._tasks())
-        .joinpath({"gsm8k": "gsm8k", "bbh": "bbh/zeroshot", "mgsm": "mgsm/direct"}.get(group, group))
-        .glob("*.yaml")
+        for path in Path(harness._tasks()).joinpath(UPSTREAM.get(group, group)).glob("*.yaml")
         if isinstance(yaml.load(path.read_text(), Loader=harness._Plain).get("task"), str)
     }
     assert tasks
@@ -200,8 +204,8 @@ def test_a_domains_group_is_its_tasks(tmp_path: Path, monkeypatch: pytest.Monkey
         if name not in ("structured", "mixed"):  # which read rows of ours
             found = task_files(recipe, [name], tmp_path / "tasks")
             assert {task.group for task in found} == set(tasks) and all(task.optional for task in found)
-    [task] = task_files(recipe, ["hendrycks_math"], tmp_path / "tasks")
-    assert (task.domain, task.score, task.optional) == ("math", "exact_match", False)
+    [task] = task_files(recipe, ["arc_easy"], tmp_path / "tasks")
+    assert (task.name, task.domain, task.score, task.optional) == ("arc_easy", "general", None, False)
 
 
 def test_without_a_copy_the_hubs_task_is_taken(tmp_path: Path) -> None:
@@ -245,6 +249,10 @@ def test_upstreams_code_metric_is_the_sandboxed_one(tmp_path: Path) -> None:
         assert loaded.process_results(doc, [[doc["prompt"] + body]])["pass@1"] == right
 
 
+PARAGRAPH = {
+    "context": "Sie wohnt in Bern.",
+    "qas": [{"id": "1", "question": "Wo?", "answers": [{"text": "in Bern", "answer_start": 10}]}],
+}
 ROWS_OF: dict[
     str, tuple[dict[str, Any], Any, Any]
 ] = {  # a row of the benchmark's own file, a right answer, a wrong one
@@ -264,6 +272,27 @@ ROWS_OF: dict[
         "None here",
         "One, here",
     ),
+    "mgsm": ("Wie viel?\t1,200\n", "Also 1200.", "Also 12."),
+    "bbh": ({"examples": [{"input": "not True is", "target": "False"}]}, "So the answer is False.", "So it is True."),
+    "xquad": (
+        {"data": [{"paragraphs": [PARAGRAPH] * 201}]},
+        "in Bern",
+        "Genf",
+    ),
+    "hendrycks_math500": (
+        {"problem": "Half of one?", "solution": r"It is $\boxed{\frac{1}{2}}$.", "answer": r"\frac{1}{2}"},
+        r"That is $\frac12$.",
+        r"That is $\frac13$.",
+    ),
+    "jsonschema_bench": ({"type": "object", "required": ["a"]}, '{"a": 1}', '{"b": 1}'),
+}
+BY_LIKELIHOOD: dict[str, tuple[Any, int]] = {  # a row of the benchmark's own file, which of its answers is right
+    "mmlu": ('"Which, if any?",a,b,c,d,C\n', 2),
+    "ceval": ("id,question,A,B,C,D,answer\n0,哪个？,甲,乙,丙,丁,B\n", 1),
+    "xcopa": (
+        {"premise": "Ta sai kutse.", "choice1": "Ta tuli.", "choice2": "Ta sõi.", "question": "effect", "label": 0},
+        0,
+    ),
 }
 
 
@@ -275,29 +304,45 @@ def test_a_right_answer_scores_and_a_wrong_one_does_not(
     if group == "ifeval":
         monkeypatch.setattr("nltk.data.find", lambda resource: True)  # the one instruction needs no sentences
     row, right, wrong = ROWS_OF[group]
+    task, object_ = _local_task(tmp_path, group, row)
+    for answer, score in ((right, 1.0), (wrong, 0.0)):
+        assert _scored(object_, task, [answer]) == score
+
+
+@pytest.mark.parametrize("group", BY_LIKELIHOOD)
+def test_the_likelier_answer_counts(tmp_path: Path, group: str) -> None:
+    row, right = BY_LIKELIHOOD[group]
+    task, object_ = _local_task(tmp_path, group, row)
+    count = 2 if group == "xcopa" else 4
+    for picked in range(count):
+        likelihoods = [(-1.0 if choice == picked else -2.0, False) for choice in range(count)]
+        assert _scored(object_, task, likelihoods) == float(picked == right)
+
+
+def _local_task(tmp_path: Path, group: str, row: Any) -> tuple[TaskFile, Any]:
+    """A task of a group (the first of several) on a local copy with one row, and the harness's own object for it."""
     given = yaml.load((harness.CONFIGS / f"{group}.yaml").read_text(), Loader=harness._Plain)
     for split, name in given["prepare"].items():
         if split != "as":
-            path = tmp_path / "data" / name
+            path = tmp_path / "data" / name.replace("${each}", given.get("each", [""])[0])
+            path = path / "one.json" if given["prepare"]["as"] == "schemas" else path
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(row))
+            path.write_text(row if isinstance(row, str) else json.dumps(row))
     recipe = Recipe.model_validate(recipe_data(tmp_path, tmp_path, {"general": tmp_path, "math": tmp_path}))
     recipe = recipe.model_copy(update={"data_folder": str(tmp_path / "data")})
-    [task] = task_files(recipe, [group], tmp_path / "tasks")
+    [task] = [task for task in task_files(recipe, [group], tmp_path / "tasks") if task.file]
     loaded = load_tasks([task])
     assert rows_of(loaded, {}, None) == {task.name: [0]}
-    for answer, score in ((right, 1.0), (wrong, 0.0)):
-        assert _scored(loaded.objects[task.name], task, answer) == score
+    return task, loaded.objects[task.name]
 
 
-def _scored(object_: Any, task: TaskFile, answer: str) -> float:
+def _scored(object_: Any, task: TaskFile, answers: list[Any]) -> float:
     object_.build_all_requests(limit=1, rank=0, world_size=1)
-    for instance in object_.instances:
+    for instance, answer in zip(object_.instances, answers, strict=True):
         instance.resps = [answer]
     object_.apply_filters()
-    instance = object_.instances[0]
-    name = task.filter or list(instance.filtered_resps)[-1]
-    found = object_.process_results(instance.doc, [instance.filtered_resps[name]])
+    name = task.filter or list(object_.instances[0].filtered_resps)[-1]
+    found = object_.process_results(object_.instances[0].doc, [i.filtered_resps[name] for i in object_.instances])
     return harness._number(found[task.score])
 
 
