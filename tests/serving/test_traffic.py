@@ -22,7 +22,7 @@ from serving.bench.traffic.__main__ import Round, _ratios, _with_top
 from serving.bench.traffic.router import expert_of, question_of
 from serving.bench.traffic.sides import PLACEMENTS, _placed, fused, lora, router, separate, total_memory, weight_bytes
 from serving.bench.traffic.trace import BURST, LEAST, MOST, trace, write
-from serving.engine import EngineSettings, Hardware, engine_arguments
+from serving.engine import EngineSettings, Hardware, detect_hardware, engine_arguments
 from tests.recipes import make_recipe, recipe_data
 
 RULES = {"math": [{"pattern": r"\d"}], "coding": [{"words": ["def", "class", "import", "for"]}]}
@@ -131,8 +131,10 @@ def test_every_side_has_the_same_memory(
     recipe = make_recipe(tmp_path, anchor, anchored_experts)
     merge(recipe)
     count = len(recipe.experts)
+    stored = sum(path.stat().st_size for path in anchor.glob("*.safetensors"))  # in float32
+    assert weight_bytes(recipe, anchor) == stored // (2 if detect_hardware().bfloat16 else 1)
     memory = total_memory(recipe, 10**6)
-    assert memory == count * (weight_bytes(anchor) + 10**6)
+    assert memory == count * (weight_bytes(recipe, anchor) + 10**6)
     started: list[EngineSettings] = []
 
     @contextmanager
@@ -172,7 +174,7 @@ def test_another_number_of_experts_a_token_is_another_config(tmp_path: Path, anc
     merge(recipe)
     with _with_top(recipe.fused, "top-2") as place:
         assert json.loads((place / "config.json").read_text())["num_experts_per_tok"] == 2
-        assert weight_bytes(place) == weight_bytes(recipe.fused)
+        assert weight_bytes(recipe, place) == weight_bytes(recipe, recipe.fused)
     with _with_top(recipe.fused, "top-1") as place:
         assert place == recipe.fused
     with _with_top(anchor, "dense") as place:

@@ -17,7 +17,8 @@ from fusion.checkpoint import read_json
 from fusion.errors import UserError
 from fusion.evaluation.adapters import LORA_RANK, extracted
 from fusion.plan.alternatives import adapter_rank, dense_config, lora_slot_bytes
-from fusion.plan.budget import DTYPE_BYTES
+from fusion.plan.budget import DTYPE_BYTES, planned_dtype
+from fusion.plan.capacity import served_dtype
 from fusion.recipe import Recipe
 from fusion.recipe_file import as_file
 from fusion.sources import anchor_source, expert_sources, whole_model
@@ -38,14 +39,20 @@ class Side:
     kv_tokens: int
 
 
-def weight_bytes(folder: Path) -> int:
-    """The size of a model's or an adapter's weights."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weight_bytes(recipe: Recipe, folder: Path) -> int:
+    """The size of a model's weights in the dtype in which vLLM will hold them."""
+    stored = planned_dtype(read_json(folder / "config.json"))
+    stays = DTYPE_BYTES[_served(recipe, stored)] / DTYPE_BYTES[stored]
+    return round(stays * sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+
+
+def _served(recipe: Recipe, stored: str) -> str:
+    return served_dtype(recipe.serving, stored, detect_hardware().bfloat16)
 
 
 def total_memory(recipe: Recipe, kv_bytes: int) -> int:
     """The bytes that every side may take: those of all experts as whole models, each with `kv_bytes` of KV cache."""
-    return sum(weight_bytes(source.folder) + kv_bytes for source in expert_sources(recipe))
+    return sum(weight_bytes(recipe, source.folder) + kv_bytes for source in expert_sources(recipe))
 
 
 def _settings(
@@ -77,7 +84,7 @@ def _kv_tokens(engine: Engine) -> int:
 def fused(recipe: Recipe, memory: int, folder: Path, model: Path | None = None) -> Iterator[Side]:
     """The fused checkpoint (or one that is laid out as it) in one engine, what its weights leave as KV cache."""
     place = model or recipe.fused
-    weights = weight_bytes(place)
+    weights = weight_bytes(recipe, place)
     with Engine(_settings(recipe, place, "fused", memory - weights), folder / "vllm-fused.log") as engine:
         yield Side("fused", engine.url, "fused", weights, _kv_tokens(engine))
 
@@ -94,7 +101,7 @@ def separate(recipe: Recipe, kv_bytes: int, folder: Path, placement: str) -> Ite
             settings = _settings(recipe, model, expert.name, kv_bytes, len(sources))
             engine = stack.enter_context(Engine(settings, folder / f"vllm-{expert.name}.log", hardware))
             targets[expert.name] = (engine.url, expert.name)
-            weights += weight_bytes(source.folder)
+            weights += weight_bytes(recipe, source.folder)
             tokens += _kv_tokens(engine)
         url = stack.enter_context(router(recipe, targets))
         yield Side(f"separate, {placement}", url, "any", weights, tokens)
@@ -118,8 +125,8 @@ def lora(recipe: Recipe, memory: int, folder: Path) -> Iterator[Side]:
     adapters = extracted(recipe, folder / "adapters")
     rank = max(LORA_RANK, adapter_rank(recipe))
     config = dense_config(read_json(anchor.folder / "config.json"))
-    weights = weight_bytes(anchor.folder)  # vLLM keeps a slot of that rank for every adapter
-    weights += len(adapters) * lora_slot_bytes(config, 1, rank, DTYPE_BYTES[config["dtype"]])
+    weights = weight_bytes(recipe, anchor.folder)  # vLLM keeps a slot of that rank for every adapter
+    weights += len(adapters) * lora_slot_bytes(config, 1, rank, DTYPE_BYTES[_served(recipe, config["dtype"])])
     more: dict[str, Any] = {"lora_modules": tuple((n, str(a)) for n, a in adapters.items()), "max_lora_rank": rank}
     with ExitStack() as stack:
         settings = _settings(recipe, anchor.folder, "anchor", memory - weights, **more)
