@@ -185,7 +185,7 @@ def models(recipe: Recipe, tasks: Sequence[TaskFile]) -> dict[str, ModelSource]:
     anchor = anchor_source(recipe)
     if "anchor" in recipe.benchmark.against:
         found[ANCHOR] = anchor
-    if "experts" in recipe.benchmark.against:
+    if {"experts", ROUTER} & set(recipe.benchmark.against):
         domains = {task.domain for task in tasks}
         several = ROUTER in recipe.benchmark.against or any(task.mixed for task in tasks)
         asked = range(len(recipe.experts)) if several else {recipe.expert_of(domain) for domain in domains}

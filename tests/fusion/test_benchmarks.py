@@ -438,6 +438,12 @@ def test_a_task_for_several_experts_is_compared_with_the_best_and_with_a_router(
     assert "experts" not in summary(recipe, [task], measured, {"math": "math"})["tasks"]["mixed"]  # not all were asked
 
 
+def test_for_a_router_every_expert_is_asked(tmp_path: Path, anchor: Path) -> None:
+    data = recipe_data(tmp_path, anchor, {"math": anchor, "general": anchor})
+    recipe = Recipe.model_validate({**data, "benchmark": {"against": ["router"]}})
+    assert set(models(recipe, [TASK])) == {"fused", "math", "general"}
+
+
 def test_a_router_is_scored_by_what_the_picked_experts_answer() -> None:
     def answers(rows: tuple[int, ...], scores: tuple[float, ...]) -> dict[str, Measured]:
         return {"gsm": Measured(TASK, "exact_match", rows, scores, {"valid": tuple(-s for s in scores)}, [])}
