@@ -65,3 +65,9 @@ def test_what_takes_long_to_count_is_given_up() -> None:
     with pytest.raises(SchemaError, match="too long to count"):
         Checker({"anyOf": branches})
     assert time.thread_time() - began < 4 * MAX_SECONDS
+
+
+def test_a_clock_that_jumps_refuses_no_small_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0])
+    monkeypatch.setattr("serving.guard.cost.time.thread_time", lambda: next(times, 1e9))
+    assert evaluations({"type": "object", "properties": {"a": {"allOf": [{}, {}]}}}) == 3
