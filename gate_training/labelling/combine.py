@@ -63,13 +63,12 @@ def label_questions(
 
 def whole_experts(recipe: Recipe, questions: Sequence[str]) -> list[int]:
     """The expert that a router in front of whole models picks for each question: by rules, else by a classifier."""
-    labels = label_questions(questions, recipe.domains, None)
-    if any(label.evidence == NO_RULE for label in labels):
-        labels = label_questions(questions, recipe.domains, router_classifier(recipe))
-    return [recipe.expert_of(label.domain) for label in labels]
-
-
-def router_classifier(recipe: Recipe) -> Classify:
-    """A classifier for such a router, fitted on the gates' training rows."""
-    settings = recipe.gate_training
-    return recipe_classifier(recipe, train_rows(recipe, settings.rows, settings.seed))
+    rules = [label_by_rules(question, recipe.domains) for question in questions]
+    domains = [rule.domain for rule in rules]
+    open_ = [number for number, rule in enumerate(rules) if rule.evidence == NO_RULE]
+    if open_:
+        settings = recipe.gate_training
+        classify = recipe_classifier(recipe, train_rows(recipe, settings.rows, settings.seed))
+        for number, said in zip(open_, classify([questions[number] for number in open_]), strict=True):
+            domains[number] = said.domain
+    return [recipe.expert_of(domain) for domain in domains]

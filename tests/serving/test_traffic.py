@@ -3,7 +3,7 @@
 import http.client
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,9 +16,8 @@ from fusion.data import load_examples
 from fusion.encoding import load_tokenizer
 from fusion.merge import merge
 from fusion.recipe import Recipe
-from gate_training.labelling.combine import router_classifier
 from serving.bench.traffic import sides
-from serving.bench.traffic.__main__ import Round, _ratios, _with_top
+from serving.bench.traffic.__main__ import Round, _picked, _ratios, _with_top
 from serving.bench.traffic.router import expert_of, question_of
 from serving.bench.traffic.sides import PLACEMENTS, _placed, fused, lora, router, separate, total_memory, weight_bytes
 from serving.bench.traffic.trace import BURST, LEAST, MOST, trace, write
@@ -65,16 +64,19 @@ def test_a_question_is_the_last_of_the_user() -> None:
     assert question_of({"messages": [{"role": "user", "content": parts}]}) == "5\n6"
 
 
-def test_rules_or_else_a_classifier_say_whose_a_question_is(recipe: Recipe) -> None:
-    asked = {"1+2=": "math", "import os": "coding"}
-    assert {question: expert_of(recipe, question, unasked) for question in asked} == asked
-    pick = router_classifier(recipe)
+def test_what_was_picked_counts_and_the_rules_say_the_rest(recipe: Recipe) -> None:
+    asked = {"1+2=": "math", "import os": "coding", "Who lives here?": "general"}
+    assert {question: expert_of(recipe, question, {}) for question in asked} == asked
+    assert expert_of(recipe, "Who lives here?", {"Who lives here?": "coding"}) == "coding"
+
+
+def test_questions_without_a_rule_are_picked_by_the_classifier(tmp_path: Path, recipe: Recipe) -> None:
     [trained] = [row.question for row in load_examples(recipe.domains["general"].train, "general", 1, 0)]
-    assert expert_of(recipe, trained, pick) == "general"
-
-
-def unasked(questions: Sequence[str]) -> Any:
-    raise AssertionError(f"the classifier was asked for {questions}")
+    path = write(tmp_path / "rows.jsonl", [{"prompt": question} for question in ("1+2=", trained, "1+2=")])
+    assert json.loads(_picked(recipe, {"evenly": path}, tmp_path / "p.json").read_text()) == {
+        "1+2=": "math",
+        trained: "general",
+    }
 
 
 class _Echo(BaseHTTPRequestHandler):

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from fusion.checkpoint import read_json, weight_stamps, write_json
+from fusion.checkpoint import read_json, read_lines, weight_stamps, write_json
 from fusion.encoding import load_tokenizer
 from fusion.errors import UserError, run_main
 from fusion.evaluation.benchmarks import made
@@ -34,6 +34,7 @@ from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from fusion.resumable import claim, noted, release
 from fusion.sources import anchor_source, expert_sources
+from gate_training.labelling.combine import whole_experts
 from serving.bench.traffic.load import drive
 from serving.bench.traffic.sides import PLACEMENTS, Side, fused, lora, separate, total_memory
 from serving.bench.traffic.trace import ORDERS, trace, write
@@ -77,12 +78,13 @@ def main(*given: str) -> None:
         raise UserError("--placements, --requests and --rounds are greater than 0")
     kv_bytes = arguments.kv_mb * 2**20 if arguments.kv_mb else _two_sequences(recipe)
     requests = _requests(recipe, arguments.requests, folder)
+    picked = _picked(recipe, requests, folder / "picked.json")
     memory = total_memory(recipe, kv_bytes)
     placements = PLACEMENTS[: arguments.placements] if not detect_hardware().gpus else PLACEMENTS[:1]
     ways: dict[str, Callable[[], AbstractContextManager[Side]]] = {
         "fused": lambda: fused(recipe, memory, folder),
-        "lora": lambda: lora(recipe, memory, folder),
-        **{f"separate-{n}": partial(separate, recipe, kv_bytes, folder, p) for n, p in enumerate(placements)},
+        "lora": lambda: lora(recipe, memory, folder, picked),
+        **{f"separate-{n}": partial(separate, recipe, kv_bytes, folder, p, picked) for n, p in enumerate(placements)},
     }
     models = {"dense": anchor_source(recipe).folder, "top-1": recipe.fused, "top-2": recipe.fused}
     kept = folder / "measured"
@@ -157,6 +159,15 @@ def _two_sequences(recipe: Recipe) -> int:
 def _requests(recipe: Recipe, count: int, folder: Path) -> dict[str, Path]:
     tokenizer = load_tokenizer(recipe.fused)
     return {order: write(folder / f"{order}.jsonl", trace(recipe, tokenizer, count, order)) for order in ORDERS}
+
+
+def _picked(recipe: Recipe, requests: dict[str, Path], path: Path) -> Path:
+    """The expert of each question, as rules or else the recipe's classifier pick it."""
+    rows = [row for found in requests.values() for row in read_lines(found)]
+    questions = list(dict.fromkeys(row["prompt"] for row in rows))
+    names = [recipe.experts[index].name for index in whole_experts(recipe, questions)]
+    write_json(path, dict(zip(questions, names, strict=True)))
+    return path
 
 
 def _loads(

@@ -1,24 +1,25 @@
 """A router in front of whole experts: reads each request's question, sends it to that expert's engine or adapter.
 
-    python -m serving.bench.traffic.router RECIPE PORT '{"math": ["http://127.0.0.1:9001", "math"], ...}'
+    python -m serving.bench.traffic.router RECIPE PORT '{"math": ["http://127.0.0.1:9001", "math"], ...}' [PICKED.json]
 
-The recipe's rules decide, or where none matches its classifier (gate_training/labelling/). The targets are addresses
-and model names by expert; streams pass through as they come.
+PICKED.json says for each question which expert rules, or else the recipe's classifier, pick (gate_training/labelling/),
+so that looking at a question costs these sides nothing; of others the rules decide. The targets are addresses and model
+names by expert; streams pass through as they come.
 """
 
 import asyncio
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
 
+from fusion.checkpoint import read_json
 from fusion.errors import run_main
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
-from gate_training.labelling.classifier import Classify
-from gate_training.labelling.combine import router_classifier
-from gate_training.labelling.rules import NO_RULE, label_by_rules
+from gate_training.labelling.rules import label_by_rules
 
 Targets = dict[str, tuple[str, str]]  # expert -> address, model
 
@@ -32,17 +33,15 @@ def question_of(body: dict[str, Any]) -> str:
     return str(content)
 
 
-def expert_of(recipe: Recipe, question: str, classify: Classify) -> str:
-    """The name of the expert whose domain the rules, or else a classifier, say a question is of."""
-    rule = label_by_rules(question, recipe.domains)
-    domain = classify([question])[0].domain if rule.evidence == NO_RULE else rule.domain
-    return recipe.experts[recipe.expert_of(domain)].name
+def expert_of(recipe: Recipe, question: str, picked: Mapping[str, str]) -> str:
+    """The name of the expert that was `picked` for a question, or whose domain the rules say it is of."""
+    domain = label_by_rules(question, recipe.domains).domain
+    return picked.get(question) or recipe.experts[recipe.expert_of(domain)].name
 
 
-def build_app(recipe: Recipe, targets: Targets) -> web.Application:
+def build_app(recipe: Recipe, targets: Targets, picked: Mapping[str, str]) -> web.Application:
     """The router's application."""
     app = web.Application(client_max_size=2**26)
-    classify = router_classifier(recipe)
 
     async def session(_: web.Application) -> Any:
         timeout = ClientTimeout(total=None)
@@ -55,7 +54,7 @@ def build_app(recipe: Recipe, targets: Targets) -> web.Application:
 
     async def passed_on(request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        url, model = targets[expert_of(recipe, question_of(body), classify)]
+        url, model = targets[expert_of(recipe, question_of(body), picked)]
         async with app["client"].post(f"{url}{request.path}", json={**body, "model": model}) as upstream:
             answer = web.StreamResponse(status=upstream.status, headers={"content-type": upstream.content_type})
             await answer.prepare(request)
@@ -78,11 +77,11 @@ async def _serve(app: web.Application, port: int) -> None:
     await asyncio.Event().wait()
 
 
-def main(path: str, port: str, targets: str, *overrides: str) -> None:
+def main(path: str, port: str, targets: str, picked: str | None = None) -> None:
     """Serves until it is told to end."""
-    recipe = load_recipe(Path(path), list(overrides))
+    recipe = load_recipe(Path(path))
     found = {name: (url, model) for name, (url, model) in json.loads(targets).items()}
-    asyncio.run(_serve(build_app(recipe, found), int(port)))
+    asyncio.run(_serve(build_app(recipe, found, read_json(Path(picked)) if picked else {}), int(port)))
 
 
 if __name__ == "__main__":

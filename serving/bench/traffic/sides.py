@@ -90,8 +90,8 @@ def fused(recipe: Recipe, memory: int, folder: Path, model: Path | None = None) 
 
 
 @contextmanager
-def separate(recipe: Recipe, kv_bytes: int, folder: Path, placement: str) -> Iterator[Side]:
-    """An engine for every expert behind a router, the cores shared out as `placement` says."""
+def separate(recipe: Recipe, kv_bytes: int, folder: Path, placement: str, picked: Path | None = None) -> Iterator[Side]:
+    """An engine for every expert behind a router, the cores shared out as `placement` says; `picked` is for that."""
     sources, cores = expert_sources(recipe), detect_hardware()
     with ExitStack() as stack:
         targets, weights, tokens = {}, 0, 0
@@ -103,7 +103,7 @@ def separate(recipe: Recipe, kv_bytes: int, folder: Path, placement: str) -> Ite
             targets[expert.name] = (engine.url, expert.name)
             weights += weight_bytes(recipe, source.folder)
             tokens += _kv_tokens(engine)
-        url = stack.enter_context(router(recipe, targets))
+        url = stack.enter_context(router(recipe, targets, picked))
         yield Side(f"separate, {placement}", url, "any", weights, tokens)
 
 
@@ -119,7 +119,7 @@ def _placed(hardware: Hardware, placement: str, number: int) -> Hardware:
 
 
 @contextmanager
-def lora(recipe: Recipe, memory: int, folder: Path) -> Iterator[Side]:
+def lora(recipe: Recipe, memory: int, folder: Path, picked: Path | None = None) -> Iterator[Side]:
     """The anchor with an adapter for every expert that has moved, the adapter picked per request by the router."""
     anchor = anchor_source(recipe)
     adapters = extracted(recipe, folder / "adapters")
@@ -132,16 +132,17 @@ def lora(recipe: Recipe, memory: int, folder: Path) -> Iterator[Side]:
         settings = _settings(recipe, anchor.folder, "anchor", memory - weights, **more)
         engine = stack.enter_context(Engine(settings, folder / "vllm-lora.log"))
         names = {e.name: (engine.url, e.name if e.name in adapters else "anchor") for e in recipe.experts}
-        url = stack.enter_context(router(recipe, names))
+        url = stack.enter_context(router(recipe, names, picked))
         yield Side("anchor with LoRA adapters", url, "any", weights, _kv_tokens(engine))
 
 
 @contextmanager
-def router(recipe: Recipe, targets: dict[str, tuple[str, str]]) -> Iterator[str]:
+def router(recipe: Recipe, targets: dict[str, tuple[str, str]], picked: Path | None = None) -> Iterator[str]:
     """The router process; its address."""
     port = free_port()
     with as_file(recipe) as path:
         command = [sys.executable, "-m", "serving.bench.traffic.router", str(path), str(port), json.dumps(targets)]
+        command += [str(picked)] if picked else []
         yield from _running(command, port)
 
 
