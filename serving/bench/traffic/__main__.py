@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -45,6 +45,8 @@ LEAST_KV = 64 * 2**20
 DECODED = 64  # tokens of an answer where tokens a second are measured
 ALL_AT_ONCE = "all at once"
 Table = dict[str, dict[str, Any]]  # side -> name, weights, kv_tokens, loads: {"order, rate": figures}
+
+Measurements = Mapping[str, Callable[[], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -81,35 +83,21 @@ def main(*given: str) -> None:
     picked = _picked(recipe, requests, folder / "picked.json")
     memory = total_memory(recipe, kv_bytes)
     placements = PLACEMENTS[: arguments.placements] if not detect_hardware().gpus else PLACEMENTS[:1]
-    ways: dict[str, Callable[[], AbstractContextManager[Side]]] = {
+    sides: dict[str, Callable[[], AbstractContextManager[Side]]] = {
         "fused": lambda: fused(recipe, memory, folder),
         "lora": lambda: lora(recipe, memory, folder, picked),
         **{f"separate-{n}": partial(separate, recipe, kv_bytes, folder, p, picked) for n, p in enumerate(placements)},
     }
     models = {"dense": anchor_source(recipe).folder, "top-1": recipe.fused, "top-2": recipe.fused}
+    loads = {name: partial(_measured, side, recipe, requests, rates, folder) for name, side in sides.items()}
+    decode = {name: partial(_decode, recipe, memory, folder, name, model) for name, model in models.items()}
     kept = folder / "measured"
     if arguments.again:
         release(kept)
     claim(kept, _key(recipe, requests, rates, memory, placements))
     print("| round | side | load | mean, p95 to the first token, ms | mean, p95 latency, ms | tokens/s |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
-    rounds: list[Round] = []
-    for number in range(arguments.rounds):
-        table: Table = {}
-        turn = list(ways) if number % 2 == 0 else list(reversed(ways))
-        for way in turn:
-            make = partial(_measured, ways[way], recipe, requests, rates, folder)
-            found = noted(kept / f"{number}-{way}.json", make)
-            table[found["name"]] = found
-            _print_loads(number, found)
-        turn = list(models) if number % 2 == 0 else list(reversed(models))
-        decode = {
-            name: noted(
-                kept / f"{number}-decode-{name}.json", partial(_decode, recipe, memory, folder, name, models[name])
-            )
-            for name in turn
-        }
-        rounds.append(Round(table, decode))
+    rounds = [_round(number, loads, decode, kept) for number in range(arguments.rounds)]
     by_round = [_ratios(one) for one in rounds]
     result = {name: round(_geometric([found[name] for found in by_round]), 3) for name in by_round[0]}
     told = {"requests": arguments.requests, "rates": rates, "memory": memory, "made": made()}
@@ -125,6 +113,18 @@ def _key(recipe: Recipe, requests: dict[str, Path], rates: list[float], memory: 
     texts = [path.read_text(encoding="utf-8") for path in requests.values()]
     told = [recipe.serving.model_dump(mode="json"), stamps, texts, rates, memory, placements]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _round(number: int, loads: Measurements, decode: Measurements, kept: Path) -> Round:
+    """Measures all of it once, every other round backwards; what is kept there already is taken as it is."""
+    turn = 1 if number % 2 == 0 else -1
+    table: Table = {}
+    for name in list(loads)[::turn]:
+        found = noted(kept / f"{number}-{name}.json", loads[name])
+        table[found["name"]] = found
+        _print_loads(number, found)
+    speeds = {name: noted(kept / f"{number}-decode-{name}.json", decode[name]) for name in list(decode)[::turn]}
+    return Round(table, speeds)
 
 
 def _measured(
