@@ -14,6 +14,7 @@ arithmetic is transformers' own attention and rotary modules and the MoE block's
 token by token in the tests.
 """
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -165,6 +166,14 @@ def checkpoint_gates(checkpoint: Checkpoint) -> Gates:
     """The gates of a fused checkpoint."""
     layers = range(checkpoint.config["num_hidden_layers"])
     return {i: checkpoint.tensor(gate_tensor(i)) for i in layers if gate_tensor(i) in checkpoint}
+
+
+def gates_hash(gates: Gates) -> str:
+    """A hash of gates' values."""
+    digest = hashlib.sha256()
+    for _, gate in sorted(gates.items()):
+        digest.update(gate.float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Layer:

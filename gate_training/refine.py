@@ -21,8 +21,9 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss
 from fusion import training
 from fusion.checkpoint import weight_stamps
 from fusion.encoding import load_tokenizer
+from fusion.evaluation.answer_loss import by_domain
 from fusion.evaluation.generate import answer_losses
-from fusion.layers import Gates
+from fusion.layers import Gates, gates_hash
 from fusion.merge import GATES_FILE, checkpoint_dtype
 from fusion.packing import answer_loss
 from fusion.recipe import Recipe
@@ -100,16 +101,11 @@ def load_balance(routers: Sequence[TrainedRouter], positions: torch.Tensor) -> t
 def domain_mean(model: Any, tokenizer: Any, held_out: Sequence[RoutingExample], batch_rows: int) -> float:
     """The whole model's answer loss in nats a token, in the mean over domains."""
     losses = answer_losses(model, tokenizer, [example.example for example in held_out], batch_rows)
-    by_domain: dict[str, list[tuple[float, int]]] = {}
-    for example, pair in zip(held_out, losses, strict=True):
-        by_domain.setdefault(example.domain, []).append(pair)
-    return sum(map(training.per_token, by_domain.values())) / len(by_domain)
+    found = by_domain(losses, [example.domain for example in held_out])
+    return sum(found.values()) / len(found)
 
 
 def _fingerprint(folder: Path, gates: Gates, *parts: Any) -> str:
     """A hash of all that decides the steps."""
     stamps = [stamp for stamp in weight_stamps(folder) if stamp[0] != GATES_FILE]
-    digest = hashlib.sha256(repr((stamps, parts)).encode())
-    for _, gate in sorted(gates.items()):
-        digest.update(gate.float().numpy().tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(repr((stamps, gates_hash(gates), parts)).encode()).hexdigest()

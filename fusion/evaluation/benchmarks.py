@@ -142,14 +142,14 @@ def routed_scores(
     scores: Scores, strays: Scores, picked: dict[str, dict[int, str]], experts: dict[str, str]
 ) -> dict[str, Measured]:
     """What a router in front of whole models scores: each row as the expert answers it that was picked."""
+    answers = {model: strays[model] | scores[model] for model in experts.values()}
     found = {}
     for name, by_row in picked.items():
-        of = {model: {**strays[model], **scores[model]}.get(name) for model in set(experts.values())}
-        rows = scores[FUSED][name].rows
-        chosen = [(of[experts[by_row[row]]], row) for row in rows]
-        at = [(measured, measured.rows.index(row)) for measured, row in chosen if measured]
-        others = {key: tuple(m.others[key][i] for m, i in at) for key in scores[FUSED][name].others}
-        found[name] = replace(scores[FUSED][name], scores=tuple(m.scores[i] for m, i in at), others=others, samples=[])
+        fused = scores[FUSED][name]
+        chosen = [answers[experts[by_row[row]]][name] for row in fused.rows]
+        at = [(measured, measured.rows.index(row)) for measured, row in zip(chosen, fused.rows, strict=True)]
+        others = {key: tuple(m.others[key][i] for m, i in at) for key in fused.others}
+        found[name] = replace(fused, scores=tuple(m.scores[i] for m, i in at), others=others, samples=[])
     return found
 
 

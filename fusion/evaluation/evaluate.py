@@ -27,7 +27,7 @@ from fusion.evaluation.baselines import expert_prompts, hidden_gates, random_gat
 from fusion.evaluation.generate import answer_examples
 from fusion.evaluation.intervals import difference, mean_interval, retained_share
 from fusion.evaluation.scores import score
-from fusion.layers import Gates, checkpoint_gates, forced, gated
+from fusion.layers import Gates, checkpoint_gates, forced, gated, gates_hash
 from fusion.progress import console
 from fusion.recipe import Evaluation, Recipe
 from fusion.resumable import claim, noted, release
@@ -272,11 +272,8 @@ def _fingerprint(
 ) -> str:
     """A hash of all that decides the models' figures, so that a changed call starts anew instead of going on."""
     stamps = [weight_stamps(path) for source in sources for path in source.paths]
-    digest = hashlib.sha256(repr((code_hash(), stamps, examples, settings)).encode())
-    for by_layer in gates.values():
-        for _, gate in sorted(by_layer.items()):
-            digest.update(gate.float().numpy().tobytes())
-    return digest.hexdigest()
+    hashes = {name: gates_hash(found) for name, found in gates.items()}
+    return hashlib.sha256(repr((code_hash(), stamps, hashes, examples, settings)).encode()).hexdigest()
 
 
 def _score_model(

@@ -59,11 +59,6 @@ class Loaded:
     objects: dict[str, Any]
     owners: dict[str, TaskFile]
 
-    def of(self, tasks: Collection[TaskFile]) -> "Loaded":
-        """Those of `tasks` alone."""
-        kept = {name: owner for name, owner in self.owners.items() if owner in tasks}
-        return replace(self, objects={name: self.objects[name] for name in kept}, owners=kept)
-
 
 @dataclass(frozen=True)
 class Measured:

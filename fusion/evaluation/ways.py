@@ -15,9 +15,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from fusion.checkpoint import Checkpoint, written_aside
+from fusion.checkpoint import Checkpoint, read_json, written_aside
 from fusion.data import ChatExample
-from fusion.drift import moved_by_group, outside
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.evaluation.adapters import LORA_RANK, extracted
 from fusion.evaluation.answer_loss import Nats, answer_nats
@@ -26,6 +25,7 @@ from fusion.evaluation.evaluate import held_out_rows
 from fusion.hardware import compute_dtype
 from fusion.healed import is_healed
 from fusion.layers import Gates, Route, Source, checkpoint_gates, forced, gated
+from fusion.merge import MANIFEST
 from fusion.reader import Reader
 from fusion.recipe import Recipe, SharedMethod
 from fusion.shared import CANDIDATES, fused_behind
@@ -96,7 +96,7 @@ def ways(recipe: Recipe, rows: HeldOut, folder: Path) -> Iterator[Way]:
     """Every way that is there; `folder` has the fused model as merge and train-gates left it."""
     yield from _without_fusing(recipe, rows)
     yield from _fused(recipe, rows, folder)
-    if _drifted(recipe):
+    if _drifted(folder):
         yield from _behind_candidates(recipe, rows)
     if is_healed(recipe.fused):
         healed = Checkpoint(recipe.fused)
@@ -164,8 +164,9 @@ def _behind_candidates(recipe: Recipe, rows: HeldOut) -> Iterator[Way]:
         yield Way(f"fused, perfect routing, shared parts by {method}", models, measure)
 
 
-def _drifted(recipe: Recipe) -> bool:
-    return any(outside(moved_by_group(anchor_source(recipe), source)) for source in expert_sources(recipe))
+def _drifted(folder: Path) -> bool:
+    """Whether the merge found an expert with other attention, norms, embeddings or head than the anchor."""
+    return any(row["differs_at"] for row in read_json(folder / MANIFEST)["experts"])
 
 
 def gates_file(recipe: Recipe, method: str) -> Path:

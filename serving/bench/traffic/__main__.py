@@ -109,9 +109,9 @@ def main(*given: str) -> None:
 
 def _key(recipe: Recipe, requests: dict[str, Path], rates: list[float], memory: int, placements: Sequence[str]) -> str:
     """Tells that what was measured is of other models, requests or settings."""
-    stamps = [weight_stamps(path) for source in expert_sources(recipe) for path in (*source.paths, recipe.fused)]
+    paths = [recipe.fused, *(path for source in expert_sources(recipe) for path in source.paths)]
     texts = [path.read_text(encoding="utf-8") for path in requests.values()]
-    told = [recipe.serving.model_dump(mode="json"), stamps, texts, rates, memory, placements]
+    told = [recipe.serving.model_dump(mode="json"), list(map(weight_stamps, paths)), texts, rates, memory, placements]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
