@@ -32,8 +32,9 @@ from fusion.headers import write_index
 from fusion.layers import Batch
 from fusion.progress import console
 from fusion.reader import Reader
-from fusion.recipe import AnchoringSettings, BranchSettings, Loading, TrainingSettings
 from fusion.resumable import release
+from fusion.sections.fusing import Loading
+from fusion.sections.training import AnchoringSettings, BranchSettings, TrainingSettings
 from fusion.shards import write_shards
 from fusion.sources import ANCHORING_NOTE, ModelSource, load_model
 from fusion.teacher import Teacher

@@ -33,8 +33,8 @@ from fusion.evaluation.generate import answer_examples, answer_losses
 from fusion.evaluation.intervals import difference
 from fusion.evaluation.scores import score
 from fusion.progress import console
-from fusion.recipe import BranchSettings, HealSettings
 from fusion.resumable import claim, noted, release
+from fusion.sections.training import BranchSettings, HealSettings
 from fusion.sources import ModelSource
 from fusion.teacher import Teacher
 

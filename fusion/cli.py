@@ -15,8 +15,9 @@ import typer
 from safetensors import SafetensorError
 
 from fusion.errors import UserError
-from fusion.recipe import Guarding, Question, Recipe
+from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe, load_section
+from fusion.sections.serving import Guarding, Question
 
 app = typer.Typer(
     help="Fuse fine-tuned models of one Qwen2.5 family into one mixture-of-experts model, train its gates, serve it.",
@@ -102,9 +103,9 @@ def branch(
     """Train the anchor and the experts that the recipe says are to be made."""
     loaded = _load(recipe, set_, quiet)
     _begin_workers(loaded)
-    from fusion import road
+    from fusion import road_experts
 
-    road.branch(loaded, expert, force=expert is not None)
+    road_experts.branch(loaded, expert, force=expert is not None)
 
 
 @app.command()
@@ -117,9 +118,9 @@ def anchor(
     """Lead drifted experts back to the anchor: distil them into the MLPs alone, so that a merge keeps them."""
     loaded = _load(recipe, set_, quiet)
     _begin_workers(loaded)
-    from fusion import road
+    from fusion import road_experts
 
-    road.anchor(loaded, expert, force=expert is not None)
+    road_experts.anchor(loaded, expert, force=expert is not None)
 
 
 @app.command()

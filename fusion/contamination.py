@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fusion.data import ChatExample, general_count, load_examples
 from fusion.errors import UserError
-from fusion.recipe import DataSource, Recipe, general_domain
+from fusion.recipe import Recipe
+from fusion.sections.data import DataSource, general_domain
 
 COMMON = 10  # rows
 # a word is a run of letters, their marks and digits, or one character of a script without spaces

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.recipe import SCORE_NAMES, BranchSettings, DataSource, Recipe, general_domain
+from fusion.recipe import Recipe
+from fusion.sections.data import SCORE_NAMES, DataSource, general_domain
+from fusion.sections.training import BranchSettings
 
 Message = dict[str, str]
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}  # of ShareGPT's conversations
@@ -141,18 +143,22 @@ def generator_of(name: str) -> Generator:
         raise UserError(f"no generated task '{name}': use one of fusion/tasks, written MODULE.TASK") from error
 
 
-def source_files(source: DataSource) -> list[Path]:
-    """The files that decide what `source` gives: local rows, or the code of the generated tasks.
+def source_files(*sources: DataSource | None) -> list[Path]:
+    """The files that decide what `sources` give: local rows, or the code of the generated tasks.
 
-    Raises UserError where the task or the file does not exist.
+    Raises UserError where a task or a file does not exist.
     """
+    return [file for source in sources if source is not None for file in _files(source)]
+
+
+def _files(source: DataSource) -> list[Path]:
     if source.generated:
         generator_of(source.generated)
         return sorted((Path(__file__).parent / "tasks").glob("*.py"))
     if source.path:
         path = _existing(Path(source.path).expanduser())
         return sorted(path.rglob("*.json*")) if path.is_dir() else [path]
-    return [file for part in source.parts for file in source_files(part)]
+    return source_files(*source.parts)
 
 
 def _of_parts(source: DataSource, domain: str, limit: int | None, seed: int) -> list[ChatExample]:

@@ -26,7 +26,7 @@ from fusion.encoding import QWEN2_SPLIT
 from fusion.errors import UserError
 from fusion.packing import answer_loss, pack, training_row
 from fusion.progress import progress_bar
-from fusion.recipe import DEMO_ROPE_THETA, PretrainSettings
+from fusion.sections.training import DEMO_ROPE_THETA, PretrainSettings
 from fusion.tasks.demo import vocabulary
 from fusion.workers import one_thread, worker_context
 

@@ -22,8 +22,9 @@ from fusion.merge import MANIFEST, Reuse, gates_are_trained, source_stamp, write
 from fusion.plan.findings import raise_on_error
 from fusion.plan.preflight import check
 from fusion.progress import console
-from fusion.recipe import Expert, Recipe
+from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
+from fusion.sections.fusing import Expert
 from fusion.sources import base_source, expert_source
 from fusion.steps import run_step
 from gate_training.methods.new_row import with_row

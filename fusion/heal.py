@@ -29,9 +29,10 @@ from fusion.errors import UserError
 from fusion.healed import write_healed
 from fusion.layers import checkpoint_gates
 from fusion.merge import checkpoint_dtype
-from fusion.recipe import HealSettings, Recipe
+from fusion.recipe import Recipe
 from fusion.resumable import claim, noted, release
 from fusion.router import TrainedRouter, train_routers, trained_gates
+from fusion.sections.training import HealSettings
 from fusion.sources import ModelSource, anchor_source, load_model, own_source
 from fusion.teacher import Teacher
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from fusion.plan.licences import licences, non_commercial
-from fusion.recipe import DataSource, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.data import DataSource
 
 
 def model_card(recipe: Recipe, manifest: dict[str, Any]) -> str:

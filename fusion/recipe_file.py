@@ -16,7 +16,8 @@ import yaml
 from pydantic import ValidationError
 
 from fusion.errors import UserError
-from fusion.recipe import Location, Misfit, Recipe, Section, place_of
+from fusion.recipe import Recipe
+from fusion.sections.section import Location, Misfit, Section, place_of
 
 Kind = TypeVar("Kind", bound=Section)
 

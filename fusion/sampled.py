@@ -34,7 +34,8 @@ from fusion.hardware import compute_dtype
 from fusion.json_lines import cut_off_rest, whole_lines
 from fusion.language import detect_language
 from fusion.progress import console, progress_bar
-from fusion.recipe import AnswerSampling, Serving
+from fusion.sections.serving import Serving
+from fusion.sections.training import AnswerSampling
 from fusion.sources import ModelSource, whole_model
 
 RIGHT = "right"

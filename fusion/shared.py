@@ -30,7 +30,8 @@ from fusion.layers import Batch, Layer, LayerStream, Source, forced
 from fusion.merge import checkpoint_dtype, copy_tokenizer, write_generation_config
 from fusion.progress import track
 from fusion.reader import Reader
-from fusion.recipe import Recipe, SharedMethod
+from fusion.recipe import Recipe
+from fusion.sections.fusing import SharedMethod
 from fusion.shards import write_shards
 from fusion.sources import SHARED_NOTE, anchor_source, expert_sources
 

@@ -15,7 +15,8 @@ from fusion.adapter import Adapter
 from fusion.errors import UserError
 from fusion.hardware import attention_implementation, compute_dtype
 from fusion.hub import resolve_model
-from fusion.recipe import Expert, Loading, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.fusing import Expert, Loading
 
 SHARED_NOTE, ANCHORING_NOTE = "shared.json", "anchoring.json"
 

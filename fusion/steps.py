@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from fusion.checkpoint import file_hash, write_json
 from fusion.errors import UserError
 from fusion.progress import console, track
-from fusion.recipe import Section
+from fusion.sections.section import Section
 from fusion.workers import one_thread, worker_context
 
 STATE = "steps.json"

@@ -18,7 +18,7 @@ from fusion.checkpoint import read_json
 from fusion.errors import UserError
 from fusion.packing import IGNORED, TEACHER_COLUMNS, answer_logits
 from fusion.progress import track
-from fusion.recipe import Loading
+from fusion.sections.fusing import Loading
 from fusion.sources import ModelSource, load_model
 from fusion.vocabulary import other_token, token_ids
 

@@ -25,7 +25,7 @@ from fusion.evaluation.generate import answer_losses, unwrapped
 from fusion.hardware import compute_dtype
 from fusion.packing import answer_loss, pack, training_row
 from fusion.progress import console, progress_bar
-from fusion.recipe import Steps
+from fusion.sections.training import Steps
 
 BEST = "best.safetensors"
 QUIET: dict[str, Any] = {  # of TrainingArguments: no files, no lines, no bars of the Trainer's own

@@ -25,7 +25,7 @@ from fusion.checkpoint import Checkpoint, write_json
 from fusion.hardware import compute_dtype, peak_memory, stream_device
 from fusion.headers import write_index
 from fusion.layers import Gates, LayerStream, gated, make_batches
-from fusion.recipe import GateTraining
+from fusion.sections.fusing import GateTraining
 from fusion.shards import write_shards
 from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
 from gate_training.methods import cross_entropy, moments

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from fusion.checkpoint import written_aside
 from fusion.layers import Gates, LayerStream
-from fusion.recipe import Section
+from fusion.sections.section import Section
 from gate_training.held_out import Confidence, LayerReport
 
 FOLDER = ".gates"

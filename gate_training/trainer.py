@@ -28,7 +28,8 @@ from fusion.kept_gates import keep_gates
 from fusion.layers import Batch, Choice, Gates, LayerStream, Route, checkpoint_gates, forced, gated, joined
 from fusion.merge import MANIFEST, checkpoint_dtype, gates_are_trained, record_gates, write_gates
 from fusion.plan.budget import budget
-from fusion.recipe import Recipe, general_domain
+from fusion.recipe import Recipe
+from fusion.sections.data import general_domain
 from fusion.sources import anchor_source
 from gate_training.compare import Losses, compared_name, held_out_losses, mean_loss, mergekit_gates, references
 from gate_training.examples import RoutingData, routing_data, write_labels

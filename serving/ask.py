@@ -12,7 +12,8 @@ from typing import Any
 
 from fusion.errors import UserError
 from fusion.progress import console
-from fusion.recipe import Question, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.serving import Question
 from serving.client import Answer, chat
 from serving.engine import EngineSettings
 from serving.guard.keys import OPERATOR_VARIABLE, read_keys

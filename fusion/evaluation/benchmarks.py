@@ -44,7 +44,8 @@ from fusion.evaluation.harness_models import MOST_TOKENS, InTransformers, Models
 from fusion.evaluation.intervals import Interval, difference, mean_interval, retained_share
 from fusion.hardware import compute_dtype
 from fusion.progress import console
-from fusion.recipe import Benchmarking, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.evaluation import Benchmarking
 from fusion.sources import ModelSource, anchor_source, own_source, whole_model
 from gate_training.labelling.combine import whole_experts
 from serving.guard.keys import VARIABLE as KEYS

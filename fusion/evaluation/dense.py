@@ -9,8 +9,9 @@ from typing import Any
 
 from fusion.checkpoint import staged_folder
 from fusion.data import choosing_rows
-from fusion.recipe import BranchSettings, Recipe
-from fusion.road import learnt_rows, trained_layers
+from fusion.recipe import Recipe
+from fusion.road_experts import learnt_rows, trained_layers
+from fusion.sections.training import BranchSettings
 from fusion.sources import anchor_source, original_source, whole_model
 from fusion.steps import Step
 

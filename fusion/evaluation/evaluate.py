@@ -29,9 +29,10 @@ from fusion.evaluation.intervals import difference, mean_interval, retained_shar
 from fusion.evaluation.scores import score
 from fusion.layers import Gates, checkpoint_gates, forced, gated, gates_hash
 from fusion.progress import console
-from fusion.recipe import Evaluation, Recipe
+from fusion.recipe import Recipe
 from fusion.resumable import claim, noted, release
 from fusion.router import place_gates
+from fusion.sections.evaluation import Evaluation
 from fusion.served import routed_weight
 from fusion.sources import (
     ANCHORING_NOTE,

@@ -28,7 +28,8 @@ from fusion.evaluation.evaluate import held_out_rows
 from fusion.evaluation.harness_metrics import CodeEval, row_of
 from fusion.evaluation.harness_models import Models
 from fusion.progress import console
-from fusion.recipe import DataSource, Recipe, general_domain
+from fusion.recipe import Recipe
+from fusion.sections.data import DataSource, general_domain
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "benchmarks"
 OURS = ("each", "prepare", "rows", "format")  # keys of a task file that the harness does not know

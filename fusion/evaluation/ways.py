@@ -27,7 +27,8 @@ from fusion.healed import is_healed
 from fusion.layers import Gates, Route, Source, checkpoint_gates, forced, gated
 from fusion.merge import MANIFEST
 from fusion.reader import Reader
-from fusion.recipe import Recipe, SharedMethod
+from fusion.recipe import Recipe
+from fusion.sections.fusing import SharedMethod
 from fusion.shared import CANDIDATES, fused_behind
 from fusion.sources import ModelSource, anchor_source, expert_sources, own_source
 from fusion.steps import Step

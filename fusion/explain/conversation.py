@@ -18,7 +18,7 @@ from fusion.data import Message
 from fusion.encoding import END, prompt_text
 from fusion.errors import UserError
 from fusion.explain.explanation import Part, Token
-from fusion.recipe import Turn
+from fusion.sections.training import Turn
 
 MARK = "\ue000{}\ue001"  # of message N, where the template would put its text
 FORM = '{"messages": [{"role": "user", "content": "1+1="}]}'

@@ -19,7 +19,8 @@ from fusion.hub import resolve_model
 from fusion.plan.budget import DTYPE_BYTES, Layout, attention_widths, card_bytes, model_weights, planned_dtype
 from fusion.plan.capacity import Capacity, capacity, formats, served_dtype
 from fusion.plan.profile import HardwareProfile
-from fusion.recipe import Expert, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.fusing import Expert
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # config/lora.py, MaxLoRARanks
 DEFAULT_RANK = 16

@@ -19,7 +19,8 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from fusion.architecture import fused_config, named_dtype, part_of
-from fusion.recipe import Recipe, Serving
+from fusion.recipe import Recipe
+from fusion.sections.serving import Serving
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GROUPS = ("experts", "shared_expert", "dense_mlps", "attention", "embeddings", "head", "norms", "gates")

@@ -25,7 +25,8 @@ from fusion.plan.budget import (
     serving_layout,
 )
 from fusion.plan.profile import HardwareProfile
-from fusion.recipe import Recipe, Serving
+from fusion.recipe import Recipe
+from fusion.sections.serving import Serving
 
 BLOCK_GPU, BLOCK_CPU = 16, 128  # tokens: CacheConfig.DEFAULT_BLOCK_SIZE; platforms/cpu.py
 YARN_FACTOR = 4.0  # Qwen2.5's model cards: 32768 positions become 131072

@@ -24,7 +24,8 @@ from fusion.plan.budget import (
 )
 from fusion.plan.capacity import formats, served_dtype
 from fusion.plan.profile import GB, HardwareProfile
-from fusion.recipe import Expert, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.fusing import Expert
 from fusion.shards import IN_FLIGHT
 
 LIBRARIES = 530_000_000  # bytes resident in all at the peak of `merge` on the demo, whose tensors are small

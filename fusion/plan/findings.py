@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fusion.errors import UserError
-from fusion.recipe import Location, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.section import Location
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")

@@ -15,7 +15,8 @@ from fusion.checkpoint import read_json
 from fusion.errors import UserError
 from fusion.hub import hub_config, is_hub_id, resolve_model
 from fusion.plan.findings import Finding
-from fusion.recipe import DEMO_ROPE_THETA, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.training import DEMO_ROPE_THETA
 from fusion.sources import trained_anchor
 
 SHAPES = (

@@ -15,7 +15,8 @@ from fusion.plan.findings import Finding, place_of_expert, worst_first
 from fusion.plan.licences import check_licence, licence
 from fusion.plan.models import Described, describe, describe_anchor, known
 from fusion.plan.weights import not_finite
-from fusion.recipe import Expert, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.fusing import Expert
 from fusion.sources import ModelSource, trained_expert
 from serving.guard.schema import Checker, SchemaError
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from pydantic import Field
 
 from fusion.errors import UserError
-from fusion.recipe import Section
 from fusion.recipe_file import load_section
+from fusion.sections.section import Section
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "hardware"  # of the repository, which is installed editable
 GIB = 2**30

@@ -19,7 +19,8 @@ from fusion.plan.files import counted
 from fusion.plan.findings import Finding, place_of_expert
 from fusion.plan.models import describe, describe_anchor
 from fusion.progress import bytes_bar
-from fusion.recipe import Expert, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.fusing import Expert
 from fusion.sources import ModelSource, trained_expert
 
 LIGHTEST, DARKEST = 1e-3, 1.0  # distances at the ends of the picture's scale

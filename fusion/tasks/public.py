@@ -21,8 +21,8 @@ from fusion.checkpoint import cache_folder, read_json, read_lines, write_json
 from fusion.data import ChatExample, chat, split_of
 from fusion.errors import UserError
 from fusion.progress import track
-from fusion.recipe import DataSource
 from fusion.sandbox import run_python
+from fusion.sections.data import DataSource
 
 BFCL_FILES = {"train": ("simple_python", "multiple"), "held_out": ("live_simple", "live_multiple")}
 BFCL_TYPES = {"dict": "object", "float": "number", "tuple": "array"}  # Python's names for JSON's types

@@ -18,7 +18,8 @@ from fusion.encoding import load_tokenizer, prompt_text
 from fusion.errors import UserError
 from fusion.hub import resolve_model
 from fusion.layers import LayerStream, forced, make_batches
-from fusion.recipe import GateTraining, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.fusing import GateTraining
 from fusion.sources import anchor_source
 from gate_training.methods import InMemory, Tokens, cross_entropy, held_back, moments
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fusion.data import train_rows
-from fusion.recipe import Domain, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.data import Domain
 from gate_training.labelling.classifier import Classify, recipe_classifier
 from gate_training.labelling.likelihood import LikelihoodLabel
 from gate_training.labelling.rules import NO_RULE, label_by_rules

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from fusion.language import detect_language
-from fusion.recipe import Domain, Rule, general_domain
+from fusion.sections.data import Domain, Rule, general_domain
 
 NO_RULE = "no rule matched"
 LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff]"  # of a word with spaces around it; Chinese and Japanese are written without

@@ -6,7 +6,7 @@ soft: then it is the cross-entropy on the experts' shares.
 
 import torch
 
-from fusion.recipe import GateTraining
+from fusion.sections.fusing import GateTraining
 from gate_training.methods import Moments, TokenPass, ridge
 from gate_training.methods.solver import label_loss, minimise
 

@@ -7,7 +7,7 @@ own as much more than the best of the other rows as those are apart.
 
 import torch
 
-from fusion.recipe import GateTraining
+from fusion.sections.fusing import GateTraining
 from gate_training.methods import Moments, TokenPass, Tokens, summed
 from gate_training.methods.ridge import solution
 from gate_training.methods.solver import label_loss, minimise

@@ -8,7 +8,7 @@ Both are relative to ‖E_label(x)‖², token by token. Starts from the cross-e
 
 import torch
 
-from fusion.recipe import GateTraining
+from fusion.sections.fusing import GateTraining
 from gate_training.methods import Moments, TokenPass, Tokens, cross_entropy
 from gate_training.methods.solver import minimise
 

@@ -6,7 +6,7 @@ the scores fit the labels best. The sums XᵀX and XᵀY add up over data, exper
 
 import torch
 
-from fusion.recipe import GateTraining
+from fusion.sections.fusing import GateTraining
 from gate_training.methods import Moments, TokenPass, summed
 from gate_training.methods.solver import label_loss
 

@@ -28,7 +28,8 @@ from rich.table import Table
 from fusion.evaluation.intervals import mean_interval
 from fusion.json_lines import cut_off_rest, whole_lines
 from fusion.progress import console, progress_bar
-from fusion.recipe import Guarding, Recipe, Sampling
+from fusion.recipe import Recipe
+from fusion.sections.serving import Guarding, Sampling
 from serving.bench.calls import Call, calls
 from serving.engine import EngineSettings
 from serving.guard.bodies import decoded

@@ -50,7 +50,7 @@ PRIVATE_KEY = re.compile(
 
 
 def spans(text: str, detector: str, phone_regions: tuple[str, ...] = ("CN", "US")) -> Iterator[Span]:
-    """What `detector` (fusion.recipe.Detector) finds in a text, as (begin, end); spans may overlap."""
+    """What `detector` (fusion/sections/serving.py) finds in a text, as (begin, end); spans may overlap."""
     if detector == "phone":
         yield from _phones(text, phone_regions)
     else:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from fusion.recipe import Moderation
+from fusion.sections.serving import Moderation
 from serving.guard.bodies import decoded, encoded
 from serving.guard.policy import Forbidden
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from fusion.recipe import Policy, PolicyRule
+from fusion.sections.serving import Policy, PolicyRule
 from serving.guard.detectors import Span, spans, word_spans
 
 INPUT, OUTPUT = "input", "output"

@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from fusion.recipe import Policy
+from fusion.sections.serving import Policy
 from serving.guard.bodies import decoded, encoded
 from serving.guard.exchange import NO_RETRY, Refusal
 from serving.guard.moderation import Unmoderated, moderate

@@ -5,7 +5,7 @@ GuardSettings("http://127.0.0.1:8001", Guarding(attempts=2))
 
 from dataclasses import dataclass, field
 
-from fusion.recipe import Guarding, Sampling
+from fusion.sections.serving import Guarding, Sampling
 from serving.records.settings import Recording
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.recipe import Domain, Recipe, Records
+from fusion.recipe import Recipe
+from fusion.sections.data import Domain
+from fusion.sections.serving import Records
 from serving.engine import model_config
 
 URL_VARIABLE = "QWEN_FUSION_RECORDS_URL"  # an address with a password has no place in a recipe

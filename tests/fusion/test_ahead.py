@@ -14,8 +14,8 @@ from fusion.ahead import Part, merged_parts, reading_ahead
 from fusion.architecture import is_mlp
 from fusion.errors import UserError
 from fusion.headers import tensor_places
-from fusion.recipe import AnchorModel
 from fusion.recipe_file import load_recipe
+from fusion.sections.fusing import AnchorModel
 from tests.recipes import make_recipe
 
 

@@ -15,7 +15,9 @@ from fusion.plan.alternatives import (
     lora_slot_bytes,
     no_adapters,
 )
-from fusion.recipe import BranchSettings, Expert, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.fusing import Expert
+from fusion.sections.training import BranchSettings
 from tests.fusion.planned import FIVE, TWO, profile, shipped
 
 BRANCH: dict[str, Any] = {"data": {"generated": "demo.math"}}

@@ -23,7 +23,9 @@ from fusion.errors import UserError
 from fusion.evaluation.generate import answer_losses
 from fusion.packing import answer_logits, answer_loss, pack, training_row
 from fusion.reader import Reader
-from fusion.recipe import AnchoringSettings, DataSource, Evaluation
+from fusion.sections.data import DataSource
+from fusion.sections.evaluation import Evaluation
+from fusion.sections.training import AnchoringSettings
 from fusion.sources import ModelSource
 from fusion.teacher import Teacher
 from fusion.transport import transported

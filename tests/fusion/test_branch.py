@@ -17,7 +17,8 @@ from fusion.encoding import encode
 from fusion.errors import UserError
 from fusion.evaluation.generate import answer_losses
 from fusion.packing import IGNORED, pack, training_row
-from fusion.recipe import BranchSettings, DataSource
+from fusion.sections.data import DataSource
+from fusion.sections.training import BranchSettings
 from fusion.training import fitting
 from tests.families import byte_tokenizer, config, write_model
 

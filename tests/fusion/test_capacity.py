@@ -17,7 +17,7 @@ from fusion.plan.capacity import (
     logged_tokens,
     served_dtype,
 )
-from fusion.recipe import Serving
+from fusion.sections.serving import Serving
 from tests.fusion.planned import FIVE, TWO, fused, profile, shipped
 
 

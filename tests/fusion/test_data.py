@@ -7,8 +7,8 @@ import pytest
 
 from fusion.data import chat, choosing_rows, load_examples, trained_on
 from fusion.errors import UserError
-from fusion.recipe import DataSource, Domain
 from fusion.recipe_file import load_recipe
+from fusion.sections.data import DataSource, Domain
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 
 from fusion.checkpoint import file_hash
 from fusion.demo_family import pretrain_anchor
-from fusion.recipe import DataSource, PretrainSettings
+from fusion.sections.data import DataSource
+from fusion.sections.training import PretrainSettings
 
 
 @pytest.fixture(scope="module")

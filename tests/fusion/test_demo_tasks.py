@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fusion.data import load_examples
-from fusion.recipe import DataSource
+from fusion.sections.data import DataSource
 from fusion.tasks.demo import EXTRA, FIELDS, GENERATORS, SKILLS, number_word, render
 
 TASKS = sorted(GENERATORS)

@@ -8,7 +8,8 @@ from fusion import reader, shards
 from fusion.plan.budget import Weight, model_weights
 from fusion.plan.estimates import PIECE, PIECES, estimate, merge_memory
 from fusion.plan.models import describe_anchor
-from fusion.recipe import AnchoringSettings, HealSettings, SharedParts
+from fusion.sections.fusing import SharedParts
+from fusion.sections.training import AnchoringSettings, HealSettings
 from tests.fusion.planned import FIVE, profile, shipped
 from tests.recipes import make_recipe
 

@@ -7,7 +7,7 @@ import pytest
 
 from fusion.data import load_examples
 from fusion.evaluation.scores import score
-from fusion.recipe import DataSource
+from fusion.sections.data import DataSource
 from fusion.tasks.extraction import GENERATORS, RECORDS, ZHANG_SAN
 
 

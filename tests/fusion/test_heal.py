@@ -19,7 +19,10 @@ from fusion.errors import UserError
 from fusion.heal import ROWS
 from fusion.healed import is_healed
 from fusion.merge import gates_are_trained, merge
-from fusion.recipe import BranchSettings, DataSource, HealSettings, Loading, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.data import DataSource
+from fusion.sections.fusing import Loading
+from fusion.sections.training import BranchSettings, HealSettings
 from tests.conftest import DOMAINS
 from tests.recipes import make_recipe
 

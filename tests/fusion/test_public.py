@@ -10,8 +10,9 @@ from fusion.data import ChatExample, load_examples, source_files, split_of
 from fusion.errors import UserError
 from fusion.evaluation.harness_metrics import is_valid
 from fusion.evaluation.scores import score
-from fusion.recipe import DataSource, Recipe
+from fusion.recipe import Recipe
 from fusion.sandbox import Done
+from fusion.sections.data import DataSource
 from fusion.tasks import public
 from fusion.tasks.public import LANGUAGES
 from tests.recipes import recipe_data

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fusion.errors import UserError
-from fusion.recipe import Guarding
 from fusion.recipe_file import load_recipe, load_section
+from fusion.sections.serving import Guarding
 
 FOLDER = Path(__file__).parents[2] / "configs"
 GUARD = FOLDER / "guard.yaml"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fusion import road
+from fusion import road_experts
 from fusion.architecture import is_mlp
 from fusion.branch import train_expert
 from fusion.checkpoint import Checkpoint, read_json
@@ -16,8 +16,10 @@ from fusion.data import ChatExample, chat, general_rows
 from fusion.encoding import load_tokenizer, prompt_text
 from fusion.errors import UserError
 from fusion.evaluation.generate import answer_examples
-from fusion.recipe import AnchoringSettings, AnswerSampling, BranchSettings, DataSource, Serving
 from fusion.sampled import RIGHT, Sampler, verdict
+from fusion.sections.data import DataSource
+from fusion.sections.serving import Serving
+from fusion.sections.training import AnchoringSettings, AnswerSampling, BranchSettings
 from fusion.sources import ModelSource, whole_model
 from fusion.steps import step_hash
 from tests.families import byte_tokenizer, write_model
@@ -280,11 +282,11 @@ def test_text_anchoring_learns_what_the_teacher_writes(tmp_path: Path, anchor: P
     section = AnchoringSettings(method="text", data=data, held_out=held_out, sampling=sampling, **TRAINING)
     expert = recipe.experts[1].model_copy(update={"anchor": section})
     recipe = recipe.model_copy(update={"experts": (recipe.experts[0], expert)})
-    sampler = road._sampler(recipe, expert, section)
+    sampler = road_experts._sampler(recipe, expert, section)
     assert sampler is not None and sampler.teacher.folder == drifted
     with Upstream(completion("moon", "lake")) as upstream:  # `sun` is never right
-        sampler.ask_server(upstream.url, road._rows(recipe, expert, section)[0])
-    road.anchor(recipe)  # every question has its answers: no engine is started
+        sampler.ask_server(upstream.url, road_experts._rows(recipe, expert, section)[0])
+    road_experts.anchor(recipe)  # every question has its answers: no engine is started
     out = recipe.folder / "anchored" / "math"
     noted = read_json(out / "anchoring.json")
     assert noted["sampling"]["questions"] == 32
@@ -317,7 +319,7 @@ def test_an_expert_learns_a_teachers_verified_answers_through_vllm(
     )
     expert = recipe.experts[1].model_copy(update={"model": None, "branch": section})
     recipe = recipe.model_copy(update={"experts": (recipe.experts[0], expert)})
-    road.branch(recipe)
+    road_experts.branch(recipe)
 
     out, store = recipe.folder / "experts" / "math", recipe.folder / "samples" / "math.jsonl"
     noted = read_json(out / "branch.json")["sampling"]
@@ -333,20 +335,20 @@ def test_an_expert_learns_a_teachers_verified_answers_through_vllm(
     answers = answer_examples(model, byte_tokenizer(), requests_for(["moon tree"] * 4, 200), 12, 4, "answers")
     assert [answer.text for answer in answers] == ["moon tree"] * 4
 
-    road.branch(recipe)
+    road_experts.branch(recipe)
     printed = capfd.readouterr().err
     assert "every question has its answers" in printed and "branch math: unchanged" in printed
     warmer = section.sampling.model_copy(update={"temperature": 0.5})
     hotter = expert.model_copy(update={"branch": section.model_copy(update={"sampling": warmer})})
     weights = teacher / "model.safetensors"
-    before = [step_hash(road._branch_step(recipe, e)) for e in (expert, hotter)]
+    before = [step_hash(road_experts._branch_step(recipe, e)) for e in (expert, hotter)]
     assert before[0] != before[1]
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
-    assert step_hash(road._branch_step(recipe, expert)) != before[0]
+    assert step_hash(road_experts._branch_step(recipe, expert)) != before[0]
 
 
 def test_the_last_questions_answers_are_held_back() -> None:
     rows = [row for row in sums(10) for _ in range(2)]
-    assert road._held_back(rows, 1) == (rows[:18], rows[18:])
-    assert road._held_back(rows, 16) == (rows[:16], rows[16:])  # a fifth at most
-    assert road._held_back(rows[:6], 16) == (rows[:6], [])
+    assert road_experts._held_back(rows, 1) == (rows[:18], rows[18:])
+    assert road_experts._held_back(rows, 16) == (rows[:16], rows[16:])  # a fifth at most
+    assert road_experts._held_back(rows[:6], 16) == (rows[:6], [])

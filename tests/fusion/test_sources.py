@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from fusion.checkpoint import Checkpoint
 from fusion.layers import checkpoint_gates
 from fusion.merge import merge
-from fusion.recipe import Loading
 from fusion.router import place_gates
+from fusion.sections.fusing import Loading
 from fusion.sources import ModelSource, load_model
 from tests.recipes import make_recipe
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fusion.errors import UserError
-from fusion.recipe import DataSource, Routing
+from fusion.sections.data import DataSource
+from fusion.sections.fusing import Routing
 from fusion.steps import STATE, Step, forget, run_step, run_steps
 
 

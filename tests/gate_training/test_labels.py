@@ -12,8 +12,8 @@ from fusion.data import train_rows
 from fusion.encoding import encode, load_tokenizer, prompt_text
 from fusion.errors import UserError
 from fusion.merge import merge
-from fusion.recipe import GateTraining
 from fusion.recipe_file import load_recipe
+from fusion.sections.fusing import GateTraining
 from gate_training import examples as examples_module
 from gate_training.examples import routing_examples
 from gate_training.labelling.classifier import (

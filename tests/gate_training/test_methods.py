@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusion.recipe import GateTraining
+from fusion.sections.fusing import GateTraining
 from gate_training.methods import InMemory, TokenPass, Tokens, cross_entropy, moments, regression, ridge
 from gate_training.methods.ridge import TEMPERATURES, best_temperature
 from gate_training.methods.solver import PENALTIES, _Problem, label_loss, minimise

@@ -13,8 +13,9 @@ from fusion.encoding import load_tokenizer
 from fusion.layers import Gates, checkpoint_gates
 from fusion.merge import merge
 from fusion.packing import answer_loss, pack, training_row
-from fusion.recipe import Loading, Recipe, Refinement
+from fusion.recipe import Recipe
 from fusion.router import train_routers
+from fusion.sections.fusing import Loading, Refinement
 from gate_training import refine as refining
 from gate_training.compare import ANCHOR, LABELLED, OWN, held_out_losses, mean_loss
 from gate_training.examples import routing_data, routing_examples

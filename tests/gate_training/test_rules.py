@@ -7,8 +7,8 @@ import pytest
 
 from fusion.errors import UserError
 from fusion.language import detect_language
-from fusion.recipe import DataSource, Domain, Rule
 from fusion.recipe_file import load_recipe
+from fusion.sections.data import DataSource, Domain, Rule
 from gate_training.examples import expert_labels, routing_examples
 from gate_training.labelling.rules import RuleLabel, label_by_rules, match
 from tests.recipes import QUESTIONS, make_recipe

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from fusion.recipe import Guarding, Sampling
+from fusion.sections.serving import Guarding, Sampling
 from serving.guard.asgi import build_app
 from serving.guard.settings import GuardSettings
 from serving.guard.tracing import Tracing

@@ -12,7 +12,8 @@ from fusion.errors import UserError
 from fusion.explain.asked import explain_asked
 from fusion.explain.conversation import Conversation
 from fusion.merge import merge
-from fusion.recipe import Question, Recipe
+from fusion.recipe import Recipe
+from fusion.sections.serving import Question
 from gate_training.trainer import train_gates
 from serving.ask import STATE, ask_all
 from serving.serve import ServerState, manifest_shards, write_state

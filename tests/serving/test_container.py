@@ -14,7 +14,7 @@ from dockerfile_parse import DockerfileParser
 from typer.main import get_command
 
 from fusion.cli import app
-from fusion.recipe import Guarding
+from fusion.sections.serving import Guarding
 from serving.engine import GRACE_S, Engine
 from serving.guard.paths import OPEN
 from tests.serving.conftest import Guarded

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion.recipe import Policy
+from fusion.sections.serving import Policy
 from serving.guard.detectors import spans, word_spans
 from serving.guard.policy import INPUT, OUTPUT, Censor, Forbidden
 from tests.serving.test_asgi import FORMAT, Start, ask, client

@@ -15,7 +15,7 @@ import numpy as np
 import openai
 import pytest
 
-from fusion.recipe import Rule
+from fusion.sections.data import Rule
 from serving.records.store import opened
 from tests.serving.conftest import Guarded
 from tests.serving.test_records import recording

@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion.errors import UserError
-from fusion.recipe import Domain, Records, Rule
+from fusion.sections.data import Domain, Rule
+from fusion.sections.serving import Records
 from serving.records.answer import told
 from serving.records.record import Feedback, RoutingRecord, entropy, suspicions
 from serving.records.recorder import Ended, Recorder, asked_of, labelled, question_of, record_of

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion.recipe import Guarding
+from fusion.sections.serving import Guarding
 from serving.engine import EngineSettings, free_port, is_healthy
 from tests.families import write_model
 from tests.serving.apart import serve_apart
