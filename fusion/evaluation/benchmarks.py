@@ -132,7 +132,8 @@ def stand_ins(recipe: Recipe, asked: dict[str, ModelSource]) -> dict[str, str]:
 def picked_experts(recipe: Recipe, loaded: Loaded, rows: dict[str, list[int]]) -> dict[str, dict[int, str]]:
     """For each task and row the expert that rules, or else a classifier, pick from the question."""
     flat = [(name, row) for name in rows for row in rows[name]]
-    questions = [question_of(loaded.objects[name].eval_docs[row]) for name, row in flat]
+    tasks = loaded.objects
+    questions = [question_of(tasks[name], tasks[name].eval_docs[row]) for name, row in flat]
     found: dict[str, dict[int, str]] = {name: {} for name in rows}
     for (name, row), index in zip(flat, whole_experts(recipe, questions) if flat else [], strict=True):
         found[name][row] = recipe.experts[index].name

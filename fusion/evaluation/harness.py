@@ -25,7 +25,7 @@ from fusion.data import ChatExample, load_examples
 from fusion.errors import UserError
 from fusion.evaluation.benchmark_data import write_split
 from fusion.evaluation.evaluate import held_out_rows
-from fusion.evaluation.harness_metrics import CodeEval, row_of
+from fusion.evaluation.harness_metrics import CodeEval, row_of, unpacked
 from fusion.evaluation.harness_models import Models
 from fusion.progress import console
 from fusion.recipe import Recipe
@@ -352,9 +352,10 @@ def _measured(task: TaskFile, samples: list[dict[str, Any]]) -> Measured:
     return Measured(task, metric, tuple(s["doc_id"] for s in kept), values.pop(metric), values, logged)
 
 
-def question_of(doc: dict[str, Any]) -> str:
-    """What a row asks, without examples and template."""
-    return str(next((doc[key] for key in ("prompt", "question", "text", "input") if key in doc), ""))
+def question_of(task: Any, doc: dict[str, Any]) -> str:
+    """What a model is asked of a row, as a router sees it: the last message of the user, without examples."""
+    conversation = unpacked([{"role": "user", "content": str(task.doc_to_text(doc))}])
+    return next(turn["content"] for turn in reversed(conversation) if turn["role"] == "user")
 
 
 def _is_figure(value: Any) -> bool:

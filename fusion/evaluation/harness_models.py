@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from fusion.encoding import load_tokenizer, prompt_text
 from fusion.evaluation.harness_metrics import unpacked
 from fusion.progress import console
 from fusion.sources import ModelSource, load_model
@@ -37,29 +38,30 @@ class Served:
 
     def generations(self) -> Any:
         """Through /v1/chat/completions."""
-        from aiohttp import ClientResponseError
         from lm_eval.models.openai_completions import LocalChatCompletion
 
         longest = self.max_model_len // 2  # of an answer: some tasks ask for more than a small model has room for
+        tokenizer, length = load_tokenizer(self.tokenizer), self.max_model_len
+
+        def room(messages: Any) -> int:
+            """Tokens that a conversation leaves for its answer."""
+            return length - len(tokenizer(prompt_text(tokenizer, messages))["input_ids"])
 
         class Chat(LocalChatCompletion):
             """Whole conversations, answers whose beginning is given; a prompt over the context's length has none."""
 
             async def amodel_call(self, session: Any, sem: Any, messages: Any, **kwargs: Any) -> Any:
-                try:
-                    return await super().amodel_call(session, sem, messages, **kwargs)
-                except ClientResponseError as error:
-                    if error.status != 400:
-                        raise
-                    console.print("  a prompt was refused (HTTP 400): it has no answer", highlight=False)
+                if room(self.create_message(messages)) < 1:
+                    console.print(f"  a prompt of more than {length} tokens: it has no answer", highlight=False)
                     return [""] * len(messages)
+                return await super().amodel_call(session, sem, messages, **kwargs)
 
             def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> Any:
                 return super().apply_chat_template(unpacked(chat_history), add_generation_prompt)
 
             def _create_payload(self, messages: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
                 payload: dict[str, Any] = super()._create_payload(messages, *args, **kwargs)
-                payload["max_tokens"] = min(payload["max_tokens"], longest)
+                payload["max_tokens"] = min(payload["max_tokens"], longest, room(messages))
                 if not any(payload["stop"]):
                     del payload["stop"]
                 if messages[-1]["role"] == "assistant":
