@@ -1,4 +1,4 @@
-"""Qwen2 -> Qwen2MoE: tensor names and config, nothing else."""
+"""Qwen2 -> Qwen2MoE: names of tensors and files, and config, nothing else."""
 
 import re
 from collections.abc import Iterable
@@ -6,6 +6,8 @@ from typing import Any
 
 from fusion.errors import UserError
 
+GATES_FILE = "gates.safetensors"
+MANIFEST = "fusion.json"  # of the fused checkpoint: its experts, gates and hashes
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _KEPT = [

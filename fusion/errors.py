@@ -9,6 +9,13 @@ class UserError(Exception):
     """A mistake the user can mend: what was found, where, and what to do. Never shown with a traceback."""
 
 
+def counted(given: str) -> int:
+    """A command's argument that counts something. Raises UserError where it is no number greater than 0."""
+    if not given.isdecimal() or not int(given):
+        raise UserError(f"{given!r} is no number greater than 0")
+    return int(given)
+
+
 def run_main(main: Callable[..., object]) -> None:
     """Calls `main` of a module that is a command with the command's arguments; exits with 2 after a UserError."""
     arguments = sys.argv[1:]

@@ -14,11 +14,12 @@ import torch
 from pydantic import ValidationError
 
 from fusion import road
+from fusion.architecture import MANIFEST
 from fusion.checkpoint import Checkpoint, read_json
 from fusion.errors import UserError
 from fusion.healed import is_healed, restore
 from fusion.layers import Gates, checkpoint_gates
-from fusion.merge import MANIFEST, Reuse, gates_are_trained, source_stamp, write_papers
+from fusion.merge import Reuse, gates_are_trained, source_stamp, write_papers
 from fusion.plan.findings import raise_on_error
 from fusion.plan.preflight import check
 from fusion.progress import console

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from fusion.architecture import gate_tensor
+from fusion.architecture import GATES_FILE, MANIFEST, gate_tensor
 from fusion.checkpoint import Checkpoint, file_hash, link_file, read_json, staged_folder, write_json
 from fusion.layers import Gates
-from fusion.merge import GATES_FILE, MANIFEST, checkpoint_dtype, write_gates, write_papers
+from fusion.merge import checkpoint_dtype, write_gates, write_papers
 from fusion.recipe import Recipe
 from fusion.shards import entries_of, write_shard
 

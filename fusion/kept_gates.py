@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from fusion.architecture import GATES_FILE, MANIFEST
 from fusion.checkpoint import Checkpoint, file_hash, link_file, read_json, staged_folder, write_json
 from fusion.errors import UserError
 from fusion.healed import is_healed
 from fusion.layers import Gates, checkpoint_gates
-from fusion.merge import GATES_FILE, MANIFEST, gates_are_trained, other_experts
+from fusion.merge import gates_are_trained, other_experts
 from fusion.recipe import Recipe
 
 # in the recipe's folder, and the feedback that they learnt from

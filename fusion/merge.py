@@ -31,6 +31,8 @@ from mergekit.moe.router import get_gate_params
 from mergekit.options import MergeOptions
 
 from fusion.architecture import (
+    GATES_FILE,
+    MANIFEST,
     expert_of_tensor,
     expert_tensor,
     fused_config,
@@ -74,13 +76,11 @@ from fusion.sources import (
 )
 from fusion.steps import lock, taken
 
-GATES_FILE = "gates.safetensors"
 ROOM = 32 * 2**20  # bytes for gates, tokenizer and papers beside the shards
 PAGE, STRIDE, TAIL = 2**11, 2**19, 2**21  # elements: 4 KiB in every MiB, and the last 4 MiB, in bfloat16
 LENGTH_LIMITS = ("max_new_tokens", "max_length")
 CONFIGS = ("config.json", "adapter_config.json")
 PAPERS = ("README.md", "recipe.yaml")  # about the checkpoint, not part of it
-MANIFEST = "fusion.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

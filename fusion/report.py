@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.markdown import Markdown
 
+from fusion.architecture import MANIFEST
 from fusion.checkpoint import read_json, write_text
 from fusion.evaluation.table import markdown
 from fusion.progress import console
@@ -18,7 +19,7 @@ def write_report(recipe: Recipe) -> Path:
     folder = recipe.folder
     table = markdown(read_json(folder / "evaluation.json"))
     answers = answers_markdown(read_json(folder / "answers.json"))
-    manifest = read_json(recipe.fused / "fusion.json")
+    manifest = read_json(recipe.fused / MANIFEST)
     experts = ", ".join(
         f"{row['name']} ({'anchored' if row['anchored'] else 'drifted'})" for row in manifest["experts"]
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markdown import Markdown
 
-from fusion.architecture import sparse_layers
+from fusion.architecture import GATES_FILE, sparse_layers
 from fusion.checkpoint import INDEX, put_back, read_json, write_json, write_text
 from fusion.data import load_examples, source_files
 from fusion.errors import UserError
@@ -307,10 +307,10 @@ def gates_step(recipe: Recipe, train: "Callable[[Recipe, Path], GateReport]", fe
             f"{last.answer_accuracy:.1%} of answer tokens"
         )
 
-    weights = [path for path in _merged_shards(recipe) if path.name != "gates.safetensors"]
+    weights = [path for path in _merged_shards(recipe) if path.name != GATES_FILE]
     data = [*_domain_files(recipe), *([learnt] if learnt.is_file() else [])]
     parts = [recipe.gate_training, recipe.domains, [expert.domain for expert in recipe.experts]]
-    outputs = [folder / "gates.safetensors", *(recipe.folder / f"gates.{kind}" for kind in ("json", "md", "png"))]
+    outputs = [folder / GATES_FILE, *(recipe.folder / f"gates.{kind}" for kind in ("json", "md", "png"))]
     return Step("train-gates", parts, [*weights, *data], outputs, action)
 
 

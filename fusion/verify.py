@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
-from fusion.architecture import expert_of_tensor, is_mlp, lacking_biases
+from fusion.architecture import GATES_FILE, MANIFEST, expert_of_tensor, is_mlp, lacking_biases
 from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json
 from fusion.errors import UserError
 from fusion.headers import PIECE, TensorPlace, all_finite, parts, read_header, same_bits
 from fusion.hub import resolve_model
-from fusion.merge import GATES_FILE, MANIFEST
 from fusion.progress import bytes_bar, quiet_libraries
 from fusion.reader import Reader
 from fusion.recipe import Recipe

@@ -10,7 +10,6 @@ JSON object.
 """
 
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from transformers import Qwen2Config, Qwen2Model
 
 from fusion.architecture import MLP_PARTS, fused_config
 from fusion.checkpoint import Checkpoint, write_json
+from fusion.errors import counted, run_main
 from fusion.hardware import compute_dtype, peak_memory, stream_device
 from fusion.headers import write_index
 from fusion.layers import Gates, LayerStream, gated, make_batches
@@ -142,6 +142,11 @@ def forward(tokens: int) -> dict[str, float]:
     return {"tokens_per_s": tokens // rows.numel() * rows.numel() / (time.perf_counter() - start)}
 
 
+def main(tokens: str, experts: str | None = None, layers: str = "1") -> None:
+    """Prints the figures of a fit, or without `experts` those of a plain forward pass."""
+    count = counted(tokens)
+    print(json.dumps(forward(count) if experts is None else measure(count, counted(experts), counted(layers))))
+
+
 if __name__ == "__main__":
-    given = [int(number) for number in sys.argv[1:]]
-    print(json.dumps(forward(*given) if len(given) == 1 else measure(*given)))
+    run_main(main)

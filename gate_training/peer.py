@@ -8,7 +8,6 @@ router logits on the labels. Prints one JSON object: the seconds and held-out ro
 """
 
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from fusion.errors import run_main
 from fusion.hardware import peak_memory
 from fusion.layers import Batch
 from fusion.progress import quiet_libraries
@@ -121,6 +121,10 @@ def train_gates(recipe: Recipe, learning_rate: float) -> dict[str, Any]:
     return {"learning_rate": learning_rate, "curve": clock.curve, "peak_bytes": peak_memory()}
 
 
+def main(path: str, learning_rate: str, *overrides: str) -> None:
+    """Prints the figures of the recipe's gates as a peer trains them."""
+    print(json.dumps(train_gates(load_recipe(Path(path), list(overrides)), float(learning_rate))))
+
+
 if __name__ == "__main__":
-    path, rate, *overrides = sys.argv[1:]
-    print(json.dumps(train_gates(load_recipe(Path(path), overrides), float(rate))))
+    run_main(main)

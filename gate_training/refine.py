@@ -19,12 +19,13 @@ import torch
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from fusion import training
+from fusion.architecture import GATES_FILE
 from fusion.checkpoint import weight_stamps
 from fusion.encoding import load_tokenizer
 from fusion.evaluation.answer_loss import by_domain
 from fusion.evaluation.generate import answer_losses
 from fusion.layers import Gates, gates_hash
-from fusion.merge import GATES_FILE, checkpoint_dtype
+from fusion.merge import checkpoint_dtype
 from fusion.packing import answer_loss
 from fusion.recipe import Recipe
 from fusion.resumable import claim, release

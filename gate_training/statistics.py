@@ -21,9 +21,8 @@ from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fusion.architecture import expert_tensor
+from fusion.architecture import MANIFEST, expert_tensor
 from fusion.checkpoint import Checkpoint, read_json, written_aside
-from fusion.merge import MANIFEST
 from fusion.recipe import Recipe
 from gate_training.examples import RoutingData
 from gate_training.layer_tokens import LayerTokens

@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 
-from fusion.architecture import gate_tensor
+from fusion.architecture import MANIFEST, gate_tensor
 from fusion.checkpoint import Checkpoint, read_json
 from fusion.errors import UserError
 from fusion.hardware import compute_dtype
 from fusion.kept_gates import keep_gates
 from fusion.layers import Batch, Choice, Gates, LayerStream, Route, checkpoint_gates, forced, gated, joined
-from fusion.merge import MANIFEST, checkpoint_dtype, gates_are_trained, record_gates, write_gates
+from fusion.merge import checkpoint_dtype, gates_are_trained, record_gates, write_gates
 from fusion.plan.budget import budget
 from fusion.recipe import Recipe
 from fusion.sections.data import general_domain

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fusion.architecture import MANIFEST
 from fusion.errors import UserError
 from fusion.progress import console
 from fusion.recipe import Recipe
@@ -62,7 +63,7 @@ def served_folder(recipe: Recipe) -> Path:
 def _gates_are_random(folder: Path) -> bool:
     """Whether the manifest says that no gates have been trained; read here alone, so that serving loads no torch."""
     try:
-        method = json.loads((folder / "fusion.json").read_text(encoding="utf-8"))["gates"]["method"]
+        method = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["gates"]["method"]
     except (OSError, ValueError, KeyError):
         return False
     return bool(method == "random")

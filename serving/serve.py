@@ -25,6 +25,7 @@ from typing import NoReturn
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from fusion.architecture import GATES_FILE, MANIFEST
 from fusion.errors import UserError
 from fusion.progress import console
 from serving.engine import Engine, EngineSettings, is_healthy
@@ -33,7 +34,6 @@ from serving.guard.metrics import SHARED
 from serving.guard.settings import GuardSettings
 
 CHECK_EVERY_S = 0.5
-GATES_FILE = "gates.safetensors"  # fusion.merge, which imports torch
 KEEP_ALIVE_S = 75  # longer than clients keep an idle connection: one closed meanwhile fails the request sent on it
 
 
@@ -178,7 +178,7 @@ def write_state(path: Path, state: ServerState) -> None:
 def manifest_shards(folder: Path) -> dict[str, str]:
     """The hashes of a checkpoint's shards and gates by its manifest, {file: SHA-256}; empty where it has none."""
     try:
-        manifest = json.loads((folder / "fusion.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return {**manifest["sha256"], GATES_FILE: manifest["gates"]["sha256"]}
     except (OSError, ValueError, KeyError):
         return {}

@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fusion.architecture import GATES_FILE
 from fusion.errors import UserError
 from fusion.recipe import Recipe
 from serving.ask import STATE
 from serving.client import reason
-from serving.serve import GATES_FILE, find_state, manifest_shards, terminate_like_interrupt, write_state
+from serving.serve import find_state, manifest_shards, terminate_like_interrupt, write_state
 
 TIMEOUT_S = 300.0  # a step under way ends first, which may be a long prompt's on a CPU
 

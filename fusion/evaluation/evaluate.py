@@ -65,8 +65,8 @@ class Figures:
         """Means with 95% intervals."""
         score_, loss = mean_interval(self.scores), mean_interval(self.nats, self.tokens)
         return {
-            "exact_match": score_.value,
-            "exact_match_interval": score_.as_list(),
+            "score": score_.value,
+            "score_interval": score_.as_list(),
             "loss": loss.value,
             "loss_interval": loss.as_list(),
             "rows": len(self.scores),
@@ -137,7 +137,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "domains": domains,
         "mean_retained_share": sum(shares) / len(shares) if shares else None,
         "worst_retained_share": min(shares) if shares else None,
-        "mean_exact_match": {row: _mean_score(figures, row, list(held_out)) for row in ROWS},
+        "mean_scores": _mean_scores(figures, fewer),
         "extra": {name: _extra_task(figures, name) for name in extra},
         "experts_by_domain": cross,
         "ways": ways,
@@ -191,12 +191,12 @@ def _domain(figures: dict[str, dict[str, Figures]], name: str, recipe: Recipe, s
     return {
         **{row: figure.as_dict() for row, figure in rows.items()},
         "expert": recipe.experts[recipe.expert_of(name)].name,
-        "score": score_name,
+        "score_name": score_name,
         "retained_share": share.value if share else None,
         "retained_share_interval": share.as_list() if share else None,
         "retained_share_by_loss": by_loss.value if by_loss else None,
-        "share_of_own_exact_match": mean_interval(fused.scores).value / own_mean if own_mean else None,
-        "exact_match_minus_own": difference(fused.scores, own.scores).__dict__,
+        "share_of_own_score": mean_interval(fused.scores).value / own_mean if own_mean else None,
+        "score_minus_own": difference(fused.scores, own.scores).__dict__,
         "loss_minus_own": difference(fused.nats, own.nats, own.tokens).__dict__,
     }
 
@@ -206,7 +206,7 @@ def _extra_task(figures: dict[str, dict[str, Figures]], name: str) -> dict[str, 
     fused, anchor = figures["fused_trained"][name], figures["anchor"][name]
     return {
         **{row: figures[row][name].as_dict() for row in ROWS if name in figures[row]},
-        "exact_match_minus_anchor": difference(fused.scores, anchor.scores).__dict__,
+        "score_minus_anchor": difference(fused.scores, anchor.scores).__dict__,
     }
 
 
@@ -316,13 +316,18 @@ def _routing(
     return {"experts": names, "answer_tokens": tables[0], "all_tokens": tables[1]}
 
 
-def _mean_score(figures: dict[str, dict[str, Figures]], row: str, domains: list[str]) -> float:
-    """The mean over domains of one column's score, each on the rows that every column has."""
-    means = []
-    for name in domains:
-        common = min(len(figures[column][name].scores) for column in ROWS)
-        means.append(sum(figures[row][name].scores[:common]) / common)
-    return sum(means) / len(means)
+def _mean_scores(figures: dict[str, dict[str, Figures]], fewer: dict[str, list[ChatExample]]) -> list[dict[str, Any]]:
+    """Means over domains of every column's score: those that have all rows, then all columns on the baselines' rows."""
+    found = []
+    for rows in ({name: len(figures["anchor"][name].scores) for name in fewer}, {n: len(r) for n, r in fewer.items()}):
+        scores = {}
+        for column in ROWS:
+            if all(len(figures[column][name].scores) >= rows[name] for name in rows):
+                means = [sum(figures[column][name].scores[:count]) / count for name, count in rows.items()]
+                scores[column] = sum(means) / len(means)
+        entry = {"rows": rows, "scores": scores}
+        found += [entry] if entry not in found else []
+    return found
 
 
 def code_hash() -> str:

@@ -6,7 +6,6 @@ reference answer serves twice: its loss is measured, and it is the draft from wh
     python -m fusion.evaluation.generate MODEL "17+25="
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fusion.data import ChatExample, Message
 from fusion.encoding import Encoded, encode, prompt_text
+from fusion.errors import run_main
 from fusion.progress import progress_bar
 
 GROUPED = "sdpa_grouped"
@@ -367,14 +367,13 @@ def answer_losses(
     return losses
 
 
-if __name__ == "__main__":
+def main(path: str, question: str) -> None:
+    """Prints the answer of the model in folder `path`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path, question = sys.argv[1:3]
-    print(
-        *generate(
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
-            AutoTokenizer.from_pretrained(path),
-            [[{"role": "user", "content": question}]],
-        )
-    )
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    print(*generate(model, AutoTokenizer.from_pretrained(path), [[{"role": "user", "content": question}]]))
+
+
+if __name__ == "__main__":
+    run_main(main)

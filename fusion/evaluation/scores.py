@@ -10,13 +10,13 @@ answer from the shell:
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 from xml.etree import ElementTree
 
 from fusion.data import ChatExample
+from fusion.errors import UserError, run_main
 from fusion.evaluation import function_calls
 from fusion.sandbox import run_python
 from serving.guard import formats, strict_json
@@ -164,9 +164,18 @@ def score(answer: str, example: ChatExample) -> float:
     return SCORES[example.score](answer, example)
 
 
-if __name__ == "__main__":
+def main(name: str, answer: str, reference: str) -> None:
+    """Prints the score `name` of an answer."""
     from fusion.data import chat
 
-    name, given, reference = sys.argv[1:4]
-    wanted = json.loads(reference) if name == "exact_values" else reference
-    print(SCORES[name](given, chat("", str(wanted), "", score=name, reference=wanted)))
+    if name not in SCORES:
+        raise UserError(f"there is no score '{name}': name one of {', '.join(SCORES)}")
+    try:
+        wanted = json.loads(reference) if name == "exact_values" else reference
+    except ValueError as error:
+        raise UserError(f"the reference of exact_values is JSON, which {reference!r} is not ({error})") from error
+    print(SCORES[name](answer, chat("", str(wanted), "", score=name, reference=wanted)))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -34,12 +34,15 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | " + " | ".join(_cell(domain[row]) for row in LABELS) + f" | {_share(domain)} |")
     for name, rows in result["extra"].items():
         cells = [_cell(rows[row]) if row in rows else "" for row in LABELS]
-        change = rows["exact_match_minus_anchor"]
+        change = rows["score_minus_anchor"]
         against = f"{change['value']:+.3f} [{change['low']:.2f}, {change['high']:.2f}] against the anchor"
         lines.append(f"| {name} (extra) | " + " | ".join(cells) + f" | {against} |")
-    means = [_figure(result["mean_exact_match"][row]) for row in LABELS]
     overall = f"mean {_figure(result['mean_retained_share'])}, worst {_figure(result['worst_retained_share'])}"
-    lines += [f"| **mean score** | {' | '.join(means)} | {overall} |", ""]
+    for found in result["mean_scores"]:
+        cells = [_figure(found["scores"].get(row)) for row in LABELS]
+        lines.append(f"| **mean score** of {_counted(found['rows'])} | {' | '.join(cells)} | {overall} |")
+        overall = ""
+    lines.append("")
     kept = {name: domain.get("retained_share_by_loss") for name, domain in result["domains"].items()}
     shares = {name: share for name, share in kept.items() if share is not None}
     if shares:
@@ -128,13 +131,19 @@ def _cross(result: dict[str, Any]) -> list[str]:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    low, high = row["exact_match_interval"]
-    return f"{row['exact_match']:.3f} [{low:.2f}, {high:.2f}] of {row['rows']}; {row['loss']:.3f}"
+    low, high = row["score_interval"]
+    return f"{row['score']:.3f} [{low:.2f}, {high:.2f}] of {row['rows']}; {row['loss']:.3f}"
+
+
+def _counted(rows: dict[str, int]) -> str:
+    """How many rows a domain: 5 x 40, or 5 x 38 to 40."""
+    least, most = min(rows.values()), max(rows.values())
+    return f"{len(rows)} x {least}" + (f" to {most}" if most > least else "")
 
 
 def _share(domain: dict[str, Any]) -> str:
     if domain["retained_share"] is None:
-        return f"no gain to retain; score {domain['exact_match_minus_own']['value']:+.3f} against the own expert"
+        return f"no gain to retain; score {domain['score_minus_own']['value']:+.3f} against the own expert"
     low, high = domain["retained_share_interval"]
     return f"{domain['retained_share']:.3f} [{low:.2f}, {high:.2f}]"
 

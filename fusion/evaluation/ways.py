@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from fusion.architecture import MANIFEST
 from fusion.checkpoint import Checkpoint, read_json, written_aside
 from fusion.data import ChatExample
 from fusion.encoding import encode_batches, load_tokenizer
@@ -25,7 +26,6 @@ from fusion.evaluation.evaluate import held_out_rows
 from fusion.hardware import compute_dtype
 from fusion.healed import is_healed
 from fusion.layers import Gates, Route, Source, checkpoint_gates, forced, gated
-from fusion.merge import MANIFEST
 from fusion.reader import Reader
 from fusion.recipe import Recipe
 from fusion.sections.fusing import SharedMethod

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from fusion.architecture import MANIFEST
 from fusion.checkpoint import Checkpoint, read_json
 from fusion.data import Message
 from fusion.explain.conversation import Conversation, tokenize
@@ -36,7 +37,7 @@ def explain_all(
     checkpoint: Checkpoint, tokenizer: Any, conversations: Sequence[Conversation], batch_tokens: int = 4096
 ) -> list[Explanation]:
     """Conversations explained in one pass, without opinions. Raises UserError where the checkpoint has no manifest."""
-    manifest = read_json(checkpoint.folder / "fusion.json")
+    manifest = read_json(checkpoint.folder / MANIFEST)
     experts, layers = [row["name"] for row in manifest["experts"]], list(checkpoint_gates(checkpoint))
     tokens = [tokenize(tokenizer, conversation) for conversation in conversations]
     routes = token_routes(checkpoint, [[token.id for token in row] for row in tokens], batch_tokens)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fusion.architecture import shared_expert_tensor
+from fusion.architecture import GATES_FILE, MANIFEST, shared_expert_tensor
 from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json, write_json
 from fusion.headers import tensor_places, write_index
-from fusion.merge import GATES_FILE, MANIFEST, SMALL_FILES, TOKENIZER_FILES
+from fusion.merge import SMALL_FILES, TOKENIZER_FILES
 from fusion.quantization.needs import SHARD_BYTES
 from fusion.shards import write_shards
 

@@ -15,9 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fusion.architecture import MANIFEST
 from fusion.checkpoint import Checkpoint, read_json, staged_folder, write_json, write_text
 from fusion.errors import UserError
-from fusion.merge import MANIFEST, gates_are_trained
+from fusion.merge import gates_are_trained
 from fusion.progress import console, quiet_libraries
 from fusion.quantization.environment import environment_python, pinned
 from fusion.quantization.job import run_job

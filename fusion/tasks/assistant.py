@@ -8,10 +8,10 @@ An item's key (function and name, numbers, sentence, question) decides its split
 """
 
 import random
-import sys
 from collections.abc import Callable
 
 from fusion.data import ChatExample, chat, split_of
+from fusion.errors import UserError, counted, run_main
 from fusion.tasks.assistant_code import FUNCTIONS, Function
 from fusion.tasks.assistant_math import PROBLEMS
 from fusion.tasks.assistant_texts import ASKED, COUNTRIES, PAIRS, REQUESTS, SENTENCES, TONGUES
@@ -224,9 +224,15 @@ GENERATORS: dict[str, Callable[[random.Random, str], ChatExample]] = {
 }
 
 
-if __name__ == "__main__":
-    task, wanted, count = sys.argv[1:4] if len(sys.argv) > 3 else ("general", "held_out", "8")
-    source_of_chance = random.Random(0)
-    for _ in range(int(count)):
-        row = GENERATORS[task](source_of_chance, wanted)
+def main(task: str = "general", split: str = "held_out", rows: str = "8") -> None:
+    """Prints some rows."""
+    if task not in GENERATORS:
+        raise UserError(f"there is no task '{task}': name one of {', '.join(GENERATORS)}")
+    chance = random.Random(0)
+    for _ in range(counted(rows)):
+        row = GENERATORS[task](chance, split)
         print(row.question, row.answer, sep="\n-> ", end="\n\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -9,7 +9,6 @@ answer (dates as YYYY-MM-DD, numbers bare, null for what the text leaves out, no
 import json
 import random
 import re
-import sys
 from collections.abc import Callable
 from datetime import date, timedelta
 from typing import Any
@@ -18,6 +17,7 @@ from xml.sax.saxutils import escape
 import yaml
 
 from fusion.data import ChatExample, chat, split_of
+from fusion.errors import counted, run_main
 
 DOMAIN = "structured"
 FORMATS = ("json", "yaml", "xml")
@@ -326,9 +326,13 @@ def structured(rng: random.Random, split: str) -> ChatExample:
 GENERATORS = {"structured": structured}
 
 
-if __name__ == "__main__":
-    wanted, count = sys.argv[1:3] if len(sys.argv) > 2 else ("held_out", "8")
-    source = random.Random(0)
-    for _ in range(int(count)):
-        row = structured(source, wanted)
+def main(split: str = "held_out", rows: str = "8") -> None:
+    """Prints some rows."""
+    chance = random.Random(0)
+    for _ in range(counted(rows)):
+        row = structured(chance, split)
         print(row.question, row.answer, sep="\n-> ", end="\n\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

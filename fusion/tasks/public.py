@@ -12,14 +12,13 @@ import hashlib
 import json
 import random
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fusion.checkpoint import cache_folder, read_json, read_lines, write_json
 from fusion.data import ChatExample, chat, split_of
-from fusion.errors import UserError
+from fusion.errors import UserError, counted, run_main
 from fusion.progress import track
 from fusion.sandbox import run_python
 from fusion.sections.data import DataSource
@@ -278,8 +277,14 @@ READERS: dict[str, Callable[[Path, DataSource, str], list[ChatExample]]] = {
 }
 
 
-if __name__ == "__main__":
-    form, place, part, count = sys.argv[1:5]
-    given = DataSource.model_validate({"path": place, "form": form, "split": part, "rows": int(count)})
-    for example in READERS[form](Path(place), given, form)[: int(count)]:
+def main(form: str, path: str, split: str, rows: str) -> None:
+    """Prints the first rows."""
+    if form not in READERS:
+        raise UserError(f"there is no form '{form}': name one of {', '.join(READERS)}")
+    given = DataSource.model_validate({"path": path, "form": form, "split": split, "rows": counted(rows)})
+    for example in READERS[form](Path(path), given, form)[: given.rows]:
         print(json.dumps(example.messages, ensure_ascii=False, indent=1))
+
+
+if __name__ == "__main__":
+    run_main(main)

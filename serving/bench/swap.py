@@ -26,12 +26,13 @@ from typing import Any
 
 from rich.table import Table
 
+from fusion.architecture import GATES_FILE
 from fusion.errors import UserError, run_main
 from fusion.progress import console
 from fusion.recipe_file import load_recipe
 from serving.ask import engine_settings, guard_settings
 from serving.client import chat
-from serving.serve import GATES_FILE, RunningServer, running_server
+from serving.serve import RunningServer, running_server
 from serving.swap import swap_gates
 
 PAUSE_S = 1.0  # between two swaps

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
 from fusion.adapter import Adapter
-from fusion.architecture import MLP_PARTS, expert_tensor, is_mlp
+from fusion.architecture import MANIFEST, MLP_PARTS, expert_tensor, is_mlp
 from fusion.checkpoint import Checkpoint, write_json
 from fusion.errors import UserError
-from fusion.merge import MANIFEST, merge
+from fusion.merge import merge
 from fusion.reader import Reader
 from fusion.recipe import Recipe
 from fusion.sources import ModelSource

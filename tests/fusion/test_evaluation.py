@@ -15,6 +15,7 @@ from fusion.checkpoint import Checkpoint
 from fusion.data import chat
 from fusion.encoding import encode, load_tokenizer
 from fusion.evaluation.baselines import embedding_gates, hidden_gates, random_gates
+from fusion.evaluation.evaluate import ROWS, Figures, _mean_scores
 from fusion.evaluation.intervals import difference, mean_interval, retained_share
 from fusion.evaluation.table import _anchoring, _moved
 from fusion.layers import checkpoint_gates
@@ -123,3 +124,15 @@ def test_shares_of_an_answer_are_what_transformers_routes(
     place_gates(model, {layer: torch.zeros_like(gate) for layer, gate in gates.items()})
     with torch.no_grad():
         assert not torch.allclose(model(torch.tensor([encoded.ids])).logits, output.logits)
+
+
+def test_mean_scores_are_of_all_rows_and_of_the_baselines_rows_apart() -> None:
+    """Columns on other rows are not compared: the first rows of a domain may be the easy ones."""
+    long, short = Figures([1.0, 0.0, 0.0, 0.0]), Figures([1.0, 0.0])
+    figures = {row: {"math": short if row in ("fused_random", "fused_hidden") else long} for row in ROWS}
+    whole, fewer = _mean_scores(figures, {"math": [chat("1?", "1", "math")] * 2})
+    assert whole["rows"] == {"math": 4} and whole["scores"] == dict.fromkeys(
+        ("anchor", "own_expert", "fused_trained"), 0.25
+    )
+    assert fewer["rows"] == {"math": 2} and fewer["scores"] == dict.fromkeys(ROWS, 0.5)
+    assert len(_mean_scores({row: {"math": long} for row in ROWS}, {"math": [chat("1?", "1", "math")] * 4})) == 1

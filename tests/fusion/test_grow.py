@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fusion import grow, road
-from fusion.architecture import gate_tensor
+from fusion.architecture import GATES_FILE, MANIFEST, gate_tensor
 from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json
 from fusion.errors import UserError
 from fusion.grow import add_expert, remove_expert
 from fusion.layers import LayerStream, checkpoint_gates, gated, make_batches
-from fusion.merge import GATES_FILE, MANIFEST, gates_are_trained, merge
+from fusion.merge import gates_are_trained, merge
 from fusion.recipe import Recipe
 from fusion.steps import is_current
 from fusion.verify import verify

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from fusion import kept_gates, road
+from fusion.architecture import GATES_FILE, MANIFEST
 from fusion.checkpoint import file_hash, read_json
 from fusion.errors import UserError
 from fusion.kept_gates import REPORTS, is_rolled_back
-from fusion.merge import GATES_FILE, MANIFEST
 from fusion.recipe import Recipe
 from fusion.steps import step_hash
 from fusion.verify import verify

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fusion import merge as merge_module
 from fusion import road
-from fusion.architecture import expert_tensor, is_mlp, layer_of, shared_expert_tensor
+from fusion.architecture import GATES_FILE, MANIFEST, expert_tensor, is_mlp, layer_of, shared_expert_tensor
 from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json, write_json
 from fusion.errors import UserError
-from fusion.merge import GATES_FILE, MANIFEST, _looked_at, merge
+from fusion.merge import _looked_at, merge
 from tests.families import byte_tokenizer, write_model
 from tests.recipes import make_recipe
 

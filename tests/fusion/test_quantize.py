@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from fusion.architecture import GATES_FILE, MANIFEST
 from fusion.checkpoint import Checkpoint, file_hash, read_json, write_json
 from fusion.encoding import encode, load_tokenizer
 from fusion.errors import UserError
@@ -21,7 +22,7 @@ from fusion.evaluation.answer_loss import answer_losses
 from fusion.evaluation.evaluate import held_out_rows
 from fusion.headers import tensor_places
 from fusion.layers import checkpoint_gates, gated, make_batches
-from fusion.merge import GATES_FILE, MANIFEST, merge, record_gates
+from fusion.merge import merge, record_gates
 from fusion.quantization import environment, needs
 from fusion.quantization.environment import NOTE, environment_folder, environment_python, wheel_options
 from fusion.quantization.job import run_job

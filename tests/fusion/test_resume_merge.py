@@ -16,10 +16,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fusion import merge as merging
+from fusion.architecture import MANIFEST
 from fusion.checkpoint import file_hash, read_json, write_json
 from fusion.cli import main
 from fusion.errors import UserError
-from fusion.merge import MANIFEST, merge
+from fusion.merge import merge
 from fusion.recipe import Recipe
 from fusion.resumable import JOURNAL
 from fusion.road import fused_folder

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fusion import merge as merge_module
-from fusion.architecture import expert_tensor, gate_tensor
+from fusion.architecture import GATES_FILE, MANIFEST, expert_tensor, gate_tensor
 from fusion.checkpoint import INDEX, Checkpoint, file_hash, read_json, write_json
 from fusion.cli import app
 from fusion.errors import UserError
 from fusion.layers import checkpoint_gates
-from fusion.merge import GATES_FILE, MANIFEST, merge, record_gates
+from fusion.merge import merge, record_gates
 from fusion.verify import verify
 from gate_training.trainer import install_gates
 from tests.families import write_model

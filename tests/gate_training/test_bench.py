@@ -80,7 +80,7 @@ def test_evaluated_from_disk_the_figures_are_the_same(path: Path) -> None:
         for row in ROWS:
             found = spread_out["domains"][name][row]
             assert found["loss"] == pytest.approx(domain[row]["loss"], rel=1e-5)
-            assert found["exact_match"] == domain[row]["exact_match"]
+            assert found["score"] == domain[row]["score"]
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_models_that_are_left(

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from fusion import road
+from fusion.architecture import GATES_FILE
 from fusion.checkpoint import Checkpoint, file_hash, read_json, write_lines
 from fusion.data import ChatExample, chat
 from fusion.encoding import encode_batches, load_tokenizer
 from fusion.errors import UserError
-from fusion.merge import GATES_FILE
 from fusion.recipe import Recipe
 from fusion.served import routed_weight
 from gate_training.examples import routing_data

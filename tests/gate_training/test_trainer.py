@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fusion import road
-from fusion.architecture import gate_tensor
+from fusion.architecture import GATES_FILE, gate_tensor
 from fusion.checkpoint import Checkpoint, file_hash, read_json
 from fusion.data import chat
 from fusion.encoding import encode, encode_batches, load_tokenizer
 from fusion.errors import UserError
 from fusion.layers import Batch, Gates, Layer, LayerStream, checkpoint_gates, gated
-from fusion.merge import GATES_FILE, merge
+from fusion.merge import merge
 from fusion.recipe import Recipe
 from fusion.router import place_gates
 from gate_training import trainer

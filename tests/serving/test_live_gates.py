@@ -14,11 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fusion import road
-from fusion.architecture import gate_tensor
+from fusion.architecture import GATES_FILE, gate_tensor
 from fusion.checkpoint import Checkpoint, link_file
 from fusion.errors import UserError
 from fusion.layers import Gates, checkpoint_gates
-from fusion.merge import GATES_FILE, merge, record_gates, write_gates
+from fusion.merge import merge, record_gates, write_gates
 from fusion.recipe import Recipe
 from gate_training.trainer import install_gates
 from serving.ask import STATE, engine_settings
