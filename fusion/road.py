@@ -419,14 +419,16 @@ def evaluate_long(recipe: Recipe, force: bool = False) -> dict[str, Any]:
 
 def ask_samples(recipe: Recipe, force: bool = False) -> list[dict[str, Any]]:
     """Asks the recipe's sample questions of a server that is started for them and stopped again."""
-    from serving.ask import ask_all
+    from serving.ask import ask_all, ready_folder
 
     path = recipe.folder / "answers.json"
 
     def action() -> None:
         write_json(path, ask_all(recipe, recipe.serving.questions, reuse=False))
 
-    step = Step("ask", [recipe.serving, recipe.name], _checkpoint_files(fused_folder(recipe)), [path], action)
+    asked = recipe.serving.model_dump(mode="json", exclude={"host", "port"})
+    fused_folder(recipe)  # put back first where a kill has left it aside
+    step = Step("ask", [asked, recipe.name], _checkpoint_files(ready_folder(recipe)), [path], action)
     run_step(step, recipe.folder, force)
     answers: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return answers

@@ -243,7 +243,7 @@ class _Checks:
 
 
 def _read(path: Path, places: dict[str, TensorPlace], checks: _Checks, advance: Callable[[int], Any]) -> str:
-    """Reads a file from its begin to its end, `checks` looking on; its SHA-256."""
+    """Reads a file from beginning to end, `checks` looking on; its SHA-256."""
     digest = hashlib.sha256()
     in_order = sorted(places.items(), key=lambda item: item[1].begin)
     first = in_order[0][1].begin if in_order else path.stat().st_size

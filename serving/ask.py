@@ -27,10 +27,7 @@ STATE = "server.json"
 
 def engine_settings(recipe: Recipe) -> EngineSettings:
     """The recipe's serving section as vLLM's settings. Raises UserError where nothing has been merged yet."""
-    folder, serving = served_folder(recipe), recipe.serving
-    if not (folder / "config.json").is_file():
-        first = "quantize" if serving.checkpoint else "run"
-        raise UserError(f"{folder} does not exist yet: run `qwen-fusion {first}` first")
+    folder, serving = ready_folder(recipe), recipe.serving
     if _gates_are_random(folder):
         note = f"the gates in {folder} are random ones, and so are its answers: `qwen-fusion train-gates` comes first"
         console.print(f"[yellow]{note}[/yellow]", highlight=False, soft_wrap=True)
@@ -58,6 +55,15 @@ def engine_settings(recipe: Recipe) -> EngineSettings:
 def served_folder(recipe: Recipe) -> Path:
     """The folder of the checkpoint that is served."""
     return Path(recipe.serving.checkpoint).expanduser() if recipe.serving.checkpoint else recipe.fused
+
+
+def ready_folder(recipe: Recipe) -> Path:
+    """The folder of the checkpoint that is served. Raises UserError where there is none yet."""
+    folder = served_folder(recipe)
+    if not (folder / "config.json").is_file():
+        first = "quantize" if recipe.serving.checkpoint else "run"
+        raise UserError(f"{folder} does not exist yet: run `qwen-fusion {first}` first")
+    return folder
 
 
 def _gates_are_random(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from fusion.sections.section import NAME, Section
 from fusion.sections.training import AnchoringSettings, BranchSettings, PretrainSettings, Steps
 
 SharedMethod = Literal["anchor", "mean", "multislerp", "karcher", "regmean"]
+PARTS = ("attention", "norms", "embeddings", "head")
 
 
 class AnchorModel(Section):
@@ -62,9 +63,15 @@ class SharedParts(Section):
     max_length: int = Field(1024, gt=0)
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _something_to_choose(self) -> "SharedParts":
+        if self.method == "auto" and all(self.methods("anchor")[part] == getattr(self, part) for part in PARTS):
+            raise ValueError("method 'auto' has nothing to choose where every part names its own: leave it out")
+        return self
+
     def methods(self, method: SharedMethod) -> dict[str, SharedMethod]:
         """The method of every part, `method` for those that name none."""
-        return {part: getattr(self, part) or method for part in ("attention", "norms", "embeddings", "head")}
+        return {part: getattr(self, part) or method for part in PARTS}
 
     @property
     def is_anchor(self) -> bool:

@@ -41,7 +41,7 @@ HELD_BACK = 5  # one of so many chooses the L2 penalty
 
 
 def held_back(labels: torch.Tensor, every: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Marks every fifth conversation of each label, and the fives of every so-manieth, `(rows,)`, in their order."""
+    """Marks every fifth conversation of each label, and those within one block of five in `every`: both `(rows,)`."""
     place = torch.zeros_like(labels)
     for label in labels.unique():
         place[labels == label] = torch.arange(int((labels == label).sum()))
