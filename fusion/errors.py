@@ -1,12 +1,19 @@
 """What a user did wrong, in one sentence; the command line prints it and exits with 2."""
 
 import inspect
+import subprocess
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
     """A mistake the user can mend: what was found, where, and what to do. Never shown with a traceback."""
+
+
+def last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line that a child printed before it failed, or by what it ended."""
+    said = (done.stderr or done.stdout).strip().splitlines()
+    return said[-1] if said else f"it ended with {done.returncode} and said nothing"
 
 
 def counted(given: str) -> int:

@@ -21,6 +21,7 @@ from fusion.evaluation.intervals import Interval, difference
 from fusion.evaluation.ways import Way, gates_step, held_out, own_gates, ways
 from fusion.healed import as_merged
 from fusion.progress import console
+from fusion.provenance import made
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from fusion.road import fused_folder, unhealed_folder
@@ -45,7 +46,8 @@ def compare(recipe: Recipe) -> tuple[dict[str, list[Nats]], list[str]]:
         for way in ways(recipe, rows, folder):
             file = folder_of(recipe, "losses") / f"{way.name.replace(', ', '-').replace(' ', '_')}.json"
             measure = partial(_keep, file, way, rows.domains)
-            run_step(Step(way.name, [digest, rows.picked], way.inputs, [file], measure), recipe.folder)
+            parts = [digest, rows.picked, *way.settings]
+            run_step(Step(way.name, parts, way.inputs, [file], measure), recipe.folder)
             found[way.name] = [tuple(row) for row in read_json(file)]
     return found, rows.domains
 
@@ -102,7 +104,8 @@ def main(*given: str) -> None:
     recipe = load_recipe(arguments.recipe, arguments.set)
     found, domains = compare(recipe)
     table = markdown(found, domains, own_gates(recipe.routing.top_k))
-    write_json(folder_of(recipe, "losses.json"), {"domains": domains, "nats and tokens by row": found})
+    figures = {"recipe": recipe.name, "domains": domains, "nats and tokens by row": found}
+    write_json(folder_of(recipe, "losses.json"), figures | {"seed": recipe.evaluation.seed, "made": made()})
     write_text(folder_of(recipe, "losses.md"), table)
     console.print(table, highlight=False, soft_wrap=True)
 

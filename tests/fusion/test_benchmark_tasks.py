@@ -2,16 +2,25 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import yaml
 
-from fusion.data import chat
+from fusion.data import ChatExample, chat
 from fusion.errors import UserError
 from fusion.evaluation import harness
 from fusion.evaluation.benchmark_data import write_split
-from fusion.evaluation.harness import TaskFile, known_groups, known_tasks, load_tasks, rows_of, task_files
+from fusion.evaluation.harness import (
+    TaskFile,
+    known_groups,
+    known_tasks,
+    load_tasks,
+    question_of,
+    rows_of,
+    task_files,
+)
 from fusion.evaluation.harness_metrics import (
     CodeEval,
     example_of,
@@ -43,7 +52,15 @@ def prepared(tmp_path: Path, group: str) -> tuple[Recipe, list[TaskFile]]:
     """A recipe with local copies of the benchmark (no more than a row), and its task files."""
     given = yaml.load((harness.CONFIGS / f"{group}.yaml").read_text(), Loader=harness._Plain)
     rows: dict[str, Any] = {
-        "json_lines": {"question": "1+1?", "answer": "#### 2", "prompt": "def f():\n", "test": "", "entry_point": "f"},
+        "json_lines": {
+            "question": "1+1?",
+            "answer": "#### 2",
+            "prompt": "def f():\n",
+            "test": "",
+            "entry_point": "f",
+            "problem": "Find x.",
+            "solution": r"$\boxed{1}$",
+        },
         "ifeval": {"key": 1, "prompt": "p", "instruction_id_list": ["en:punctuation:no_comma"], "kwargs": [{}]},
         "mbpp": {"task_id": 11, "text": "Add.", "test_list": ["assert True"] * 3, "code": "pass"},
     }
@@ -90,6 +107,32 @@ def test_task_files_are_upstreams_tasks_with_other_data(
         assert {k: v for k, v in ours.items() if k not in said} == {k: v for k, v in theirs.items() if k not in said}
         for path in ours["dataset_kwargs"]["data_files"].values():
             assert Path(path).is_file()
+
+
+@pytest.mark.parametrize(
+    ("group", "asked"),
+    [
+        ("humaneval", "Write a solution to the following problem"),
+        ("mbpp", "assert True"),
+        ("mgsm", "Wie viel?"),
+        ("hendrycks_math500", "Find x."),
+    ],
+)
+def test_a_router_sees_what_a_model_is_asked(tmp_path: Path, group: str, asked: str) -> None:
+    """Not a column of the row: the instruction, the tests and the choices say what kind of question it is."""
+    _, tasks = prepared(tmp_path, group)
+    loaded = load_tasks(tasks[:1])
+    [task] = loaded.objects.values()
+    assert asked in question_of(task, task.eval_docs[0])
+
+
+def test_of_a_conversation_a_router_sees_the_last_question() -> None:
+    turns = [{"role": r, "content": c} for r, c in (("system", "Be brief."), ("user", "1?"), ("assistant", "1"))]
+    packed = row_of(chat("2?", "2", "math"))["prompt"]
+    example = ChatExample(messages=(*turns, *chat("2?", "2", "math").messages), domain="math")
+    whole = row_of(example)["prompt"]
+    assert whole != packed
+    assert [question_of(SimpleNamespace(doc_to_text=str), doc) for doc in (packed, whole)] == ["2?", "2?"]
 
 
 def test_a_domains_group_is_its_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +202,11 @@ ROWS_OF: dict[
         "def f(x):\n    return x\n```",
     ),
     "humaneval": (
-        {"prompt": "def f(x):\n", "test": "def check(g):\n    assert g(1) == 2", "entry_point": "f"},
+        {
+            "prompt": "def f(x):\n",
+            "test": "def check(g):\n    assert g(1) == 2",
+            "entry_point": "f",
+        },
         "    return x + 1\n```",
         "    return x\n```",
     ),

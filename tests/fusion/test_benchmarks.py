@@ -90,7 +90,7 @@ def test_scores_are_those_of_greedy_answers(tmp_path: Path, anchor: Path, anchor
             golden = sum(a.strip() == w.strip() for a, w in zip(answers, wanted, strict=True)) / len(wanted)
             assert row["scores"][column]["value"] == golden, (name, column)
         assert row["scores"]["fused"]["value"] >= 0.5 and row["rows"] == 4
-    assert result["versions"].keys() >= {"lm-eval", "qwen-fusion"} and result["seed"] == 0
+    assert result["made"]["versions"].keys() >= {"lm-eval", "qwen-fusion"} and result["seed"] == 0
     logged = (recipe.folder / "benchmark" / "samples" / "fused" / "own_math.jsonl").read_text().split("\n")
     assert [json.loads(line)["doc_id"] for line in logged if line] == [0, 1, 2, 3]
     assert (recipe.folder / "benchmark" / "benchmark.png").stat().st_size > 1000
@@ -135,7 +135,7 @@ def test_a_task_for_several_experts_is_compared_with_the_best_and_with_a_router(
     data["domains"]["general"]["rules"] = [{"words": ["who", "where"]}]
     recipe = Recipe.model_validate(data)
     task = TaskFile("mixed", "mixed", "math", "score", None, tmp_path, mixed=True)
-    asked = SimpleNamespace(eval_docs=[{"question": question} for question in QUESTIONS])
+    asked = SimpleNamespace(eval_docs=QUESTIONS, doc_to_text=lambda question: question)
     loaded = harness.Loaded(None, {"mixed": asked}, {"mixed": task})
     picked = picked_experts(recipe, loaded, {"mixed": list(ROWS)})
     assert list(picked["mixed"].values()) == ["math", "general", "math", "math", "general", "math"]

@@ -16,13 +16,18 @@ from fusion.branch import train_expert
 from fusion.checkpoint import Checkpoint, file_hash, read_json
 from fusion.data import load_examples
 from fusion.errors import UserError
+from fusion.evaluation.alternatives import compare
+from fusion.evaluation.answer_loss import by_domain
+from fusion.evaluation.dense import DENSE
+from fusion.evaluation.ways import held_out, own_gates, ways
 from fusion.heal import ROWS
-from fusion.healed import is_healed
+from fusion.healed import as_merged, is_healed
 from fusion.merge import gates_are_trained, merge
 from fusion.recipe import Recipe
 from fusion.sections.data import DataSource
 from fusion.sections.fusing import Loading
 from fusion.sections.training import BranchSettings, HealSettings
+from gate_training.trainer import METHODS
 from tests.conftest import DOMAINS
 from tests.recipes import make_recipe
 
@@ -238,3 +243,17 @@ def test_healed_gates_are_not_rolled_back(recipe: Recipe) -> None:
     road.heal(recipe)
     road.train_gates(recipe)  # skipped, and healing stays
     assert is_healed(recipe.fused)
+
+
+def test_the_healed_model_is_measured_beside_its_merge(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    """The other ways are of the merge as it was, and all of them are kept."""
+    road.heal(recipe)
+    found, domains = compare(recipe)
+    healed, merged = (by_domain(found[way], domains) for way in ("fused, healed", own_gates(recipe.routing.top_k)))
+    assert sum(healed.values()) < sum(merged.values())
+    with as_merged(recipe.fused, recipe.folder / "unhealed") as folder:
+        [again] = [way for way in ways(recipe, held_out(recipe), folder) if way.name == own_gates(recipe.routing.top_k)]
+        assert again.measure() == found[again.name]
+    capsys.readouterr()
+    assert compare(recipe) == (found, domains)
+    assert capsys.readouterr().err.count("unchanged, skipped") == len(found) + len(DENSE) + len(METHODS)

@@ -14,12 +14,26 @@ import pytest
 
 from fusion.data import load_examples
 from fusion.encoding import load_tokenizer
+from fusion.errors import UserError
 from fusion.merge import merge
 from fusion.recipe import Recipe
+from fusion.recipe_file import load_recipe
+from serving.bench.traffic import __main__ as traffic
 from serving.bench.traffic import sides
-from serving.bench.traffic.__main__ import Round, _picked, _ratios, _with_top
+from serving.bench.traffic.__main__ import Round, _check_room, _picked, _rates, _ratios, _with_top
+from serving.bench.traffic.load import KEPT
 from serving.bench.traffic.router import expert_of, question_of
-from serving.bench.traffic.sides import PLACEMENTS, _placed, fused, lora, router, separate, total_memory, weight_bytes
+from serving.bench.traffic.sides import (
+    PLACEMENTS,
+    Side,
+    _placed,
+    fused,
+    lora,
+    router,
+    separate,
+    total_memory,
+    weight_bytes,
+)
 from serving.bench.traffic.trace import BURST, LEAST, MOST, trace, write
 from serving.engine import EngineSettings, Hardware, detect_hardware, engine_arguments
 from tests.recipes import make_recipe, recipe_data
@@ -159,6 +173,64 @@ def test_every_side_has_the_same_memory(
             assert side.weights + sum(settings.kv_cache_bytes or 0 for settings in started) == memory
 
 
+def test_a_benchmark_that_was_stopped_measures_what_is_left(
+    tmp_path: Path,
+    anchor: Path,
+    anchored_experts: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Side by side, round by round; the ratios are of all rounds, and of another machine nothing is taken over."""
+    data = recipe_data(tmp_path, anchor, anchored_experts)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(data))
+    merge(load_recipe(path))
+    started: list[str] = []
+    left = [4]  # sides until it is killed
+
+    def way(name: str) -> Any:
+        @contextmanager
+        def begin(*given: Any) -> Iterator[Side]:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            started.append(name)
+            said = f"separate, {given[3]}" if name == "separate" else {"lora": "anchor with LoRA adapters"}.get(name)
+            yield Side(said or name, "http://127.0.0.1:1", name, 10, 100)
+
+        return begin
+
+    for name in ("fused", "lora", "separate", "alone"):
+        monkeypatch.setattr(traffic, name, way(name))
+    monkeypatch.setattr(traffic, "drive", lambda *_, **__: dict.fromkeys(KEPT, 2.0))
+    command = (str(path), "--requests", "6", "--rounds", "2", "--rates", "1,2", "--placements", "1")
+    with pytest.raises(KeyboardInterrupt):
+        traffic.main(*command)
+    assert started == ["fused", "lora", "separate", "alone"]
+    left[0] = 100
+    traffic.main(*command)
+    assert started[4:] == ["alone", "alone", "separate", "lora", "fused", *["alone"] * 3]  # the second round backwards
+    ratios = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert ratios.keys() == RATIOS and set(ratios.values()) == {1.0}
+    traffic.main(*command)
+    assert len(started) == 12  # all is there
+    monkeypatch.setattr(traffic, "made", lambda: {"processor": "another"})
+    traffic.main(*command)
+    assert len(started) == 24
+
+
+@pytest.mark.parametrize("rates", ["", "0", "1,-2", "fast", "inf"])
+def test_rates_are_numbers_of_arrivals(rates: str) -> None:
+    with pytest.raises(UserError, match="--rates"):
+        _rates(rates)
+
+
+def test_sides_that_the_machine_cannot_hold_are_refused(recipe: Recipe) -> None:
+    _check_room(recipe, 10**6)
+    with pytest.raises(UserError, match="--kv-mb"):
+        _check_room(recipe, 10**15)
+
+
 @pytest.mark.parametrize("cores", [(0,), (0, 1), (0, 1, 2, 3)])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_engines_are_placed_on_cores_that_are_there(placement: str, cores: tuple[int, ...]) -> None:
@@ -220,3 +292,12 @@ def test_ratios_are_of_the_measured_figures() -> None:
 
 
 NOT_COUNTED = {"mean_e2el_ms": 1e9, "p95_e2el_ms": 1e9}
+RATIOS = {
+    "mean_latency_vs_separate",
+    "p95_latency_vs_separate",
+    "throughput_vs_separate",
+    "memory_vs_separate",
+    "mean_latency_vs_lora",
+    "decode_top1_vs_dense",
+    "decode_top2_vs_dense",
+}

@@ -3,10 +3,11 @@
     make bench-traffic                                     # the demo family (after make demo)
     python -m serving.bench.traffic RECIPE --rates 0.5,1,2
 
-All sides get the same memory for weights and KV cache together, the same requests (trace.py), the same arrivals (vLLM's
-load generator, open loop); the separate engines the best of three core placements, for each figure its own. Then the
-fused model with one and two experts a token beside one dense expert in the same engine. Every other round goes through
-them backwards, so that a machine that gets slower favours nobody. What is measured is kept side by side: the same
+All sides get the same memory for weights and KV cache together, the same requests (trace.py; answers of 8 to 128
+tokens), the same arrivals (vLLM's load generator, open loop), the same router before them; the separate engines the
+best of three core placements, for each figure its own. Then the fused model with one and two experts a token beside one
+dense expert, asked directly, in the same engine. Every other round goes through them backwards, so that a machine that
+gets slower favours nobody. What is measured is kept side by side: the same
 command goes on where it was stopped (`--again` does not). The last line is one JSON object: geometric means over loads
 and rounds.
 """
@@ -15,6 +16,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -24,19 +26,22 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+
 from fusion.checkpoint import read_json, read_lines, weight_stamps, write_json
 from fusion.encoding import load_tokenizer
 from fusion.errors import UserError, run_main
-from fusion.evaluation.benchmarks import made
-from fusion.plan.budget import kv_bytes_per_token
+from fusion.evaluation.adapters import LORA_RANK
+from fusion.plan.budget import kv_bytes_per_token, planned_dtype
 from fusion.progress import console
+from fusion.provenance import made
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from fusion.resumable import claim, noted, release
 from fusion.sources import anchor_source, expert_sources
 from gate_training.labelling.combine import whole_experts
 from serving.bench.traffic.load import drive
-from serving.bench.traffic.sides import PLACEMENTS, Side, fused, lora, separate, total_memory
+from serving.bench.traffic.sides import PLACEMENTS, Side, alone, fused, lora, separate, served, total_memory
 from serving.bench.traffic.trace import ORDERS, trace, write
 from serving.engine import detect_hardware
 
@@ -76,15 +81,16 @@ def main(*given: str) -> None:
     folder: Path = arguments.folder or recipe.folder / "traffic"
     folder.mkdir(parents=True, exist_ok=True)
     rates = _rates(arguments.rates)
-    if min(arguments.placements, arguments.requests, arguments.rounds) < 1:
-        raise UserError("--placements, --requests and --rounds are greater than 0")
-    kv_bytes = arguments.kv_mb * 2**20 if arguments.kv_mb else _two_sequences(recipe)
+    if min(arguments.placements, arguments.requests, arguments.rounds, arguments.kv_mb or 1) < 1:
+        raise UserError("--placements, --requests, --rounds and --kv-mb are greater than 0")
+    kv_bytes = _two_sequences(recipe) if arguments.kv_mb is None else arguments.kv_mb * 2**20
     requests = _requests(recipe, arguments.requests, folder)
     picked = _picked(recipe, requests, folder / "picked.json")
     memory = total_memory(recipe, kv_bytes)
+    _check_room(recipe, memory)
     placements = PLACEMENTS[: arguments.placements] if not detect_hardware().gpus else PLACEMENTS[:1]
     sides: dict[str, Callable[[], AbstractContextManager[Side]]] = {
-        "fused": lambda: fused(recipe, memory, folder),
+        "fused": lambda: fused(recipe, memory, folder, picked),
         "lora": lambda: lora(recipe, memory, folder, picked),
         **{f"separate-{n}": partial(separate, recipe, kv_bytes, folder, p, picked) for n, p in enumerate(placements)},
     }
@@ -108,10 +114,11 @@ def main(*given: str) -> None:
 
 
 def _key(recipe: Recipe, requests: dict[str, Path], rates: list[float], memory: int, placements: Sequence[str]) -> str:
-    """Tells that what was measured is of other models, requests or settings."""
+    """Tells that what was measured is of other models, requests or settings, or on another machine."""
     paths = [recipe.fused, *(path for source in expert_sources(recipe) for path in source.paths)]
     texts = [path.read_text(encoding="utf-8") for path in requests.values()]
     told = [recipe.serving.model_dump(mode="json"), list(map(weight_stamps, paths)), texts, rates, memory, placements]
+    told += [LORA_RANK, {key: value for key, value in made().items() if key not in ("date", "command")}]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
@@ -153,7 +160,21 @@ def _rates(text: str) -> list[float]:
 def _two_sequences(recipe: Recipe) -> int:
     """Bytes of KV cache for two sequences of max_model_len, at least LEAST_KV."""
     config = read_json(anchor_source(recipe).folder / "config.json")
-    return max(LEAST_KV, 2 * recipe.serving.max_model_len * kv_bytes_per_token(config, 1, "float32"))
+    dtype = served(recipe, planned_dtype(config))
+    return max(LEAST_KV, 2 * recipe.serving.max_model_len * kv_bytes_per_token(config, 1, dtype))
+
+
+def _check_room(recipe: Recipe, memory: int) -> None:
+    """Raises UserError where the machine has not the memory that every side takes."""
+    cards = torch.cuda.device_count() if detect_hardware().gpus else 0
+    sizes = [torch.cuda.get_device_properties(card).total_memory for card in range(cards)]
+    room = sum(sizes[: recipe.serving.tensor_parallel_size]) * recipe.serving.gpu_memory_utilization
+    room = room if cards else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if memory > room:
+        raise UserError(
+            f"every side takes {memory / 1e9:.1f} GB for weights and KV cache, and there are {room / 1e9:.1f}: give "
+            "less KV cache with --kv-mb, lower serving.max_model_len, or name fewer experts"
+        )
 
 
 def _requests(recipe: Recipe, count: int, folder: Path) -> dict[str, Path]:
@@ -188,7 +209,7 @@ def _decode(recipe: Recipe, memory: int, folder: Path, name: str, model: Path) -
     tokenizer = load_tokenizer(recipe.fused)
     rows = [row | {"output_tokens": DECODED} for row in trace(recipe, tokenizer, 2 * max(AT_ONCE), "evenly")]
     found = {}
-    with _with_top(model, name) as place, fused(recipe, memory, folder, place) as side:
+    with _with_top(model, name) as place, alone(recipe, memory, folder, place) as side:
         for at_once in AT_ONCE:
             path = write(folder / "decode.jsonl", rows[: max(8, 2 * at_once)])
             drive(side.url, side.model, recipe.fused, path, folder, at_once=at_once)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fusion.errors import UserError
+from fusion.errors import UserError, last_words
 
 PROGRAM = (
     "from vllm.benchmarks.serve import add_cli_args, main\n"
@@ -18,6 +18,7 @@ PROGRAM = (
     "add_cli_args(parser)\n"
     "main(parser.parse_args())\n"
 )
+REQUEST_SECONDS = 300  # one request alone takes less; an engine that takes more hangs
 KEPT = (
     *("mean_ttft_ms", "p95_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "p95_e2el_ms"),
     *("request_throughput", "output_throughput", "completed", "duration"),
@@ -57,12 +58,15 @@ def drive(
     ]
     if at_once is not None:
         arguments += ["--max-concurrency", str(at_once)]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, *arguments], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, *arguments]
+    limit = REQUEST_SECONDS * count + (0 if rate is None else count / rate)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{count} requests to {url} took over {limit:.0f} s: see vLLM's log in {folder}") from error
     result = folder / "load.json"
     if done.returncode or not result.is_file():
-        raise UserError(f"vLLM's load generator failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+        raise UserError(f"vLLM's load generator failed: {last_words(done)}")
     told: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     result.unlink()
     if told["completed"] != count:

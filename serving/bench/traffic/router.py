@@ -35,8 +35,9 @@ def question_of(body: dict[str, Any]) -> str:
 
 def expert_of(recipe: Recipe, question: str, picked: Mapping[str, str]) -> str:
     """The name of the expert that was `picked` for a question, or whose domain the rules say it is of."""
-    domain = label_by_rules(question, recipe.domains).domain
-    return picked.get(question) or recipe.experts[recipe.expert_of(domain)].name
+    if question in picked:
+        return picked[question]
+    return recipe.experts[recipe.expert_of(label_by_rules(question, recipe.domains).domain)].name
 
 
 def build_app(recipe: Recipe, targets: Targets, picked: Mapping[str, str]) -> web.Application:

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,12 @@ class Side:
 def weight_bytes(recipe: Recipe, folder: Path) -> int:
     """The size of a model's weights in the dtype in which vLLM will hold them."""
     stored = planned_dtype(read_json(folder / "config.json"))
-    stays = DTYPE_BYTES[_served(recipe, stored)] / DTYPE_BYTES[stored]
+    stays = DTYPE_BYTES[served(recipe, stored)] / DTYPE_BYTES[stored]
     return round(stays * sum(path.stat().st_size for path in folder.glob("*.safetensors")))
 
 
-def _served(recipe: Recipe, stored: str) -> str:
+def served(recipe: Recipe, stored: str) -> str:
+    """The dtype in which vLLM holds a checkpoint whose config says `stored`, and its KV cache."""
     return served_dtype(recipe.serving, stored, detect_hardware().bfloat16)
 
 
@@ -81,12 +82,20 @@ def _kv_tokens(engine: Engine) -> int:
 
 
 @contextmanager
-def fused(recipe: Recipe, memory: int, folder: Path, model: Path | None = None) -> Iterator[Side]:
-    """The fused checkpoint (or one that is laid out as it) in one engine, what its weights leave as KV cache."""
-    place = model or recipe.fused
-    weights = weight_bytes(recipe, place)
-    with Engine(_settings(recipe, place, "fused", memory - weights), folder / "vllm-fused.log") as engine:
+def alone(recipe: Recipe, memory: int, folder: Path, model: Path) -> Iterator[Side]:
+    """One model in one engine, asked directly, what its weights leave as KV cache."""
+    weights = weight_bytes(recipe, model)
+    with Engine(_settings(recipe, model, "fused", memory - weights), folder / "vllm-fused.log") as engine:
         yield Side("fused", engine.url, "fused", weights, _kv_tokens(engine))
+
+
+@contextmanager
+def fused(recipe: Recipe, memory: int, folder: Path, picked: Path | None = None) -> Iterator[Side]:
+    """The fused checkpoint in one engine, behind the router as the other sides are: what differs is what serves."""
+    with alone(recipe, memory, folder, recipe.fused) as side:
+        targets = {expert.name: (side.url, side.model) for expert in recipe.experts}
+        with router(recipe, targets, picked) as url:
+            yield replace(side, url=url, model="any")
 
 
 @contextmanager
@@ -126,7 +135,7 @@ def lora(recipe: Recipe, memory: int, folder: Path, picked: Path | None = None) 
     rank = max(LORA_RANK, adapter_rank(recipe))
     config = dense_config(read_json(anchor.folder / "config.json"))
     weights = weight_bytes(recipe, anchor.folder)  # vLLM keeps a slot of that rank for every adapter
-    weights += len(adapters) * lora_slot_bytes(config, 1, rank, DTYPE_BYTES[_served(recipe, config["dtype"])])
+    weights += len(adapters) * lora_slot_bytes(config, 1, rank, DTYPE_BYTES[served(recipe, config["dtype"])])
     more: dict[str, Any] = {"lora_modules": tuple((n, str(a)) for n, a in adapters.items()), "max_lora_rank": rank}
     with ExitStack() as stack:
         settings = _settings(recipe, anchor.folder, "anchor", memory - weights, **more)
