@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from fusion.adapter import Adapter
 from fusion.architecture import is_mlp, is_qkv_bias, layer_of, part_of
-from fusion.checkpoint import read_json
 from fusion.errors import UserError
-from fusion.headers import TensorPlace, read_part, tensor_places
+from fusion.headers import TensorPlace
+from fusion.source_weights import Weights
 from fusion.sources import ModelSource
 
 GROUPS = ("attention", "norms", "embeddings", "head", "mlp")
@@ -67,37 +66,6 @@ class Difference:
         return layer_of(self.name)
 
 
-class Weights:
-    """The tensors of a source in any part, by their places in its files.
-
-    Raises UserError where a file is missing or broken, or the adapter belongs to another base.
-    """
-
-    def __init__(self, source: ModelSource):
-        self.source, self.places = source, tensor_places(source.folder)
-        self.adapter = Adapter(source.adapter) if source.adapter else None
-        if self.adapter:
-            self.adapter.check_base({name: place.shape for name, place in self.places.items()})
-        tied = read_json(source.folder / "config.json").get("tie_word_embeddings")
-        self.names = [name for name in self.places if not (tied and name == "lm_head.weight")]
-        self._adapted = ("", torch.empty(0))  # the tensor last read with the adapter's update, flat
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all its tensors."""
-        return sum(self.places[name].nbytes for name in self.names)
-
-    def part(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Elements `begin` to `end` of tensor `name`, flat, in its own dtype."""
-        if not self.adapter or name not in self.adapter.targets:
-            return read_part(self.places[name], begin, end)
-        if self._adapted[0] != name:
-            place = self.places[name]
-            weight = read_part(place, 0, math.prod(place.shape)).view(place.shape)
-            self._adapted = (name, self.adapter.apply(name, weight).flatten())
-        return self._adapted[1][begin:end]
-
-
 def moved_by_group(anchor: ModelSource, expert: ModelSource) -> dict[str, Moved]:
     """The groups of GROUPS that the anchor has (no head of its own where it is tied to the embeddings).
 
@@ -106,7 +74,7 @@ def moved_by_group(anchor: ModelSource, expert: ModelSource) -> dict[str, Moved]
     """
     ours = Weights(anchor)
     if anchor.paths == expert.paths:  # an expert that is the anchor: nothing to read
-        return {group: Moved(0.0, 1.0) for group in _in_order({group_of(name) for name in ours.names})}
+        return {group: Moved(0.0, 1.0) for group in _in_order({group_of(name) for name in ours.names()})}
     found = []
     for (difference,) in differences(ours, [Weights(expert)]):
         for count, folder in ((difference.not_finite, expert.folder), (difference.anchor_not_finite, anchor.folder)):
@@ -127,8 +95,8 @@ def differences(
     Biases that a model lacks count as zeros; embeddings and heads of other vocabularies are compared where both have
     rows. `advance` hears of the bytes read. Raises UserError where an expert lacks another tensor or has another shape.
     """
-    names = dict.fromkeys(anchor.names)
-    names |= dict.fromkeys(name for expert in experts for name in expert.names if is_qkv_bias(name))
+    names = dict.fromkeys(anchor.names())
+    names |= dict.fromkeys(name for expert in experts for name in expert.names() if is_qkv_bias(name))
     for name in names:
         ours = _place(anchor, name, experts)
         sums = [torch.zeros(4, dtype=torch.float64) for _ in experts]
@@ -156,7 +124,7 @@ def sampled(anchor: ModelSource, expert: ModelSource) -> tuple[list[Difference],
     """
     ours, theirs = Weights(ModelSource("anchor", anchor.folder)), Weights(ModelSource(expert.name, expert.folder))
     found, read = [], 0
-    for name in ours.names:
+    for name in ours.names():
         place, other = ours.places[name], theirs.places.get(name)
         if is_mlp(name) or other is None or other.shape[1:] != place.shape[1:]:
             continue
@@ -224,7 +192,7 @@ def _place(weights: Weights, name: str, others: Sequence[Weights]) -> TensorPlac
     for held in [weights, *(others if is_qkv_bias(name) else ())]:
         if name in held.places:
             return held.places[name]
-    raise UserError(f"{weights.source.folder} has no tensor '{name}', which the anchor has")
+    raise weights.lacks(name)
 
 
 def _common(ours: TensorPlace, theirs: TensorPlace, expert: Weights, name: str) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.checkpoint import write_json, write_text, written_aside
-from fusion.drift import GROUPS, Difference, Weights, as_plain, by_group, chance, differences, strength
+from fusion.drift import GROUPS, Difference, as_plain, by_group, chance, differences, strength
 from fusion.errors import UserError
 from fusion.hub import resolve_model
 from fusion.plan.files import counted
@@ -21,6 +21,7 @@ from fusion.plan.models import describe, describe_anchor
 from fusion.progress import bytes_bar
 from fusion.recipe import Recipe
 from fusion.sections.fusing import Expert
+from fusion.source_weights import Weights
 from fusion.sources import ModelSource, trained_expert
 
 LIGHTEST, DARKEST = 1e-3, 1.0  # distances at the ends of the picture's scale

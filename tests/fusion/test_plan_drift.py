@@ -9,11 +9,12 @@ import torch
 
 from fusion import drift
 from fusion.checkpoint import write_json
-from fusion.drift import Weights, by_group, moved_by_group, sampled
+from fusion.drift import by_group, moved_by_group, sampled
 from fusion.plan.findings import Finding
 from fusion.plan.preflight import check
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
+from fusion.source_weights import Weights
 from fusion.sources import ModelSource, load_model
 from tests.families import write_model
 from tests.fusion.planning import change_config, change_tensors, errors, findings
