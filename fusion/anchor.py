@@ -28,6 +28,7 @@ from fusion.data import ChatExample
 from fusion.drift import Moved, moved_by_group
 from fusion.encoding import encode_batches
 from fusion.errors import UserError
+from fusion.evaluation.intervals import share_of_gain
 from fusion.headers import write_index
 from fusion.layers import Batch
 from fusion.progress import console
@@ -77,8 +78,7 @@ class AnchorResult:
         return {name: self._share(loss) for name, loss in self.starts.items()}
 
     def _share(self, loss: float) -> float | None:
-        gain = self.losses["anchor"] - _own(self.losses)
-        return (self.losses["anchor"] - loss) / gain if gain > 0 else None
+        return share_of_gain(self.losses["anchor"], loss, _own(self.losses))
 
 
 def _own(losses: Mapping[str, float]) -> float:

@@ -26,6 +26,7 @@ from fusion.checkpoint import Checkpoint, weight_stamps
 from fusion.data import ChatExample, choosing_rows, load_examples, trained_on
 from fusion.encoding import load_tokenizer
 from fusion.errors import UserError
+from fusion.evaluation.intervals import share_of_gain
 from fusion.healed import write_healed
 from fusion.layers import checkpoint_gates
 from fusion.merge import checkpoint_dtype
@@ -60,11 +61,11 @@ class HealResult:
     def retained_share(self, row: str) -> float | None:
         """(L_anchor - L_row) / (L_anchor - L_own) in the mean over the domains whose own expert gains anything."""
         anchor, own = self.figures["anchor"], self.figures["own_expert"]
-        shares = [
-            (anchor[name]["loss"] - found["loss"]) / (anchor[name]["loss"] - own[name]["loss"])
-            for name, found in self.figures[row].items()
-            if own[name]["loss"] < anchor[name]["loss"]
-        ]
+        found = (
+            share_of_gain(anchor[name]["loss"], figures["loss"], own[name]["loss"])
+            for name, figures in self.figures[row].items()
+        )
+        shares = [share for share in found if share is not None]
         return sum(shares) / len(shares) if shares else None
 
     def as_dict(self) -> dict[str, Any]:

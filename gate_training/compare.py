@@ -13,6 +13,7 @@ from fusion.data import gate_rows
 from fusion.encoding import load_tokenizer
 from fusion.evaluation.answer_loss import answer_losses
 from fusion.evaluation.baselines import embedding_gates, expert_prompts, hidden_gates, random_gates
+from fusion.evaluation.intervals import share_of_gain
 from fusion.layers import Gates, Route, forced, gated
 from fusion.reader import Reader
 from fusion.recipe import Recipe
@@ -81,5 +82,7 @@ def mean_loss(losses: Losses) -> float:
 
 def retained(losses: Losses, compared: dict[str, Losses]) -> Losses:
     """(anchor - fused) / (anchor - own expert) by domain, where the own expert is another model and gains by it."""
-    gains = {name: compared[ANCHOR][name] - own for name, own in compared[OWN].items()}
-    return {name: (compared[ANCHOR][name] - losses[name]) / gain for name, gain in gains.items() if gain > MARGIN}
+    shares = {
+        name: share_of_gain(compared[ANCHOR][name], losses[name], own, MARGIN) for name, own in compared[OWN].items()
+    }
+    return {name: share for name, share in shares.items() if share is not None}

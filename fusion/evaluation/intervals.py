@@ -61,6 +61,12 @@ def retained_share(anchor: Sequence[float], fused: Sequence[float], own: Sequenc
     return _bootstrap(rows, share)
 
 
+def share_of_gain(anchor: float, loss: float, own: float, least: float = 0.0) -> float | None:
+    """(anchor - loss) / (anchor - own) of losses that have no rows; None where the gain is not more than `least`."""
+    gain = anchor - own
+    return (anchor - loss) / gain if gain > least else None
+
+
 def _bootstrap(rows: tuple[np.ndarray, ...], statistic: object) -> Interval:
     value = float(statistic(*rows))  # type: ignore[operator]
     if len(rows[0]) < 2 or all(np.ptp(column) == 0 for column in rows):

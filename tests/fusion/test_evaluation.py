@@ -16,7 +16,7 @@ from fusion.data import chat
 from fusion.encoding import encode, load_tokenizer
 from fusion.evaluation.baselines import embedding_gates, hidden_gates, random_gates
 from fusion.evaluation.evaluate import ROWS, Figures, _mean_scores
-from fusion.evaluation.intervals import difference, mean_interval, retained_share
+from fusion.evaluation.intervals import difference, mean_interval, retained_share, share_of_gain
 from fusion.evaluation.table import _anchoring, _moved
 from fusion.layers import checkpoint_gates
 from fusion.merge import merge
@@ -136,3 +136,9 @@ def test_mean_scores_are_of_all_rows_and_of_the_baselines_rows_apart() -> None:
     )
     assert fewer["rows"] == {"math": 2} and fewer["scores"] == dict.fromkeys(ROWS, 0.5)
     assert len(_mean_scores({row: {"math": long} for row in ROWS}, {"math": [chat("1?", "1", "math")] * 4})) == 1
+
+
+def test_a_share_of_losses_is_of_a_gain() -> None:
+    assert share_of_gain(2.0, 1.25, 1.0) == 0.75
+    assert share_of_gain(2.0, 0.5, 1.0) == 1.5
+    assert share_of_gain(2.0, 1.0, 2.0) is None and share_of_gain(2.0, 1.995, 1.99, least=0.02) is None
