@@ -60,12 +60,8 @@ class Recipe(Section):
         return {"method": shared} if isinstance(shared, str) else shared
 
     @model_validator(mode="after")
-    def _consistent(self) -> "Recipe":
+    def _experts_stand_apart(self) -> "Recipe":
         names = [expert.name for expert in self.experts]
-        labels = self.gate_training.labels
-        if self.gate_training.classifier and labels not in ("classifier", "combined"):
-            message = f"it labels nothing with gate_training.labels '{labels}': set that to combined"
-            raise Misfit(("gate_training", "classifier"), message)
         for name in self.shared.weights:
             if name not in names:
                 raise Misfit(("shared", "weights", name), f"the recipe has no expert '{name}'")
@@ -84,6 +80,31 @@ class Recipe(Section):
         if self.routing.top_k > len(self.experts):
             message = f"{self.routing.top_k} experts a token are more than the {len(self.experts)} there are"
             raise Misfit(("routing", "top_k"), message)
+        shared = self.routing.shared_expert
+        known = shared in (None, "anchor", *names) or "/" in str(shared) or Path(str(shared)).is_dir()
+        if not known:
+            message = f"'{shared}' is neither 'anchor' nor an expert of the recipe, nor a model's folder or hub id"
+            raise Misfit(("routing", "shared_expert"), message)
+        return self
+
+    @model_validator(mode="after")
+    def _domains_are_served(self) -> "Recipe":
+        for name, domain in self.domains.items():
+            if domain.fallback is not None and domain.fallback not in self.domains:
+                message = f"domain '{name}' falls back to '{domain.fallback}', which 'domains' does not have"
+                raise Misfit(("domains", name, "fallback"), message)
+        for name in self.domains:
+            self.expert_of(name)
+            if name in self.evaluation.extra:
+                raise Misfit(("evaluation", "extra", name), f"'{name}' is a domain already: give the task another name")
+        labels = self.gate_training.labels
+        if self.gate_training.classifier and labels not in ("classifier", "combined"):
+            message = f"it labels nothing with gate_training.labels '{labels}': set that to combined"
+            raise Misfit(("gate_training", "classifier"), message)
+        return self
+
+    @model_validator(mode="after")
+    def _cards_hold_experts(self) -> "Recipe":
         if self.serving.tensor_parallel_size > len(self.experts):
             ways = self.serving.tensor_parallel_size
             most = max(size for size in range(1, len(self.experts) + 1) if ways % size == 0)
@@ -111,19 +132,10 @@ class Recipe(Section):
                 "experts, and some would hold none: leave it out, which cuts every expert"
             )
             raise Misfit(("serving", "enable_expert_parallel"), message)
-        for name, domain in self.domains.items():
-            if domain.fallback is not None and domain.fallback not in self.domains:
-                message = f"domain '{name}' falls back to '{domain.fallback}', which 'domains' does not have"
-                raise Misfit(("domains", name, "fallback"), message)
-        for name in self.domains:
-            self.expert_of(name)
-            if name in self.evaluation.extra:
-                raise Misfit(("evaluation", "extra", name), f"'{name}' is a domain already: give the task another name")
-        shared = self.routing.shared_expert
-        known = shared in (None, "anchor", *names) or "/" in str(shared) or Path(str(shared)).is_dir()
-        if not known:
-            message = f"'{shared}' is neither 'anchor' nor an expert of the recipe, nor a model's folder or hub id"
-            raise Misfit(("routing", "shared_expert"), message)
+        return self
+
+    @model_validator(mode="after")
+    def _questions_fit(self) -> "Recipe":
         for i, question in enumerate(self.serving.questions):
             if question.domain is not None and question.domain not in self.domains:
                 message = f"the question is for domain '{question.domain}', which 'domains' does not have"
