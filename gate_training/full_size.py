@@ -28,7 +28,8 @@ from fusion.layers import Gates, LayerStream, gated, make_batches
 from fusion.sections.fusing import GateTraining
 from fusion.shards import write_shards
 from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
-from gate_training.methods import cross_entropy, moments
+from gate_training.methods import cross_entropy
+from gate_training.methods.tokens import moments
 
 HIDDEN, INNER, VOCABULARY, KEYS = 3584, 18944, 152064, 512  # keys: of 4 heads, as values
 SHAPES = {  # config.json of Qwen/Qwen2.5-7B-Instruct, one layer of it

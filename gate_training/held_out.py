@@ -10,7 +10,7 @@ from fusion.checkpoint import Checkpoint
 from fusion.layers import Batch, Gates, LayerStream, gated
 from fusion.recipe import Recipe
 from gate_training.examples import RoutingData
-from gate_training.methods import summed
+from gate_training.methods.tokens import summed
 
 BINS = 10  # of confidence
 

@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import one_hot
 
 from fusion.layers import STORE_BYTES, Batch, Layer, LayerStream
-from gate_training.methods import Tokens, held_back
 from gate_training.methods.regression import costs
+from gate_training.methods.tokens import Tokens, held_back
 
 CHUNK = 2048  # tokens a method sees at a time
 SAMPLE = 32  # tokens for every dimension of the hidden states choose a penalty

@@ -26,7 +26,7 @@ from fusion.checkpoint import Checkpoint, read_json, written_aside
 from fusion.recipe import Recipe
 from gate_training.examples import RoutingData
 from gate_training.layer_tokens import LayerTokens
-from gate_training.methods import Moments, summed
+from gate_training.methods.tokens import Moments, summed
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from gate_training.methods import Moments
+from gate_training.methods.tokens import Moments
 
 JITTER = 1e-6  # of the mean diagonal of XᵀX
 

@@ -38,7 +38,8 @@ from gate_training.held_out import LayerReport, layer_report, layer_reports
 from gate_training.judge import judge
 from gate_training.labelling.likelihood import token_targets
 from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
-from gate_training.methods import cross_entropy, moments, new_row, regression, ridge
+from gate_training.methods import cross_entropy, new_row, regression, ridge
+from gate_training.methods.tokens import moments
 from gate_training.resume import LayerNotes
 from gate_training.statistics import Statistics
 from gate_training.threshold import lean

@@ -21,7 +21,8 @@ from fusion.layers import LayerStream, forced, make_batches
 from fusion.recipe import Recipe
 from fusion.sections.fusing import GateTraining
 from fusion.sources import anchor_source
-from gate_training.methods import InMemory, Tokens, cross_entropy, held_back, moments
+from gate_training.methods import cross_entropy
+from gate_training.methods.tokens import InMemory, Tokens, held_back, moments
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ soft: then it is the cross-entropy on the experts' shares.
 import torch
 
 from fusion.sections.fusing import GateTraining
-from gate_training.methods import Moments, TokenPass, ridge
+from gate_training.methods import ridge
 from gate_training.methods.solver import label_loss, minimise
+from gate_training.methods.tokens import Moments, TokenPass
 
 
 def fit(tokens: TokenPass, moments: Moments, settings: GateTraining) -> torch.Tensor:

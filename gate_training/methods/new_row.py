@@ -8,9 +8,9 @@ own as much more than the best of the other rows as those are apart.
 import torch
 
 from fusion.sections.fusing import GateTraining
-from gate_training.methods import Moments, TokenPass, Tokens, summed
 from gate_training.methods.ridge import solution
 from gate_training.methods.solver import label_loss, minimise
+from gate_training.methods.tokens import Moments, TokenPass, Tokens, summed
 
 GAPS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of what the other rows are apart
 

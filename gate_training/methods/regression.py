@@ -9,8 +9,9 @@ Both are relative to ‖E_label(x)‖², token by token. Starts from the cross-e
 import torch
 
 from fusion.sections.fusing import GateTraining
-from gate_training.methods import Moments, TokenPass, Tokens, cross_entropy
+from gate_training.methods import cross_entropy
 from gate_training.methods.solver import minimise
+from gate_training.methods.tokens import Moments, TokenPass, Tokens
 
 
 def costs(outputs: torch.Tensor, targets: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -7,8 +7,8 @@ the scores fit the labels best. The sums XᵀX and XᵀY add up over data, exper
 import torch
 
 from fusion.sections.fusing import GateTraining
-from gate_training.methods import Moments, TokenPass, summed
 from gate_training.methods.solver import label_loss
+from gate_training.methods.tokens import Moments, TokenPass, summed
 
 TEMPERATURES = torch.logspace(-1, 2, 16)
 

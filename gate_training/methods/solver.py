@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
-from gate_training.methods import Moments, TokenPass, Tokens, summed
+from gate_training.methods.tokens import Moments, TokenPass, Tokens, summed
 
 # (scores (tokens, experts), tokens) -> losses (tokens,) and their slopes in the scores (tokens, experts)
 TokenLoss = Callable[[torch.Tensor, Tokens], tuple[torch.Tensor, torch.Tensor]]

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from fusion.sections.fusing import GateTraining
-from gate_training.methods import InMemory, TokenPass, Tokens, cross_entropy, moments, regression, ridge
+from gate_training.methods import cross_entropy, regression, ridge
 from gate_training.methods.ridge import TEMPERATURES, best_temperature
 from gate_training.methods.solver import PENALTIES, _Problem, label_loss, minimise
+from gate_training.methods.tokens import InMemory, TokenPass, Tokens, moments
 
 HIDDEN, EXPERTS = 12, 3
 METHODS = {"ridge": ridge, "cross-entropy": cross_entropy, "regression": regression}

@@ -32,8 +32,9 @@ from gate_training.compare import ANCHOR, LABELLED, OWN, held_out_losses, mean_l
 from gate_training.examples import expert_labels, routing_data, routing_examples
 from gate_training.labelling.likelihood import token_targets
 from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
-from gate_training.methods import InMemory, Moments, TokenPass, Tokens, moments, ridge
+from gate_training.methods import ridge
 from gate_training.methods.regression import costs
+from gate_training.methods.tokens import InMemory, Moments, TokenPass, Tokens, moments
 from gate_training.report import markdown
 from gate_training.trainer import METHODS, THRESHOLDS, fit_gates, install_gates, train_gates
 from tests.recipes import make_recipe
