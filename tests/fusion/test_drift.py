@@ -10,7 +10,7 @@ from fusion.drift import GROUPS, Moved, as_plain, group_of, moved_by_group, sent
 from fusion.errors import UserError
 from fusion.sources import ModelSource
 from tests.families import write_model
-from tests.fusion.planning import change_tensors
+from tests.fusion.plan.planning import change_tensors
 from tests.fusion.test_adapter import write_adapter
 
 SHARED = ("attention", "norms", "embeddings")

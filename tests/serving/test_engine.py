@@ -16,7 +16,7 @@ from serving.ask import engine_settings
 from serving.client import chat
 from serving.engine import Engine, EngineSettings, Hardware, core_binding, engine_arguments, engine_environment
 from serving.serve import find_server, listening_socket, running_server
-from tests.fusion.planned import fused, shipped
+from tests.fusion.plan.planned import fused, shipped
 from tests.recipes import make_recipe
 from tests.serving import fake_engine
 from tests.serving.apart import serve_apart

@@ -26,6 +26,7 @@ from tests.serving.conftest import Guarded
 from tests.serving.processes import descendants
 from tests.serving.test_asgi import BAD, FORMAT, GOOD, USER, Start, ask, client, metrics_of, one_under_way
 from tests.serving.upstream import Slow, Upstream, completion
+from tests.serving.waiting import wait_for
 
 
 def test_one_asker_has_so_many_requests_a_minute(guarded: Start) -> None:
@@ -72,11 +73,16 @@ def test_a_line_of_json_for_every_request_and_content_only_where_asked_for(
     caller.chat.completions.create(model="m", messages=USER, response_format=FORMAT)  # type: ignore[call-overload]
     with pytest.raises(openai.AuthenticationError):
         ask(guard)
-    time.sleep(0.1)
-    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    lines: list[dict[str, Any]] = []
+
+    def told(count: int) -> bool:
+        lines.extend(json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{"))
+        return len(lines) >= count
+
     if kind == "none":
-        assert lines == []
+        assert not wait_for(lambda: told(1), within_s=0.5)
         return
+    assert wait_for(lambda: told(2))
     first, second = lines
     assert (first["status"], first["attempts"], first["violations"]) == (200, 2, ["type"])
     assert (first["asker"], first["path"], second["status"]) == ("key 1", "/v1/chat/completions", 401)
@@ -95,7 +101,7 @@ def test_a_span_for_the_request_and_one_for_every_attempt(guarded: Start) -> Non
     guard = guarded(BAD, GOOD, tracing=Tracing(provider))
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     ask(guard, response_format=FORMAT, extra_headers={"traceparent": parent})
-    time.sleep(0.1)
+    assert wait_for(lambda: len(exporter.get_finished_spans()) == 3)
     first, second, whole = exporter.get_finished_spans()
     assert [span.name for span in (first, second, whole)] == ["attempt 1", "attempt 2", "guard /v1/chat/completions"]
     assert format(whole.context.trace_id, "032x") == parent[3:35]
@@ -104,7 +110,7 @@ def test_a_span_for_the_request_and_one_for_every_attempt(guarded: Start) -> Non
     assert sent == [f"{parent[:36]}{format(span.context.span_id, '016x')}-01" for span in (first, second)]
     with pytest.raises(openai.BadRequestError):
         ask(guard, response_format={"type": "json_schema"})
-    time.sleep(0.1)
+    assert wait_for(lambda: len(exporter.get_finished_spans()) == 4)
     refused = exporter.get_finished_spans()[-1]
     assert refused.attributes is not None and refused.attributes["http.response.status_code"] == 400
 

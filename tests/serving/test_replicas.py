@@ -25,6 +25,7 @@ from serving.engine import EngineSettings, free_port, is_healthy
 from tests.families import write_model
 from tests.serving.apart import serve_apart
 from tests.serving.processes import command_of, descendants
+from tests.serving.waiting import wait_for
 
 CONF = Path(__file__).parents[2] / "configs" / "deploy" / "nginx.conf"
 START_S = 400.0
@@ -92,16 +93,6 @@ class Replicas:
 
         assert wait_for(lambda: len(logged()) == len(ids))  # a line is written once its answer has gone out
         return logged()
-
-
-def wait_for(holds: Callable[[], bool], within_s: float = 15.0) -> bool:
-    """True as soon as it holds, False when it still does not after `within_s` seconds."""
-    end = time.monotonic() + within_s
-    while not holds():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from fusion.explain.explain import explain
 from fusion.explain.explanation import Explanation, Opinion
 from fusion.explain.page import DRAWN, page
 from tests.browser import CONTRAST, WIDTHS, Opened, colours, contrast, linear, running_browser
-from tests.fusion.test_explain import OUT, fused
+from tests.fusion.explain.test_explain import OUT, fused
 
-TEMPLATE = Path(__file__).parents[2] / "fusion" / "explain" / "page.html"
+TEMPLATE = Path(__file__).parents[3] / "fusion" / "explain" / "page.html"
 APART = 0.06  # OKLab distance; two colours side by side are told apart from about 0.02
 TO_LMS = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
 TO_LAB = [[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]

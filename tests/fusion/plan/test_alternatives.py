@@ -18,7 +18,7 @@ from fusion.plan.alternatives import (
 from fusion.recipe import Recipe
 from fusion.sections.fusing import Expert
 from fusion.sections.training import BranchSettings
-from tests.fusion.planned import FIVE, TWO, profile, shipped
+from tests.fusion.plan.planned import FIVE, TWO, profile, shipped
 
 BRANCH: dict[str, Any] = {"data": {"generated": "demo.math"}}
 

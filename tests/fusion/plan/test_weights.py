@@ -16,7 +16,7 @@ from fusion.errors import UserError
 from fusion.plan.weights import measure
 from fusion.recipe import Recipe
 from tests.families import write_model
-from tests.fusion.planning import change_tensors
+from tests.fusion.plan.planning import change_tensors
 from tests.fusion.test_adapter import write_adapter
 from tests.recipes import make_recipe, recipe_data
 

@@ -18,7 +18,7 @@ from fusion.plan.capacity import (
     served_dtype,
 )
 from fusion.sections.serving import Serving
-from tests.fusion.planned import FIVE, TWO, fused, profile, shipped
+from tests.fusion.plan.planned import FIVE, TWO, fused, profile, shipped
 
 
 def serving(**changes: Any) -> Serving:

@@ -10,7 +10,7 @@ from fusion.plan.estimates import PIECE, PIECES, estimate, merge_memory
 from fusion.plan.models import describe_anchor
 from fusion.sections.fusing import SharedParts
 from fusion.sections.training import AnchoringSettings, HealSettings
-from tests.fusion.planned import FIVE, profile, shipped
+from tests.fusion.plan.planned import FIVE, profile, shipped
 from tests.recipes import make_recipe
 
 

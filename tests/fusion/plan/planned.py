@@ -9,7 +9,7 @@ from fusion.plan.profile import HardwareProfile, load_profile
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 FIVE, TWO = "qwen2.5-7b-five-experts", "qwen2.5-7b-two-experts"
 
 

@@ -12,9 +12,9 @@ from fusion.plan.models import Described, describe, known, known_models
 from fusion.plan.preflight import check
 from fusion.recipe_file import load_recipe
 from tests.families import write_model
-from tests.fusion.planning import errors, findings
+from tests.fusion.plan.planning import errors, findings
 
-FIVE = Path(__file__).parents[2] / "configs" / "qwen2.5-7b-five-experts.yaml"
+FIVE = Path(__file__).parents[3] / "configs" / "qwen2.5-7b-five-experts.yaml"
 
 
 def test_what_is_recorded_is_complete_and_usable() -> None:

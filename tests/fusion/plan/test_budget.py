@@ -22,7 +22,7 @@ from fusion.plan.budget import (
 )
 from fusion.plan.models import describe_anchor
 from tests.families import write_model
-from tests.fusion.planned import FIVE, TWO, fused, shipped
+from tests.fusion.plan.planned import FIVE, TWO, fused, shipped
 from tests.recipes import make_recipe
 
 B7 = 203.6e6 * 28  # one 7B expert's MLPs

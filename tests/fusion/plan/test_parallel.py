@@ -8,7 +8,7 @@ import pytest
 from fusion.errors import UserError
 from fusion.plan.findings import Finding
 from fusion.plan.parallel import check_parallel, obstacle, ways_that_work
-from tests.fusion.planned import FIVE, TWO, fused, profile, shipped
+from tests.fusion.plan.planned import FIVE, TWO, fused, profile, shipped
 
 B7 = {
     "num_attention_heads": 28,

@@ -10,7 +10,7 @@ import pytest
 from fusion.checkpoint import read_json, write_json
 from fusion.vocabulary import other_token, read_tokens
 from tests.families import TEMPLATE
-from tests.fusion.planning import change_tokenizer, errors, findings
+from tests.fusion.plan.planning import change_tokenizer, errors, findings
 
 SYSTEM = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are {NAME}.<|im_end|>\n{% endif %}"

@@ -17,9 +17,9 @@ from fusion.recipe_file import load_recipe
 from fusion.source_weights import Weights
 from fusion.sources import ModelSource, load_model
 from tests.families import write_model
-from tests.fusion.planning import change_config, change_tensors, errors, findings
+from tests.fusion.plan.planning import change_config, change_tensors, errors, findings
+from tests.fusion.plan.test_configs import FIVE
 from tests.fusion.test_adapter import write_adapter
-from tests.fusion.test_plan_configs import FIVE
 from tests.recipes import recipe_data
 
 

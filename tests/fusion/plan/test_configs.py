@@ -16,11 +16,11 @@ from fusion.plan.preflight import check
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from tests.families import write_model
-from tests.fusion.planning import change_config, change_tensors, change_tokenizer, errors, findings
-from tests.fusion.test_plan_files import run_fix
+from tests.fusion.plan.planning import change_config, change_tensors, change_tokenizer, errors, findings
+from tests.fusion.plan.test_files import run_fix
 from tests.recipes import make_recipe, recipe_data
 
-FIVE = Path(__file__).parents[2] / "configs" / "qwen2.5-7b-five-experts.yaml"
+FIVE = Path(__file__).parents[3] / "configs" / "qwen2.5-7b-five-experts.yaml"
 
 
 def test_a_fitting_pair_has_no_findings(tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]) -> None:

@@ -15,7 +15,7 @@ from fusion.checkpoint import INDEX, Checkpoint, read_json, write_json
 from fusion.headers import write_index
 from fusion.shards import write_shards
 from tests.families import write_model
-from tests.fusion.planning import change_config, change_tensors, errors, findings
+from tests.fusion.plan.planning import change_config, change_tensors, errors, findings
 
 
 @pytest.fixture

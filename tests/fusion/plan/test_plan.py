@@ -15,10 +15,10 @@ from fusion.plan.preflight import check
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from fusion.sources import trained_anchor
-from tests.fusion.planning import change_config, change_tensors, errors, findings
+from tests.fusion.plan.planning import change_config, change_tensors, errors, findings
 from tests.recipes import make_recipe, recipe_data
 
-FIVE = Path(__file__).parents[2] / "configs" / "qwen2.5-7b-five-experts.yaml"
+FIVE = Path(__file__).parents[3] / "configs" / "qwen2.5-7b-five-experts.yaml"
 
 
 def test_a_plan_is_plain_data_and_reads_no_mlps(tmp_path: Path, anchor: Path, other: Path) -> None:

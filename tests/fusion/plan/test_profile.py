@@ -6,7 +6,7 @@ import pytest
 
 from fusion.errors import UserError
 from fusion.plan.profile import load_profile
-from tests.fusion.planned import CONFIGS
+from tests.fusion.plan.planned import CONFIGS
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml")))
