@@ -210,17 +210,17 @@ class Sampler:
         return {self._key(row): row for row in rows}
 
     def _key(self, row: ChatExample) -> str:
-        decisive = [self._teacher_stamps, *(getattr(self.settings, name) for name in DECISIVE), self._greedy(row)]
+        decisive = [self._teacher_stamp, *(getattr(self.settings, name) for name in DECISIVE), self._greedy(row)]
         decisive += [turn.model_dump() for turn in self.settings.preamble]
         question = [row.prompt, row.score, expected(row), row.schema]
         text = json.dumps([decisive, question], sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
 
     @cached_property
-    def _teacher_stamps(self) -> list[str]:
-        weights = [file for path in self.teacher.paths for file in sorted(path.glob("*.safetensors"))]
-        config = (self.teacher.folder / "config.json").read_text(encoding="utf-8")
-        return [config, *(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in weights)]
+    def _teacher_stamp(self) -> str:
+        from fusion.merge import source_stamp
+
+        return source_stamp(self.teacher)
 
     def _greedy(self, row: ChatExample) -> bool:
         return self.imitate and row.score == "chrf"

@@ -28,8 +28,8 @@ def markdown(result: dict[str, Any]) -> str:
             routed = _with_interval(row["fused_minus"].get("router"), "+.3f")
             lines += [
                 "",
-                f"{name}, every expert alone: {each}. Fused less the best of them ({row['best_expert']}): {best}; "
-                f"less the router: {routed}.",
+                f"{name}, every expert alone: {each}. Fused less the best of them ({row['best_expert']}, known only "
+                f"from these rows): {best}; less the router: {routed}.",
             ]
     for name, row in result["tasks"].items():
         if 1 < len(row["by_task"]) <= SHOWN:
