@@ -26,6 +26,8 @@ EVENT_STREAM = (b"content-type", EVENT_STREAM_TYPE + b"; charset=utf-8")
 REQUEST_ID = b"x-request-id"
 NO_RETRY = (b"x-should-retry", b"false")  # the OpenAI client asks again after every 5xx otherwise
 ROUTING_HEADER = b"x-qwen-fusion-routing"  # of a request: it wants to be told; of an answer: a JSON object
+LAST_EVENT = b"data: [DONE]"
+TAIL_BYTES = 32  # of an answer: more than its last event and line ends
 KEPT_BYTES = 256 * 2**10  # of an answer, for its record
 REQUEST_IDS = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
@@ -96,6 +98,7 @@ class Exchange:
     routes: tuple[str, int] | None = None  # the engine's own account of the experts, and the prompt's tokens in it
     routing: dict[str, Any] | None = None  # how it was routed, where the client wants to be told
     kept: bytearray | None = None  # what has gone out, where it is recorded
+    tail: bytes = b""  # the last that has gone out
 
     def __post_init__(self) -> None:
         self.path: str = self.scope["path"]
@@ -112,6 +115,11 @@ class Exchange:
     def started(self) -> bool:
         """Whether the head of the answer has gone out."""
         return self.status != 0
+
+    @property
+    def told_all(self) -> bool:
+        """Whether the client has the whole answer: of a stream, once [DONE] has gone out."""
+        return self.finished or (self.streams and self.tail.rstrip().endswith(LAST_EVENT))
 
     def trace(self, span: Any, status: int) -> None:
         """Notes on the span of this request, where there is one, how it ended."""
@@ -130,6 +138,7 @@ class Exchange:
     async def send(self, body: bytes, more: bool = False) -> None:
         """Sends a piece of the answer, the last one unless there is `more`."""
         self.finished = not more
+        self.tail = (self.tail + body[-TAIL_BYTES:])[-TAIL_BYTES:]
         if self.kept is not None and len(self.kept) < KEPT_BYTES:
             self.kept += body
         await self.raw_send({"type": "http.response.body", "body": body, "more_body": more})
@@ -181,7 +190,7 @@ async def unless_gone(work: Awaitable[None], receive: Receive, exchange: Exchang
         nonlocal gone
         while (await receive())["type"] != "http.disconnect":
             pass
-        if not exchange.finished and mine is not None:
+        if not exchange.told_all and mine is not None:  # some clients leave at [DONE], before the connection's end
             gone = True
             mine.cancel()
 

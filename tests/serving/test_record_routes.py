@@ -19,7 +19,8 @@ from fusion.sections.data import Rule
 from serving.records.store import opened
 from tests.serving.conftest import Guarded
 from tests.serving.test_records import recording
-from tests.serving.upstream import Status, completion
+from tests.serving.upstream import Cut, Status, completion
+from tests.serving.waiting import wait_for
 
 Start = Callable[..., Guarded]
 FORMAT = {"type": "json_object"}
@@ -87,6 +88,18 @@ def test_a_stream_tells_the_routing_in_its_head(guarded: Start, tmp_path: Path) 
     assert "".join(chunk.choices[0].delta.content or "" for chunk in answer.parse() if chunk.choices) == "one two "
     _, record = call(guard, "GET", f"/v1/routing/{answer.headers['x-request-id']}")
     assert record["answered"] == "one two " and record["streamed"] and record["asked"] == MATH
+
+
+def test_a_stream_whose_client_leaves_at_its_last_event_was_answered(guarded: Start, tmp_path: Path) -> None:
+    """As OpenAI's client does: it closes the connection at [DONE], be the server done with it or not."""
+    guard = guarded(Cut(completion("one two"), 9, lingers_s=1.0), recording=recording(tmp_path, prompts=True))
+    answer = ask(guard, stream=True)
+    with answer.parse() as stream:
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices) == "one two "
+    path = f"/v1/routing/{answer.headers['x-request-id']}"
+    assert wait_for(lambda: call(guard, "GET", path)[0] == 200)
+    record = call(guard, "GET", path)[1]
+    assert record["status"] == 200 and record["answered"] == "one two "
 
 
 def test_feedback_is_kept_with_what_it_is_about(guarded: Start, tmp_path: Path) -> None:

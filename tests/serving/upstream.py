@@ -38,10 +38,13 @@ class Slow:
 
 
 class Cut:
-    """Stream the first `words` of an answer, then end without its end, or (`drop`) without one of the connection."""
+    """Stream the first `words` of an answer, then end without its end, or (`drop`) without one of the connection.
 
-    def __init__(self, answer: Any, words: int, drop: bool = False) -> None:
-        self.answer, self.words, self.drop = answer, words, drop
+    Where that is all of them, the connection lingers for so many seconds after [DONE].
+    """
+
+    def __init__(self, answer: Any, words: int, drop: bool = False, lingers_s: float = 0.0) -> None:
+        self.answer, self.words, self.drop, self.lingers_s = answer, words, drop, lingers_s
 
 
 DROP = object()  # close the connection without an answer
@@ -145,6 +148,7 @@ class Upstream:
         elif cut.words >= len(words):
             await response.write(stream_chunk({}, choice["finish_reason"]))
             await response.write(b"data: [DONE]\n\n")
+            await asyncio.sleep(cut.lingers_s)
         return response
 
 
