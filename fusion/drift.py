@@ -25,9 +25,9 @@ GROUPS = ("attention", "norms", "embeddings", "head", "mlp")
 PIECE = 2**21  # elements that are read and compared at a time, in float32
 SAMPLED_ROWS = {"attention": 2, "embeddings": 16, "head": 16}  # from the middle of a matrix; vectors are read whole
 
-# What moved outside the MLPs, of the anchor's norm, in README's drift table (notebooks/LOG.md, 2026-11-26: "a lightly
-# drifted real expert" at most 0.004, "medium drift" from 0.05 in its embeddings, "five drifted experts" from 0.20):
-# merged as they are, the first kept all of the experts' gain, the second 0.79 of it, the third 0.55.
+# What moved outside the MLPs, of the anchor's norm, in fusion/README.md's drift table (notebooks/LOG.md, 2026-11-26: "a
+# lightly drifted real expert" at most 0.004, "medium drift" from 0.05 in its embeddings, "five drifted experts" from
+# 0.20): merged as they are, the first kept all of the experts' gain, the second 0.79 of it, the third 0.55.
 LIGHT_DRIFT, STRONG_DRIFT = 0.01, 0.1
 
 
