@@ -202,7 +202,7 @@ def test_a_benchmark_that_was_stopped_measures_what_is_left(
 
     for name in ("fused", "lora", "separate", "alone"):
         monkeypatch.setattr(traffic, name, way(name))
-    monkeypatch.setattr(traffic, "drive", lambda *_, **__: dict.fromkeys(KEPT, 2.0))
+    monkeypatch.setattr(traffic, "drive", lambda *given: [dict.fromkeys(KEPT, 2.0) for _ in given[3]])
     command = (str(path), "--requests", "6", "--rounds", "2", "--rates", "1,2", "--placements", "1")
     with pytest.raises(KeyboardInterrupt):
         traffic.main(*command)

@@ -193,15 +193,17 @@ def test_a_tool_whose_parameters_the_grammar_cannot_express_is_left_to_the_model
 
 
 def test_vllms_load_generator_measures_what_was_asked(url: str, folder: Path, tmp_path: Path) -> None:
-    from serving.bench.traffic.load import KEPT, drive
+    from serving.bench.traffic.load import KEPT, Load, drive
     from serving.bench.traffic.trace import write
 
     rows = [{"prompt": question, "output_tokens": 8} for question in ("one?", "two?", "three?")]
-    figures = drive(url, "tiny", folder / "model", write(tmp_path / "rows.jsonl", rows), tmp_path, at_once=2)
-    assert set(figures) == set(KEPT) and figures["completed"] == 3
-    assert figures["output_throughput"] * figures["duration"] == pytest.approx(3 * 8)
+    path = write(tmp_path / "rows.jsonl", rows)
+    busy, paced = drive(url, "tiny", folder / "model", [Load(path, at_once=2), Load(path, rate=20)], tmp_path)
+    for figures in (busy, paced):
+        assert set(figures) == set(KEPT) and figures["completed"] == 3
+        assert figures["output_throughput"] * figures["duration"] == pytest.approx(3 * 8)
     with pytest.raises(UserError, match="3 of 3 requests"):
-        drive(url, "nobody", folder / "model", tmp_path / "rows.jsonl", tmp_path, at_once=2)
+        drive(url, "nobody", folder / "model", [Load(path, at_once=2)], tmp_path)
 
 
 def test_the_harness_asks_through_the_guard(url: str, folder: Path, tmp_path: Path) -> None:

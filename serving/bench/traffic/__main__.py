@@ -40,7 +40,7 @@ from fusion.recipe_file import load_recipe
 from fusion.resumable import claim, noted, release
 from fusion.sources import anchor_source, expert_sources
 from gate_training.labelling.combine import whole_experts
-from serving.bench.traffic.load import drive
+from serving.bench.traffic.load import Load, drive
 from serving.bench.traffic.sides import PLACEMENTS, Side, alone, fused, lora, separate, served, total_memory
 from serving.bench.traffic.trace import ORDERS, trace, write
 from serving.engine import detect_hardware
@@ -69,7 +69,7 @@ def main(*given: str) -> None:
     parser.add_argument("--requests", type=int, default=50, help="of each load")
     parser.add_argument("--rounds", type=int, default=2, help="how often every side is measured")
     parser.add_argument("--again", action="store_true", help="measure again what was measured already")
-    parser.add_argument("--rates", default="1,2,4", help="arrivals a second")
+    parser.add_argument("--rates", default="4,8,16", help="arrivals a second")
     parser.add_argument("--kv-mb", type=int, help="KV cache of each separate engine; default: for two full sequences")
     parser.add_argument("--placements", type=int, default=len(PLACEMENTS), help="how many of the core placements")
     parser.add_argument("--folder", type=Path, help="for logs; default: OUTPUT/traffic")
@@ -195,26 +195,27 @@ def _loads(
     side: Side, recipe: Recipe, requests: dict[str, Path], rates: list[float], folder: Path
 ) -> dict[str, dict[str, float]]:
     """Every order at every rate, and all requests at once for what the side can do at most."""
-    drive(side.url, side.model, recipe.fused, requests["evenly"], folder, at_once=8)  # warm: caches, first compilations
-    found = {}
+    warm = Load(requests["evenly"], at_once=8)  # caches, first compilations
+    loads: dict[str, Load] = {}
     for order, path in requests.items():
-        for rate in rates:
-            found[f"{order}, {rate:g} a second"] = drive(side.url, side.model, recipe.fused, path, folder, rate=rate)
-        found[f"{order}, {ALL_AT_ONCE}"] = drive(side.url, side.model, recipe.fused, path, folder, at_once=32)
-    return found
+        loads |= {f"{order}, {rate:g} a second": Load(path, rate) for rate in rates}
+        loads[f"{order}, {ALL_AT_ONCE}"] = Load(path, at_once=32)
+    _, *found = drive(side.url, side.model, recipe.fused, [warm, *loads.values()], folder)
+    return dict(zip(loads, found, strict=True))
 
 
 def _decode(recipe: Recipe, memory: int, folder: Path, name: str, model: Path) -> dict[str, dict[str, float]]:
     """By requests at once: the figures of a dense expert, or of the fused model with one or two experts a token."""
     tokenizer = load_tokenizer(recipe.fused)
     rows = [row | {"output_tokens": DECODED} for row in trace(recipe, tokenizer, 2 * max(AT_ONCE), "evenly")]
-    found = {}
+    loads: dict[str, Load] = {}
+    for at_once in AT_ONCE:
+        path = write(folder / f"decode-{at_once}.jsonl", rows[: max(8, 2 * at_once)])
+        loads[str(at_once)] = Load(path, at_once=at_once)
     with _with_top(model, name) as place, alone(recipe, memory, folder, place) as side:
-        for at_once in AT_ONCE:
-            path = write(folder / "decode.jsonl", rows[: max(8, 2 * at_once)])
-            drive(side.url, side.model, recipe.fused, path, folder, at_once=at_once)
-            found[str(at_once)] = drive(side.url, side.model, recipe.fused, path, folder, at_once=at_once)
-    return found
+        twice = [load for load in loads.values() for _ in range(2)]  # the first time warms up
+        found = drive(side.url, side.model, recipe.fused, twice, folder)
+    return dict(zip(loads, found[1::2], strict=True))
 
 
 @contextmanager
