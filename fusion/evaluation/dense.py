@@ -22,6 +22,7 @@ DENSE: dict[str, tuple[str, dict[str, float]]] = {  # mergekit's method and its 
     "DARE": ("dare_ties", {"weight": 1.0, "density": 0.5}),
 }
 UNION = "union"
+SUMMED_IN = "float32"  # and rounded once, to what the anchor is stored in
 
 
 def folder_of(recipe: Recipe, name: str) -> Path:
@@ -48,7 +49,7 @@ def dense_step(recipe: Recipe, name: str) -> Step:
                 "merge_method": method,
                 "models": [{"model": path, "parameters": parameters} for path in folders],
                 "parameters": {"normalize": True},
-                "dtype": "float32",  # of the sums; the experts have moved by little more than a rounding of bfloat16
+                "dtype": SUMMED_IN,
                 "out_dtype": planned_dtype(read_json(anchor.folder / "config.json")),
             }
             if method != "linear":
@@ -58,7 +59,7 @@ def dense_step(recipe: Recipe, name: str) -> Step:
         return f"{name}: mergekit {method} of {len(folders)} models"
 
     inputs = [path for source in (anchor, *sources) for path in source.paths]
-    return Step(f"alternative {name}", [method, parameters, "summed in float32"], inputs, [out], action)
+    return Step(f"alternative {name}", [method, parameters, SUMMED_IN], inputs, [out], action)
 
 
 def union_step(recipe: Recipe) -> Step:

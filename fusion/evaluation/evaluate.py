@@ -318,16 +318,17 @@ def _routing(
 
 def _mean_scores(figures: dict[str, dict[str, Figures]], fewer: dict[str, list[ChatExample]]) -> list[dict[str, Any]]:
     """Means over domains of every column's score: those that have all rows, then all columns on the baselines' rows."""
-    found = []
-    for rows in ({name: len(figures["anchor"][name].scores) for name in fewer}, {n: len(r) for n, r in fewer.items()}):
-        scores = {}
-        for column in ROWS:
-            if all(len(figures[column][name].scores) >= rows[name] for name in rows):
-                means = [sum(figures[column][name].scores[:count]) / count for name, count in rows.items()]
-                scores[column] = sum(means) / len(means)
-        entry = {"rows": rows, "scores": scores}
-        found += [entry] if entry not in found else []
-    return found
+    every = {name: len(figures["anchor"][name].scores) for name in fewer}
+    first = {name: len(rows) for name, rows in fewer.items()}
+
+    def mean(column: str, rows: dict[str, int]) -> float:
+        return sum(sum(figures[column][name].scores[:count]) / count for name, count in rows.items()) / len(rows)
+
+    def has(column: str, rows: dict[str, int]) -> bool:
+        return all(len(figures[column][name].scores) >= count for name, count in rows.items())
+
+    counts = [every] if every == first else [every, first]
+    return [{"rows": rows, "scores": {c: mean(c, rows) for c in ROWS if has(c, rows)}} for rows in counts]
 
 
 def code_hash() -> str:

@@ -202,11 +202,7 @@ ROWS_OF: dict[
         "def f(x):\n    return x\n```",
     ),
     "humaneval": (
-        {
-            "prompt": "def f(x):\n",
-            "test": "def check(g):\n    assert g(1) == 2",
-            "entry_point": "f",
-        },
+        {"prompt": "def f(x):\n", "test": "def check(g):\n    assert g(1) == 2", "entry_point": "f"},
         "    return x + 1\n```",
         "    return x\n```",
     ),

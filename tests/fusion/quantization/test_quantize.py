@@ -279,12 +279,18 @@ def assert_compared(result: dict[str, Any], recipe: Recipe, fused: Path) -> None
     assert "KL" in markdown(result)
 
 
+def quantised(recipe: Recipe, fused: Path, scheme: str, out: Path) -> dict[str, Any]:
+    """What `quantize` says of a checkpoint that is whole and compared with the original."""
+    result = quantize(fused, scheme, out=out)
+    assert_kept(fused, out)
+    assert not verify(out).problems
+    assert_compared(result, recipe, fused)
+    return result
+
+
 @pytest.mark.usefixtures("llm_compressor")
 def test_fp8_quantises_linear_weights_alone_and_says_what_it_lost(recipe: Recipe, fused: Path, tmp_path: Path) -> None:
-    result = quantize(fused, "fp8", out=tmp_path / "fp8")
-    assert_kept(fused, tmp_path / "fp8")
-    assert not verify(tmp_path / "fp8").problems
-    assert_compared(result, recipe, fused)
+    result = quantised(recipe, fused, "fp8", tmp_path / "fp8")
     before, after = Checkpoint(fused), Checkpoint(tmp_path / "fp8")
     linear = [name for name in before.weight_map if name.endswith("_proj.weight")]
     assert len(linear) == 3 * 4 + (2 * 3 + 1) * 3
@@ -303,10 +309,7 @@ def test_fp8_quantises_linear_weights_alone_and_says_what_it_lost(recipe: Recipe
 
 @pytest.mark.usefixtures("llm_compressor")
 def test_w4a16_calibrates_every_expert_on_its_own_domain(recipe: Recipe, fused: Path, tmp_path: Path) -> None:
-    result = quantize(fused, "w4a16", out=tmp_path / "w4a16")
-    assert_kept(fused, tmp_path / "w4a16")
-    assert not verify(tmp_path / "w4a16").problems
-    assert_compared(result, recipe, fused)
+    result = quantised(recipe, fused, "w4a16", tmp_path / "w4a16")
     assert result["group_size"] == 32
     for row in result["calibration"].values():
         assert 0 < row["own_domain"] <= row["seen_at_least"]
