@@ -34,11 +34,13 @@ WATCHED_S = 3.0  # of load before and after what happens to a replica
 
 @dataclass(frozen=True)
 class Asked:
-    """One request of the load: when it was sent, by `time.monotonic`, its id, and its status; 0 for a broken answer."""
+    """One request of the load: when it was sent, by `time.monotonic`, its id, and its status; 0 for a broken answer, of
+    which `broke` tells how it ended."""
 
     sent: float
     id: str
     status: int
+    broke: str = ""
 
 
 class Replicas:
@@ -127,11 +129,13 @@ def ask(url: str, name: str, stream: bool) -> Asked:
         with urllib.request.urlopen(request(url, stream, name=name), timeout=60) as answer:
             whole = answer.read()
             ended = whole.endswith(b"data: [DONE]\n\n") if stream else whole.endswith(b"}")
-            return Asked(sent, name, answer.status if ended and b'"error"' not in whole else 0)
+            if ended and b'"error"' not in whole:
+                return Asked(sent, name, answer.status)
+            return Asked(sent, name, 0, f"{time.monotonic() - sent:.1f} s: {whole[-200:]!r}")
     except urllib.error.HTTPError as error:
         return Asked(sent, name, error.code)
-    except (OSError, HTTPException):
-        return Asked(sent, name, 0)
+    except (OSError, HTTPException) as error:
+        return Asked(sent, name, 0, f"{time.monotonic() - sent:.1f} s: {error!r}")
 
 
 @contextmanager
@@ -233,13 +237,14 @@ def test_a_drained_replica_fails_nothing(replicas: Replicas) -> None:
     with load(replicas.url, "drain") as finish:
         time.sleep(WATCHED_S)
         replicas.reload(down=drained)
+        time.sleep(1)  # as the configuration has it: what a worker has sent may not be accepted yet
         process = replicas.running.pop(drained)
         process.send_signal(signal.SIGTERM)
         told = time.monotonic()
         assert process.wait(Guarding().drain_s + 30) == 0
         time.sleep(WATCHED_S)
         asked = finish()
-    assert {one.status for one in asked} == {200}
+    assert [one for one in asked if one.status != 200] == []
     went = replicas.went(asked)
     assert any(went[one.id] == [drained] for one in asked)
     assert all(went[one.id] == [replicas.ports[1]] for one in asked if one.sent > told)
