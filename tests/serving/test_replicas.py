@@ -131,11 +131,12 @@ def ask(url: str, name: str, stream: bool) -> Asked:
             ended = whole.endswith(b"data: [DONE]\n\n") if stream else whole.endswith(b"}")
             if ended and b'"error"' not in whole:
                 return Asked(sent, name, answer.status)
-            return Asked(sent, name, 0, f"{time.monotonic() - sent:.1f} s: {whole[-200:]!r}")
+            broke = repr(whole[-200:])
     except urllib.error.HTTPError as error:
         return Asked(sent, name, error.code)
     except (OSError, HTTPException) as error:
-        return Asked(sent, name, 0, f"{time.monotonic() - sent:.1f} s: {error!r}")
+        broke = repr(error)
+    return Asked(sent, name, 0, f"{time.monotonic() - sent:.1f} s: {broke}")
 
 
 @contextmanager
