@@ -11,6 +11,7 @@ QUESTIONS = {
     "math": ["1+2=", "3*4=", "10-7=", "8/2="],
     "coding": ["def f(x): return", "class A: pass", "import os", "for i in x:"],
 }
+SETTINGS = {"rows": 4, "held_out_rows": 3, "batch_tokens": 128}  # of gate_training, where little is to be fitted
 
 
 def write_rows(folder: Path, domain: str) -> Path:
@@ -42,3 +43,8 @@ def recipe_data(folder: Path, anchor: Path, experts: dict[str, Path], **sections
 def make_recipe(folder: Path, anchor: Path, experts: dict[str, Path], **sections: Any) -> Recipe:
     """`recipe_data` as a Recipe."""
     return Recipe.model_validate(recipe_data(folder, anchor, experts, **sections))
+
+
+def with_settings(recipe: Recipe, **changes: object) -> Recipe:
+    """The recipe with other `gate_training` settings."""
+    return recipe.model_copy(update={"gate_training": recipe.gate_training.model_copy(update=changes)})

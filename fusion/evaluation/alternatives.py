@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from fusion.checkpoint import read_json, write_json, write_text
+from fusion.checkpoint import read_json, write_json, write_lines, write_text
 from fusion.errors import run_main
 from fusion.evaluation.answer_loss import Nats, by_domain
 from fusion.evaluation.dense import DENSE, dense_step, folder_of, union_step
@@ -105,8 +105,10 @@ def main(*given: str) -> None:
     recipe = load_recipe(arguments.recipe, arguments.set)
     found, domains = compare(recipe)
     table = markdown(found, domains, own_gates(recipe.routing.top_k))
-    figures = {"recipe": recipe.name, "domains": domains, "nats and tokens by row": found}
-    write_json(folder_of(recipe, "losses.json"), figures | {"seed": recipe.evaluation.seed, "made": made()})
+    tokens = [count for _, count in found["anchor"]]  # of the same rows in every way
+    head = {"recipe": recipe.name, "seed": recipe.evaluation.seed, "made": made(), "domains": domains, "tokens": tokens}
+    losses = [{"way": way, "nats": [nats for nats, _ in rows]} for way, rows in found.items()]
+    write_lines(folder_of(recipe, "losses.jsonl"), [head, *losses])
     write_text(folder_of(recipe, "losses.md"), table)
     console.print(table, highlight=False, soft_wrap=True)
 

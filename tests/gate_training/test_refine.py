@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from fusion.checkpoint import Checkpoint
 from fusion.encoding import load_tokenizer
 from fusion.layers import Gates, checkpoint_gates
-from fusion.merge import merge
 from fusion.packing import answer_loss, pack, training_row
 from fusion.recipe import Recipe
 from fusion.router import train_routers
@@ -22,31 +21,22 @@ from gate_training.examples import routing_data, routing_examples
 from gate_training.refine import load_balance, refine
 from gate_training.report import markdown
 from gate_training.trainer import train_gates
-from tests.recipes import make_recipe
+from tests.recipes import SETTINGS, make_recipe, with_settings
 
 STEPS = {"steps": 6, "batch_rows": 4, "learning_rate": 1e-2, "warmup_steps": 0, "evaluate_every": 2, "max_length": 128}
-
-
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory, anchor: Path, anchored_experts: dict[str, Path]) -> Path:
-    """A fused checkpoint with random gates; read only."""
-    return merge(make_recipe(tmp_path_factory.mktemp("merged"), anchor, anchored_experts))
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path], merged: Path) -> Recipe:
     """A recipe with its own copy of the fused checkpoint."""
-    settings = {"rows": 4, "held_out_rows": 3, "batch_tokens": 128, "method": "lm", "refinement": STEPS}
+    settings = {**SETTINGS, "method": "lm", "refinement": STEPS}
     recipe = make_recipe(tmp_path, anchor, anchored_experts, gate_training=settings)
     shutil.copytree(merged, recipe.fused)
     return recipe
 
 
 def changed(recipe: Recipe, **steps: Any) -> Recipe:
-    refinement = Refinement(**{**STEPS, **steps})
-    return recipe.model_copy(
-        update={"gate_training": recipe.gate_training.model_copy(update={"refinement": refinement})}
-    )
+    return with_settings(recipe, refinement=Refinement(**{**STEPS, **steps}))
 
 
 def random_gates(recipe: Recipe) -> Gates:

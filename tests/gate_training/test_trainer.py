@@ -3,13 +3,11 @@
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,10 +18,9 @@ from transformers import AutoModelForCausalLM
 from fusion import road
 from fusion.architecture import GATES_FILE, gate_tensor
 from fusion.checkpoint import Checkpoint, file_hash, read_json
-from fusion.data import chat
 from fusion.encoding import encode, encode_batches, load_tokenizer
 from fusion.errors import UserError
-from fusion.layers import Batch, Gates, Layer, LayerStream, checkpoint_gates, gated
+from fusion.layers import Gates, LayerStream, checkpoint_gates, gated
 from fusion.merge import merge
 from fusion.recipe import Recipe
 from fusion.router import place_gates
@@ -34,29 +31,10 @@ from gate_training.labelling.likelihood import token_targets
 from gate_training.layer_tokens import LayerTokens, label_targets, token_marks
 from gate_training.methods import ridge
 from gate_training.methods.regression import costs
-from gate_training.methods.tokens import InMemory, Moments, TokenPass, Tokens, moments
+from gate_training.methods.tokens import Moments, TokenPass, Tokens, moments
 from gate_training.report import markdown
 from gate_training.trainer import METHODS, THRESHOLDS, fit_gates, install_gates, train_gates
-from tests.recipes import make_recipe
-
-SETTINGS = {"rows": 4, "held_out_rows": 3, "batch_tokens": 128}
-
-
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory, anchor: Path, anchored_experts: dict[str, Path]) -> Path:
-    """A fused checkpoint with random gates; read only."""
-    return merge(make_recipe(tmp_path_factory.mktemp("merged"), anchor, anchored_experts))
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]) -> Recipe:
-    return make_recipe(tmp_path, anchor, anchored_experts, gate_training=SETTINGS)
-
-
-@pytest.fixture
-def folder(recipe: Recipe, merged: Path) -> Path:
-    """The recipe's own copy of the fused checkpoint."""
-    return Path(shutil.copytree(merged, recipe.fused))
+from tests.recipes import SETTINGS, make_recipe, with_settings
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -317,10 +295,6 @@ def test_gates_before_the_merge_are_a_user_error(recipe: Recipe) -> None:
         road.train_gates(recipe)
 
 
-def with_settings(recipe: Recipe, **changes: object) -> Recipe:
-    return recipe.model_copy(update={"gate_training": recipe.gate_training.model_copy(update=changes)})
-
-
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_regression_is_fitted_on_what_the_experts_make_of_the_tokens(
     tmp_path: Path,
@@ -441,63 +415,6 @@ def test_likelihood_labels_are_the_experts_own(
             done += ids.shape[1]
 
 
-def interrupted_at(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stops the next fits when they come to `layer`."""
-    reach = LayerTokens.reach
-
-    def killed(tokens: LayerTokens, at: Layer) -> None:
-        if at.index == layer:
-            raise KeyboardInterrupt
-        reach(tokens, at)
-
-    monkeypatch.setattr(LayerTokens, "reach", killed)
-
-
-@pytest.mark.parametrize("layer", [1, 2])
-@pytest.mark.parametrize("method", ["cross-entropy", "auto", "ridge by kept sums"])  # auto begins with ridge
-def test_an_interrupted_fit_goes_on_after_its_last_layer(
-    recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch, layer: int, method: str
-) -> None:
-    method, _, kept_sums = method.partition(" ")
-    recipe = with_settings(recipe, method=method, propagation="labels" if kept_sums else "gates")
-    whole = train_gates(recipe, folder)
-    first = file_hash(folder / GATES_FILE)
-    shutil.rmtree(recipe.folder / "statistics", ignore_errors=True)
-    with monkeypatch.context() as patch:
-        interrupted_at(layer, patch)
-        with pytest.raises(KeyboardInterrupt):
-            train_gates(recipe, folder)
-    reached: list[int] = []
-    first_method = "ridge" if method == "auto" else method
-    fit = METHODS[first_method]
-
-    def counted(*given: Any) -> torch.Tensor:
-        reached.append(1)
-        return fit(*given)
-
-    monkeypatch.setitem(METHODS, first_method, counted)
-    again = train_gates(recipe, folder)
-    assert len(reached) == 3 - layer
-    assert file_hash(folder / GATES_FILE) == first
-    assert again == whole
-    assert not (recipe.folder / ".gates").exists()
-    if kept_sums:  # all layers of all experts are on record
-        train_gates(recipe, folder)
-        assert file_hash(folder / GATES_FILE) == first
-
-
-def test_notes_of_other_rows_are_not_taken_up(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        interrupted_at(1, patch)
-        with pytest.raises(KeyboardInterrupt):
-            train_gates(recipe, folder)
-    fewer = with_settings(recipe, rows=3)
-    train_gates(fewer, folder)
-    found = file_hash(folder / GATES_FILE)
-    train_gates(fewer, folder)
-    assert file_hash(folder / GATES_FILE) == found
-
-
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_forced_propagation_feeds_a_gate_what_its_labels_experts_made(
     recipe: Recipe, folder: Path, anchored_experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch, top_k: int
@@ -520,100 +437,6 @@ def test_forced_propagation_feeds_a_gate_what_its_labels_experts_made(
     for layer, found in enumerate(seen):
         expected = torch.cat([inputs[names[data.train_labels[row]]][row][layer] for row in order])
         assert torch.allclose(found, expected, atol=1e-4)
-
-
-def test_an_expert_comes_and_goes_without_the_others_rows(
-    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {**SETTINGS, "method": "ridge", "propagation": "labels"}
-    for name in ("whole", "grown"):
-        (tmp_path / name).mkdir()
-    whole = make_recipe(tmp_path / "whole", anchor, anchored_experts, gate_training=settings)
-    train_gates(whole, merge(whole))
-    wanted = checkpoint_gates(Checkpoint(whole.fused))
-
-    few = {name: path for name, path in anchored_experts.items() if name != "math"}
-    grown = make_recipe(tmp_path / "grown", anchor, few, gate_training=settings)
-    train_gates(grown, merge(grown))
-    without = checkpoint_gates(Checkpoint(grown.fused))
-    shutil.rmtree(grown.fused)
-    grown = make_recipe(tmp_path / "grown", anchor, anchored_experts, gate_training=settings)
-    streamed: list[int] = []
-    counted = token_marks
-
-    def watched(batches: list[Batch], hidden: int) -> list[torch.Tensor]:
-        streamed.extend(label for batch in batches for label in batch.labels.tolist())
-        return counted(batches, hidden)
-
-    monkeypatch.setattr(trainer, "token_marks", watched)
-    train_gates(grown, merge(grown))
-    math = [expert.name for expert in grown.experts].index("math")
-    assert set(streamed) == {math}
-    found = checkpoint_gates(Checkpoint(grown.fused))
-    for layer, gate in wanted.items():
-        assert torch.allclose(found[layer], gate, rtol=1e-4, atol=1e-5 * float(gate.abs().max()))
-
-    shutil.rmtree(grown.fused)
-    fewer = make_recipe(tmp_path / "grown", anchor, few, gate_training=settings)
-    streamed.clear()
-    train_gates(fewer, merge(fewer))
-    assert not streamed
-    again = checkpoint_gates(Checkpoint(fewer.fused))
-    assert all(torch.equal(again[layer], gate) for layer, gate in without.items())
-
-
-def test_new_examples_are_added_to_the_sums_without_the_old_ones(
-    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {**SETTINGS, "rows": 8, "method": "ridge", "propagation": "labels"}
-    grown = make_recipe(tmp_path, anchor, anchored_experts, gate_training=settings)
-    train_gates(grown, merge(grown))
-    file = tmp_path / "math.jsonl"
-    before = file.read_text(encoding="utf-8")
-    feedback = [chat(f"{i}*{i}=", f"math {i * i}", "math") for i in (5, 6)]
-    rows = [json.dumps({"messages": row.messages}) for row in feedback]
-    file.write_text("\n".join([before, *rows]), encoding="utf-8")
-    streamed: list[list[int]] = []
-    counted = token_marks
-
-    def watched(batches: list[Batch], hidden: int) -> list[torch.Tensor]:
-        streamed.extend(
-            ids[real].tolist() for batch in batches for ids, real in zip(batch.ids, batch.real, strict=True)
-        )
-        return counted(batches, hidden)
-
-    monkeypatch.setattr(trainer, "token_marks", watched)
-    with monkeypatch.context() as patch:
-        interrupted_at(1, patch)
-        with pytest.raises(KeyboardInterrupt):
-            train_gates(grown, grown.fused)
-    streamed.clear()
-    train_gates(grown, grown.fused)
-    tokenizer = load_tokenizer(grown.fused)
-    assert sorted(streamed) == sorted(encode(tokenizer, row).ids for row in feedback)
-    found = checkpoint_gates(Checkpoint(grown.fused))
-
-    shutil.rmtree(grown.folder / "statistics")
-    streamed.clear()
-    train_gates(grown, grown.fused)
-    assert len(streamed) == 3 * 4 + 2
-    for layer, gate in checkpoint_gates(Checkpoint(grown.fused)).items():
-        assert float((found[layer] - gate).norm() / gate.norm()) < 1e-3  # rows run in other batches round otherwise
-
-    file.write_text(before, encoding="utf-8")  # taken back: all of the expert's own are run again, nobody else's
-    streamed.clear()
-    train_gates(grown, grown.fused)
-    assert len(streamed) == 4
-
-
-def test_statistics_of_two_halves_add_up() -> None:
-    x, labels = torch.randn(100, 8), torch.arange(100) % 3
-    targets, none = torch.nn.functional.one_hot(labels, 3).float(), torch.zeros(100, dtype=torch.bool)
-    whole = Tokens(x.double(), targets.double(), none, none)
-    halves = [moments(InMemory(whole.part(part))) for part in (slice(40), slice(40, 100))]
-    one, two = moments(InMemory(whole)), halves[0] + halves[1]
-    assert one.count == two.count == 100
-    assert torch.allclose(one.gram, two.gram, atol=1e-8) and torch.allclose(one.cross, two.cross, atol=1e-8)
 
 
 def test_below_the_threshold_a_token_falls_back_to_the_general_expert(recipe: Recipe, folder: Path) -> None:

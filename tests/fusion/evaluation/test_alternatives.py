@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusion.checkpoint import Checkpoint
-from fusion.evaluation.alternatives import compare, markdown
+from fusion.checkpoint import Checkpoint, read_lines
+from fusion.evaluation.alternatives import compare, main, markdown
 from fusion.evaluation.answer_loss import Nats, by_domain
 from fusion.evaluation.dense import DENSE, UNION, dense_step, folder_of, union_step
 from fusion.evaluation.ways import held_out, ways
 from fusion.merge import merge
 from fusion.recipe import Recipe
+from fusion.recipe_file import as_file
 from fusion.shared import CANDIDATES
 from fusion.sources import ModelSource, load_model, trained_expert
 from fusion.steps import run_step
@@ -87,6 +88,18 @@ def test_every_way_has_its_losses_and_is_measured_once(recipe: Recipe, capsys: p
     capsys.readouterr()
     assert compare(recipe) == (rows, domains)
     assert capsys.readouterr().err.count("unchanged, skipped") == len(found) + len(DENSE) + len(METHODS)
+
+
+def test_every_rows_loss_is_left_beside_the_table(recipe: Recipe) -> None:
+    rows, domains = compare(recipe)
+    with as_file(recipe) as file:
+        main(str(file))
+    head, *ways = read_lines(folder_of(recipe, "losses.jsonl"))
+    assert head["domains"] == domains
+    for way in ways:
+        assert [tuple(row) for row in zip(way["nats"], head["tokens"], strict=True)] == rows[way["way"]]
+    table = folder_of(recipe, "losses.md").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table[2:]] == [way["way"] for way in ways] == list(rows)
 
 
 def test_drifted_experts_are_measured_behind_every_candidate(
