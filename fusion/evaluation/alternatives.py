@@ -3,20 +3,21 @@
     python -m fusion.evaluation.alternatives configs/qwen2.5-0.5b-five-experts.yaml --set data_folder=../data
 
 Makes the dense models (dense.py) and the gates of every method, then measures all ways (ways.py). Everything is kept
-under OUTPUT/alternatives, way by way, and made again only where what it comes from has changed.
+under OUTPUT/alternatives, way by way, and made again only where what it comes from has changed. On a 0.5B and one core
+`union` (as long a training as all branches) and `likelihood` take an hour each: `--without union,likelihood`.
 """
 
 import argparse
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
 from fusion.checkpoint import read_json, write_json, write_lines, write_text
-from fusion.errors import run_main
+from fusion.errors import UserError, run_main
 from fusion.evaluation.answer_loss import Nats, by_domain
-from fusion.evaluation.dense import DENSE, dense_step, folder_of, union_step
+from fusion.evaluation.dense import DENSE, UNION, dense_step, folder_of, union_step
 from fusion.evaluation.intervals import Interval, difference
 from fusion.evaluation.ways import Way, gates_step, held_out, own_gates, ways
 from fusion.healed import as_merged
@@ -29,17 +30,20 @@ from fusion.steps import Step, run_step
 from gate_training.compare import mean_loss
 from gate_training.trainer import METHODS
 
+MADE = (*DENSE, UNION, *METHODS)
 
-def compare(recipe: Recipe) -> tuple[dict[str, list[Nats]], list[str]]:
+
+def compare(recipe: Recipe, without: Collection[str] = ()) -> tuple[dict[str, list[Nats]], list[str]]:
     """Every way's losses by row, what is there already taken as it is; the rows' domains.
 
-    Raises UserError where nothing has been merged yet.
+    Dense models and gates named in `without` are not made. Raises UserError where nothing has been merged yet.
     """
     with as_merged(fused_folder(recipe), unhealed_folder(recipe)) as folder:
-        steps = [dense_step(recipe, name) for name in DENSE]
-        if any(expert.branch for expert in recipe.experts):
+        steps = [dense_step(recipe, name) for name in DENSE if name not in without]
+        if UNION not in without and any(expert.branch for expert in recipe.experts):
             steps.append(union_step(recipe))
-        for step in [*steps, *(gates_step(recipe, method, folder) for method in METHODS)]:
+        steps += [gates_step(recipe, method, folder) for method in METHODS if method not in without]
+        for step in steps:
             run_step(step, recipe.folder)
         rows = held_out(recipe)
         digest = hashlib.sha256(repr([(row.messages, row.domain) for row in rows.rows]).encode()).hexdigest()
@@ -100,10 +104,14 @@ def main(*given: str) -> None:
         prog="python -m fusion.evaluation.alternatives", description=__doc__.split("\n")[0]
     )
     parser.add_argument("recipe", type=Path)
+    parser.add_argument("--without", default="", metavar="NAME,NAME", help=f"not to be made: {', '.join(MADE)}")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args(given)
+    without = [name for name in arguments.without.split(",") if name]
+    if unknown := sorted(set(without) - set(MADE)):
+        raise UserError(f"--without {', '.join(unknown)}: what can be left out is {', '.join(MADE)}")
     recipe = load_recipe(arguments.recipe, arguments.set)
-    found, domains = compare(recipe)
+    found, domains = compare(recipe, without)
     table = markdown(found, domains, own_gates(recipe.routing.top_k))
     tokens = [count for _, count in found["anchor"]]  # of the same rows in every way
     head = {"recipe": recipe.name, "seed": recipe.evaluation.seed, "made": made(), "domains": domains, "tokens": tokens}

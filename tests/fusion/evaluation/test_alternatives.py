@@ -1,11 +1,13 @@
 """What else experts can become: an average is one, a router of whole experts goes by the question, a union learns."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from fusion.checkpoint import Checkpoint, read_lines
+from fusion.errors import UserError
 from fusion.evaluation.alternatives import compare, main, markdown
 from fusion.evaluation.answer_loss import Nats, by_domain
 from fusion.evaluation.dense import DENSE, UNION, dense_step, folder_of, union_step
@@ -100,6 +102,18 @@ def test_every_rows_loss_is_left_beside_the_table(recipe: Recipe) -> None:
         assert [tuple(row) for row in zip(way["nats"], head["tokens"], strict=True)] == rows[way["way"]]
     table = folder_of(recipe, "losses.md").read_text(encoding="utf-8").splitlines()
     assert [line.split(" | ")[0].removeprefix("| ") for line in table[2:]] == [way["way"] for way in ways] == list(rows)
+
+
+def test_what_takes_long_can_be_left_out(tmp_path: Path, recipe: Recipe) -> None:
+    without = ["TIES", "DARE", "ridge", "likelihood", "regression"]
+    shorter = recipe.model_copy(update={"output": str(tmp_path)})
+    shutil.copytree(recipe.fused, shorter.fused)
+    rows, _ = compare(shorter, without)
+    assert compare(recipe)[0].keys() - rows.keys() == {f"dense, {name}" for name in without[:2]} | {
+        f"fused, gates by {name}" for name in without[2:]
+    }
+    with as_file(recipe) as file, pytest.raises(UserError, match=r"--without TIS: what can be left out is average, "):
+        main(str(file), "--without", "TIS,DARE")
 
 
 def test_drifted_experts_are_measured_behind_every_candidate(
