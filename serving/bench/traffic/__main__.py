@@ -48,6 +48,7 @@ from serving.engine import detect_hardware
 AT_ONCE = (1, 8, 32)
 LEAST_KV = 64 * 2**20
 DECODED = 64  # tokens of an answer where tokens a second are measured
+DECODED_LEAST = 16  # answers: the median one tells the speed, which a stall of one does not touch
 ALL_AT_ONCE = "all at once"
 Table = dict[str, dict[str, Any]]  # side -> name, weights, kv_tokens, loads: {"order, rate": figures}
 
@@ -210,7 +211,7 @@ def _decode(recipe: Recipe, memory: int, folder: Path, name: str, model: Path) -
     rows = [row | {"output_tokens": DECODED} for row in trace(recipe, tokenizer, 2 * max(AT_ONCE), "evenly")]
     loads: dict[str, Load] = {}
     for at_once in AT_ONCE:
-        path = write(folder / f"decode-{at_once}.jsonl", rows[: max(8, 2 * at_once)])
+        path = write(folder / f"decode-{at_once}.jsonl", rows[: max(DECODED_LEAST, 2 * at_once)])
         loads[str(at_once)] = Load(path, at_once=at_once)
     with _with_top(model, name) as place, alone(recipe, memory, folder, place) as side:
         twice = [load for load in loads.values() for _ in range(2)]  # the first time warms up
@@ -249,8 +250,8 @@ def _ratios(measured: Round) -> dict[str, float]:
         return _geometric(ours["loads"][name][key] / theirs["loads"][name][key] for name in names)
 
     def speed(name: str) -> float:
-        """Of one answer, once it has begun."""
-        return 1 / measured.decode[name]["1"]["mean_tpot_ms"]
+        """Of one answer alone, once it has begun: the median answer's."""
+        return 1 / measured.decode[name]["1"]["median_tpot_ms"]
 
     return {
         "mean_latency_vs_separate": max(ratio(side, "mean_e2el_ms") for side in placed),
@@ -278,13 +279,17 @@ def _print_sizes(rounds: Sequence[Round]) -> None:
     print("| --- | --- | --- |")
     for name, side in rounds[0].table.items():
         print(f"| {name} | {side['weights'] / 1e9:.2f} | {side['kv_tokens']:,} |")
-    print("\n| requests at once: tokens/s, ms from token to token | " + " | ".join(map(str, AT_ONCE)) + " |")
+    print(
+        "\n| requests at once: tokens/s, ms from token to token (median answer) | "
+        + " | ".join(map(str, AT_ONCE))
+        + " |"
+    )
     print("| --- " * (len(AT_ONCE) + 1) + "|")
     for name in rounds[0].decode:
         cells = []
         for at_once in map(str, AT_ONCE):
             found = [one.decode[name][at_once] for one in rounds]
-            speed, pause = (mean(row[key] for row in found) for key in ("output_throughput", "mean_tpot_ms"))
+            speed, pause = (mean(row[key] for row in found) for key in ("output_throughput", "median_tpot_ms"))
             cells.append(f"{speed:.1f}, {pause:.1f}")
         print(f"| {name} | " + " | ".join(cells) + " |")
 
