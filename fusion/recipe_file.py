@@ -36,7 +36,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 def as_file(recipe: Recipe) -> Iterator[Path]:
     """A file of the recipe as it is, with every override, for a process that is to work on it."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        yaml.safe_dump(recipe.model_dump(mode="json"), file)
+        yaml.safe_dump(recipe.model_dump(mode="json"), file, sort_keys=False)  # rules are tried in order
         file.flush()
         yield Path(file.name)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fusion.errors import UserError
-from fusion.recipe_file import load_recipe, load_section
+from fusion.recipe_file import as_file, load_recipe, load_section
 from fusion.sections.serving import Guarding
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -67,6 +67,14 @@ def refused(path: Path, *overrides: str) -> str:
     sentence = str(caught.value)
     assert "\n" not in sentence
     return sentence
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_recipe_for_another_process_is_the_same_in_the_same_order(path: Path) -> None:
+    recipe = load_recipe(path, ["evaluation.rows=7"])
+    with as_file(recipe) as file:
+        again = load_recipe(file)
+    assert again.model_dump_json() == recipe.model_dump_json()  # rules are tried in the order of the domains
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
