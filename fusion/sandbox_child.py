@@ -41,15 +41,15 @@ def main() -> None:
     seconds, memory = int(sys.argv[1]), int(sys.argv[2])
     del sys.argv[1:]
     token, _, source = sys.stdin.buffer.read().decode().partition("\n")
-    program = compile(source, "<answer>", "exec")
-    import_early(source)
     for what, limit in (
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, OUTPUT_BYTES),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(what, (limit, limit))
+        resource.setrlimit(what, (limit, limit))  # of the compiler and the imports too
+    program = compile(source, "<answer>", "exec")
+    import_early(source)
     try:
         give_up()
     except (ImportError, OSError, RuntimeError):

@@ -10,15 +10,17 @@ COLUMNS = {"anchor": "anchor", "own_expert": "own expert", "router": "expert pic
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """One line a task: scores with their 95% intervals, what fusing cost, the share of the expert's gain it keeps."""
+    """One line a task: scores with their 95% intervals, what fusing brought and cost, the share kept of the gain."""
     columns = _columns(result)
     lines = [
-        "| task (score, rows) | " + " | ".join(columns.values()) + " | fused less own expert | retained share |",
-        "| --- " * (len(columns) + 3) + "|",
+        "| task (score, rows) | "
+        + " | ".join(columns.values())
+        + " | fused less anchor | less own expert | retained share |",
+        "| --- " * (len(columns) + 4) + "|",
     ]
     for name, row in result["tasks"].items():
         cells = [_with_interval(row["scores"].get(column)) for column in columns]
-        cells.append(_with_interval(row["fused_minus"].get("own_expert"), "+.3f"))
+        cells += [_with_interval(row["fused_minus"].get(column), "+.3f") for column in ("anchor", "own_expert")]
         cells.append(_with_interval(row["retained_share"]) or "no gain to retain")
         lines.append(f"| {name} ({row['metric']}, {row['rows']}) | " + " | ".join(cells) + " |")
     for name, row in result["tasks"].items():

@@ -11,6 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from fusion.checkpoint import write_lines
 from fusion.cli import app
 from fusion.errors import UserError
 from fusion.evaluation import harness
@@ -82,6 +83,7 @@ def test_scores_are_those_of_greedy_answers(tmp_path: Path, anchor: Path, anchor
     recipe = with_answers(tmp_path, recipe, fused, anchor)
     result = benchmark(recipe)
     models = {"fused": fused, "anchor": anchor, "own_expert": experts["math"]}
+    goldens: dict[str, list[float]] = {}
     for name, own in (("general", anchor), ("math", experts["math"])):
         row, path = result["tasks"][name], tmp_path / f"{name}-held-out.jsonl"
         wanted = [json.loads(line)["messages"][-1]["content"] for line in path.read_text().splitlines()]
@@ -89,7 +91,9 @@ def test_scores_are_those_of_greedy_answers(tmp_path: Path, anchor: Path, anchor
             answers = greedy(folder, PROMPTS[name])
             golden = sum(a.strip() == w.strip() for a, w in zip(answers, wanted, strict=True)) / len(wanted)
             assert row["scores"][column]["value"] == golden, (name, column)
+            goldens.setdefault(column, []).append(golden)
         assert row["scores"]["fused"]["value"] >= 0.5 and row["rows"] == 4
+    assert len(set(map(tuple, goldens.values()))) == 3  # a model in another's place would be seen
     assert result["made"]["versions"].keys() >= {"lm-eval", "qwen-fusion"} and result["seed"] == 0
     logged = (recipe.folder / "benchmark" / "samples" / "fused" / "own_math.jsonl").read_text().split("\n")
     assert [json.loads(line)["doc_id"] for line in logged if line] == [0, 1, 2, 3]
@@ -122,6 +126,30 @@ def test_a_run_that_was_stopped_asks_for_the_rest_alone(
     assert first["tasks"]["math"]["rows"] == 2 and second["tasks"]["math"]["rows"] == 4
     assert sum(asked) == 4  # of eight
     assert benchmark(recipe) == second and sum(asked) == 4
+
+
+def test_questions_that_were_trained_on_are_not_asked(
+    tmp_path: Path, anchor: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = recipe_data(tmp_path, anchor, {"general": anchor, "math": anchor})
+    data["benchmark"] = {"backend": "transformers", "against": [], "tasks": ["gsm8k"]}
+    data["evaluation"] = {"contamination_ngram": 13, "contaminated": "leave_out"}
+    data["data_folder"] = str(tmp_path)
+    planted = "what is the sum of one and two and three and four, in words?"
+    questions = ["How many legs have two cats?", f"Let us see, {planted}", "Half of ten?"]
+    (tmp_path / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        rows = [{"question": question, "answer": "#### 8"} for question in questions]
+        write_lines(tmp_path / "gsm8k" / f"{split}.jsonl", rows)
+    messages = [{"role": "user", "content": f"Now tell me: {planted}"}, {"role": "assistant", "content": "ten"}]
+    write_lines(tmp_path / "lessons.jsonl", [{"messages": messages}])
+    data["domains"]["math"]["train"] = {"path": str(tmp_path / "lessons.jsonl")}
+    recipe = Recipe.model_validate(data)
+    merge(recipe)
+    assert benchmark(recipe)["tasks"]["gsm8k"]["rows"] == 2
+    assert "1 of 3 rows of local_gsm8k left out" in capsys.readouterr().err
+    asked = "".join(path.read_text("utf-8") for path in (recipe.folder / "benchmark" / "samples" / "fused").iterdir())
+    assert questions[0] in asked and planted not in asked
 
 
 ROWS = tuple(range(6))
@@ -193,7 +221,7 @@ def test_dense_models_are_asked_beside_the_others(tmp_path: Path, anchor: Path) 
     assert found["tasks"]["gsm"]["scores"]["TIES"]["value"] == 0.5
     assert found["tasks"]["gsm"]["fused_minus"]["TIES"]["value"] == 0.5
     table = markdown(found)
-    assert "| anchor | own expert | fused | dense, TIES | fused less own expert |" in table
+    assert "| anchor | own expert | fused | dense, TIES | fused less anchor | less own expert |" in table
     assert "| 0.500 [0.50, 0.50] |" in table
 
 
@@ -210,6 +238,8 @@ def test_figures_are_paired_by_row(tmp_path: Path) -> None:
     share = retained_share(*(list(map(float, scores[m])) for m in ("anchor", "fused", "math")))
     assert share is not None and row["retained_share"]["value"] == pytest.approx(share.value) == pytest.approx(2 / 3)
     assert row["fused_minus"]["anchor"]["value"] == pytest.approx(1 / 3)
+    (line,) = (line for line in markdown(result).splitlines() if line.startswith("| gsm"))
+    assert [cell.split(" [")[0] for cell in line.split(" | ")[4:6]] == ["+0.333", "-0.167"]
     assert row["others"]["fused"] == {"valid": 1.0}
     text = markdown(result)
     assert "| gsm (exact_match, 6) | 0.333" in text and "fused valid 1.000" in text

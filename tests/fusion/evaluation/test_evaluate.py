@@ -46,12 +46,19 @@ def test_weighted_means_and_paired_differences() -> None:
     assert mean_interval([2.0, 9.0], [1.0, 3.0]).value == 11 / 4  # 11 nats over 4 tokens
     rng = np.random.default_rng(1)
     first = rng.normal(0.5, 1.0, size=400)
-    paired = difference(first, first - 0.2)
-    assert paired.low == pytest.approx(0.2) and paired.high == pytest.approx(0.2)
-    interval = mean_interval(first)
-    theirs = stats.bootstrap((first,), np.mean, n_resamples=2000, method="percentile", rng=5).confidence_interval
-    assert interval.low == pytest.approx(theirs.low, abs=0.02)
-    assert interval.high == pytest.approx(theirs.high, abs=0.02)
+    second = rng.normal(0.3, 1.0, size=400) + first
+    tokens = rng.integers(1, 50, size=400).astype(float)
+    nats = first * tokens
+    picks = rng.integers(0, 400, size=(20_000, 400))  # rows resampled here
+    for interval, means in (
+        (mean_interval(first), first[picks].mean(axis=1)),
+        (difference(second, first), (second - first)[picks].mean(axis=1)),
+        (mean_interval(nats, tokens), nats[picks].sum(axis=1) / tokens[picks].sum(axis=1)),
+    ):
+        near = 0.15 * means.std()  # the bounds of a 92% interval are 0.21 away
+        assert interval.as_list() == pytest.approx(list(np.percentile(means, [2.5, 97.5])), abs=near)
+    theirs = stats.bootstrap((first,), np.mean, n_resamples=20_000, method="percentile", rng=5).confidence_interval
+    assert mean_interval(first).as_list() == pytest.approx(list(theirs), abs=0.15 * first.std() / 20)
 
 
 @pytest.mark.parametrize("right", [0.0, 1.0])
