@@ -29,6 +29,7 @@ from fusion.plan.profile import HardwareProfile
 from fusion.plan.survey import survey
 from fusion.plan.table import print_findings, print_plan
 from fusion.progress import console, quiet_libraries, size
+from fusion.provenance import made
 from fusion.recipe import Recipe
 from fusion.road_experts import anchor, branch
 from fusion.sections.data import DataSource
@@ -387,7 +388,7 @@ def evaluate_step(recipe: Recipe) -> Step:
         result = measure(recipe)
         draw_routing(result, recipe.folder / "routing.png")
         write_text(recipe.folder / "evaluation.md", markdown(result))
-        write_json(path, result)
+        write_json(path, result | {"made": made()})
 
     data = source_files(*recipe.evaluation.extra.values(), *(domain.held_out for domain in recipe.domains.values()))
     parts = [recipe.evaluation, recipe.domains, recipe.gate_training]
@@ -407,7 +408,7 @@ def evaluate_long(recipe: Recipe, force: bool = False) -> dict[str, Any]:
     def action() -> None:
         result = measure(recipe, recipe.evaluation.long_rows)
         write_text(recipe.folder / "long.md", markdown(result))
-        write_json(path, result)
+        write_json(path, result | {"made": made()})
 
     data = source_files(*(source for d in recipe.domains.values() for source in (d.train, d.held_out)))
     parts = [recipe.evaluation, recipe.domains, recipe.serving.max_model_len, recipe.serving.yarn_factor]

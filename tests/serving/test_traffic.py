@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 
+from fusion.checkpoint import read_json
 from fusion.data import load_examples
 from fusion.encoding import load_tokenizer
 from fusion.errors import UserError
 from fusion.merge import merge
+from fusion.plan.budget import kv_bytes_per_token, planned_dtype
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe
+from fusion.sources import anchor_source
 from serving.bench.traffic import __main__ as traffic
 from serving.bench.traffic import sides
-from serving.bench.traffic.__main__ import Round, _check_room, _picked, _rates, _ratios, _with_top
+from serving.bench.traffic.__main__ import LEAST_KV, Round, _check_room, _kv_bytes, _picked, _rates, _ratios, _with_top
 from serving.bench.traffic.load import KEPT
 from serving.bench.traffic.router import expert_of, question_of
 from serving.bench.traffic.sides import (
@@ -31,6 +34,7 @@ from serving.bench.traffic.sides import (
     lora,
     router,
     separate,
+    served,
     total_memory,
     weight_bytes,
 )
@@ -229,6 +233,18 @@ def test_sides_that_the_machine_cannot_hold_are_refused(recipe: Recipe) -> None:
     _check_room(recipe, 10**6)
     with pytest.raises(UserError, match="--kv-mb"):
         _check_room(recipe, 10**15)
+
+
+def test_the_kv_cache_is_two_sequences_or_what_there_is_room_for(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _kv_bytes(recipe) == LEAST_KV
+    monkeypatch.setattr(traffic, "LEAST_KV", 1)
+    told = read_json(anchor_source(recipe).folder / "config.json")
+    wanted = _kv_bytes(recipe)
+    assert wanted == 2 * recipe.serving.max_model_len * kv_bytes_per_token(told, 1, served(recipe, planned_dtype(told)))
+    monkeypatch.setattr(traffic, "_room", lambda recipe: total_memory(recipe, wanted // 3))
+    assert _kv_bytes(recipe) == wanted // 3
 
 
 @pytest.mark.parametrize("cores", [(0,), (0, 1), (0, 1, 2, 3)])

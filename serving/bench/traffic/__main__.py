@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from fusion.checkpoint import read_json, read_lines, weight_stamps, write_json
+from fusion.checkpoint import file_hash, read_json, read_lines, weight_stamps, write_json
 from fusion.encoding import load_tokenizer
 from fusion.errors import UserError, run_main
 from fusion.evaluation.adapters import LORA_RANK
@@ -71,7 +71,11 @@ def main(*given: str) -> None:
     parser.add_argument("--rounds", type=int, default=2, help="how often every side is measured")
     parser.add_argument("--again", action="store_true", help="measure again what was measured already")
     parser.add_argument("--rates", default="4,8,16", help="arrivals a second")
-    parser.add_argument("--kv-mb", type=int, help="KV cache of each separate engine; default: for two full sequences")
+    parser.add_argument(
+        "--kv-mb",
+        type=int,
+        help="KV cache of each separate engine; default: for two full sequences, or what there is room for",
+    )
     parser.add_argument("--placements", type=int, default=len(PLACEMENTS), help="how many of the core placements")
     parser.add_argument("--folder", type=Path, help="for logs; default: OUTPUT/traffic")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
@@ -84,7 +88,7 @@ def main(*given: str) -> None:
     rates = _rates(arguments.rates)
     if min(arguments.placements, arguments.requests, arguments.rounds, arguments.kv_mb or 1) < 1:
         raise UserError("--placements, --requests, --rounds and --kv-mb are greater than 0")
-    kv_bytes = _two_sequences(recipe) if arguments.kv_mb is None else arguments.kv_mb * 2**20
+    kv_bytes = _kv_bytes(recipe) if arguments.kv_mb is None else arguments.kv_mb * 2**20
     requests = _requests(recipe, arguments.requests, folder)
     picked = _picked(recipe, requests, folder / "picked.json")
     memory = total_memory(recipe, kv_bytes)
@@ -119,6 +123,7 @@ def _key(recipe: Recipe, requests: dict[str, Path], rates: list[float], memory: 
     paths = [recipe.fused, *(path for source in expert_sources(recipe) for path in source.paths)]
     texts = [path.read_text(encoding="utf-8") for path in requests.values()]
     told = [recipe.serving.model_dump(mode="json"), list(map(weight_stamps, paths)), texts, rates, memory, placements]
+    told += [file_hash(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
     told += [LORA_RANK, {key: value for key, value in made().items() if key not in ("date", "command")}]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
@@ -158,19 +163,26 @@ def _rates(text: str) -> list[float]:
     return found
 
 
-def _two_sequences(recipe: Recipe) -> int:
-    """Bytes of KV cache for two sequences of max_model_len, at least LEAST_KV."""
+def _kv_bytes(recipe: Recipe) -> int:
+    """An engine's KV cache: two sequences of max_model_len, or its share of what weights leave; at least LEAST_KV."""
     config = read_json(anchor_source(recipe).folder / "config.json")
     dtype = served(recipe, planned_dtype(config))
-    return max(LEAST_KV, 2 * recipe.serving.max_model_len * kv_bytes_per_token(config, 1, dtype))
+    wanted = 2 * recipe.serving.max_model_len * kv_bytes_per_token(config, 1, dtype)
+    left = (_room(recipe) - total_memory(recipe, 0)) // len(recipe.experts)
+    return max(LEAST_KV, min(wanted, left))
+
+
+def _room(recipe: Recipe) -> int:
+    """The bytes of this machine that engines may take: of the cards that the recipe takes, or of the memory."""
+    cards = torch.cuda.device_count() if detect_hardware().gpus else 0
+    sizes = [torch.cuda.get_device_properties(card).total_memory for card in range(cards)]
+    on_cards = sum(sizes[: recipe.serving.tensor_parallel_size]) * recipe.serving.gpu_memory_utilization
+    return int(on_cards) if cards else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _check_room(recipe: Recipe, memory: int) -> None:
     """Raises UserError where the machine has not the memory that every side takes."""
-    cards = torch.cuda.device_count() if detect_hardware().gpus else 0
-    sizes = [torch.cuda.get_device_properties(card).total_memory for card in range(cards)]
-    room = sum(sizes[: recipe.serving.tensor_parallel_size]) * recipe.serving.gpu_memory_utilization
-    room = room if cards else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = _room(recipe)
     if memory > room:
         raise UserError(
             f"every side takes {memory / 1e9:.1f} GB for weights and KV cache, and there are {room / 1e9:.1f}: give "
