@@ -81,6 +81,11 @@ def check(folder: Path) -> dict[str, Any]:
     for name in ("report.md", "routing.png", "gates.png", "gates.json", "answers.json"):
         assert (run / name).stat().st_size > 0
     result: dict[str, Any] = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    assert result["made"]["versions"]["qwen-fusion"]
+    for domain in result["domains"].values():
+        if (share := domain["retained_share_by_loss"]) is not None:
+            low, high = domain["retained_share_by_loss_interval"]
+            assert low <= share <= high
     manifest = json.loads((run / "fused" / "fusion.json").read_text(encoding="utf-8"))
     assert list(result["moved"]) == [expert["name"] for expert in manifest["experts"]]
     assert "How far each expert has moved" in (run / "report.md").read_text(encoding="utf-8")

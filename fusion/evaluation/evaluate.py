@@ -195,6 +195,7 @@ def _domain(figures: dict[str, dict[str, Figures]], name: str, recipe: Recipe, s
         "retained_share": share.value if share else None,
         "retained_share_interval": share.as_list() if share else None,
         "retained_share_by_loss": by_loss.value if by_loss else None,
+        "retained_share_by_loss_interval": by_loss.as_list() if by_loss else None,
         "share_of_own_score": mean_interval(fused.scores).value / own_mean if own_mean else None,
         "score_minus_own": difference(fused.scores, own.scores).__dict__,
         "loss_minus_own": difference(fused.nats, own.nats, own.tokens).__dict__,

@@ -46,7 +46,8 @@ def markdown(result: dict[str, Any]) -> str:
     kept = {name: domain.get("retained_share_by_loss") for name, domain in result["domains"].items()}
     shares = {name: share for name, share in kept.items() if share is not None}
     if shares:
-        by_domain = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+        bounds = {name: result["domains"][name].get("retained_share_by_loss_interval") for name in shares}
+        by_domain = ", ".join(f"{name} {_with_bounds(share, bounds[name])}" for name, share in shares.items())
         mean, worst = sum(shares.values()) / len(shares), min(shares.values())
         lines += [f"Retained of the gain in answer loss: mean {mean:.3f}, worst {worst:.3f} ({by_domain}).", ""]
     no_gain = {name: domain["loss_minus_own"]["value"] for name, domain in result["domains"].items()}
@@ -144,8 +145,11 @@ def _counted(rows: dict[str, int]) -> str:
 def _share(domain: dict[str, Any]) -> str:
     if domain["retained_share"] is None:
         return f"no gain to retain; score {domain['score_minus_own']['value']:+.3f} against the own expert"
-    low, high = domain["retained_share_interval"]
-    return f"{domain['retained_share']:.3f} [{low:.2f}, {high:.2f}]"
+    return _with_bounds(domain["retained_share"], domain["retained_share_interval"])
+
+
+def _with_bounds(value: float, bounds: list[float] | None) -> str:
+    return f"{value:.3f} [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else f"{value:.3f}"  # none in older figures
 
 
 def _figure(value: float | None) -> str:

@@ -18,8 +18,8 @@ class Evaluation(Section):
     long_rows: int = Field(8, gt=0)  # questions a length, and passkeys a depth, of `evaluate --long`
     hidden_prompts: int = Field(32, gt=0)  # an expert, for mergekit's `hidden` gates
     cross_domains: bool = False  # score every expert on every domain, not on its own alone
-    # no held-out question may share so many words in a row with what was trained on; None: none may be the same. GPT-3's
-    # 13 (arXiv:2005.14165, appendix C)
+    # no held-out question may share so many words in a row with what was trained on, GPT-3's 13 (arXiv:2005.14165,
+    # appendix C); None: none may be the same
     contamination_ngram: int | None = Field(13, ge=5)
     contaminated: Literal["refuse", "leave_out"] = "refuse"
     extra: dict[str, ExtraSource] = Field({})  # more held-out tasks, scored on anchor and fused
