@@ -4,7 +4,8 @@
 
 Makes the dense models (dense.py) and the gates of every method, then measures all ways (ways.py). Everything is kept
 under OUTPUT/alternatives, way by way, and made again only where what it comes from has changed. On a 0.5B and one core
-`union` (as long a training as all branches) and `likelihood` take an hour each: `--without union,likelihood`.
+`union` (as long a training as all branches) and `likelihood` take an hour each, `adapters` of experts that drifted a
+quarter: `--without union,likelihood,adapters`.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from fusion.errors import UserError, run_main
 from fusion.evaluation.answer_loss import Nats, by_domain
 from fusion.evaluation.dense import DENSE, UNION, dense_step, folder_of, union_step
 from fusion.evaluation.intervals import Interval, difference
-from fusion.evaluation.ways import Way, gates_step, held_out, own_gates, ways
+from fusion.evaluation.ways import ADAPTERS, Way, gates_step, held_out, own_gates, ways
 from fusion.healed import as_merged
 from fusion.progress import console
 from fusion.provenance import made
@@ -30,13 +31,13 @@ from fusion.steps import Step, run_step
 from gate_training.compare import mean_loss
 from gate_training.trainer import METHODS
 
-MADE = (*DENSE, UNION, *METHODS)
+MADE = (*DENSE, UNION, ADAPTERS, *METHODS)
 
 
 def compare(recipe: Recipe, without: Collection[str] = ()) -> tuple[dict[str, list[Nats]], list[str]]:
     """Every way's losses by row, what is there already taken as it is; the rows' domains.
 
-    Dense models and gates named in `without` are not made. Raises UserError where nothing has been merged yet.
+    Dense models, adapters and gates named in `without` are not made. Raises UserError where nothing has been merged yet.
     """
     with as_merged(fused_folder(recipe), unhealed_folder(recipe)) as folder:
         steps = [dense_step(recipe, name) for name in DENSE if name not in without]
@@ -48,7 +49,7 @@ def compare(recipe: Recipe, without: Collection[str] = ()) -> tuple[dict[str, li
         rows = held_out(recipe)
         digest = hashlib.sha256(repr([(row.messages, row.domain) for row in rows.rows]).encode()).hexdigest()
         found = {}
-        for way in ways(recipe, rows, folder):
+        for way in ways(recipe, rows, folder, adapters=ADAPTERS not in without):
             file = folder_of(recipe, "losses") / f"{way.name.replace(', ', '-').replace(' ', '_')}.json"
             measure = partial(_keep, file, way, rows.domains)
             parts = [digest, rows.picked, *way.settings]

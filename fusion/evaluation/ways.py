@@ -38,6 +38,7 @@ from gate_training.feedback import feedback_file
 from gate_training.labelling.combine import whole_experts
 from gate_training.trainer import METHODS, fit_gates
 
+ADAPTERS = "adapters"
 MERGEKIT = ("mergekit random", "mergekit cheap_embed", HIDDEN)
 
 
@@ -94,9 +95,9 @@ def held_out(recipe: Recipe) -> HeldOut:
     return HeldOut(load_tokenizer(anchor_source(recipe).folder), rows, right, picked)
 
 
-def ways(recipe: Recipe, rows: HeldOut, folder: Path) -> Iterator[Way]:
+def ways(recipe: Recipe, rows: HeldOut, folder: Path, adapters: bool = True) -> Iterator[Way]:
     """Every way that is there; `folder` has the fused model as merge and train-gates left it."""
-    yield from _without_fusing(recipe, rows)
+    yield from _without_fusing(recipe, rows, adapters)
     yield from _fused(recipe, rows, folder)
     if _drifted(folder):
         yield from _behind_candidates(recipe, rows)
@@ -106,7 +107,7 @@ def ways(recipe: Recipe, rows: HeldOut, folder: Path) -> Iterator[Way]:
         yield Way("fused, healed", [recipe.fused], lambda: rows.losses(healed, route, rows.right, "healed"))
 
 
-def _without_fusing(recipe: Recipe, rows: HeldOut) -> Iterator[Way]:
+def _without_fusing(recipe: Recipe, rows: HeldOut, adapters: bool) -> Iterator[Way]:
     anchor = anchor_source(recipe)
     own = [own_source(recipe, expert) for expert in recipe.experts]
     paths = [path for source in own for path in source.paths]
@@ -115,7 +116,7 @@ def _without_fusing(recipe: Recipe, rows: HeldOut) -> Iterator[Way]:
         return lambda: rows.losses(Reader(source), forced(0), [0] * len(rows.rows), source.name)
 
     def adapted() -> list[Nats]:
-        made = extracted(recipe, folder_of(recipe, "adapters"))
+        made = extracted(recipe, folder_of(recipe, ADAPTERS))
         sources = [ModelSource(e.name, anchor.folder, made.get(e.name)) for e in recipe.experts]
         return rows.of_whole(sources, rows.picked, "adapters")
 
@@ -123,7 +124,8 @@ def _without_fusing(recipe: Recipe, rows: HeldOut) -> Iterator[Way]:
     yield Way("own expert", paths, lambda: rows.of_whole(own, rows.right, "own experts"))
     yield Way("whole expert, by its question", paths, lambda: rows.of_whole(own, rows.picked, "routed whole experts"))
     merged = [path for source in expert_sources(recipe) for path in source.paths]
-    yield Way(f"anchor with LoRA adapters of rank {LORA_RANK}, by its question", merged, adapted)
+    if adapters:
+        yield Way(f"anchor with LoRA adapters of rank {LORA_RANK}, by its question", merged, adapted)
     for name in (*DENSE, UNION):
         if (place := folder_of(recipe, name)).is_dir():
             yield Way(f"dense, {name}", [place], dense(ModelSource(name, place)))

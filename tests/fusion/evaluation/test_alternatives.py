@@ -105,13 +105,13 @@ def test_every_rows_loss_is_left_beside_the_table(recipe: Recipe) -> None:
 
 
 def test_what_takes_long_can_be_left_out(tmp_path: Path, recipe: Recipe) -> None:
-    without = ["TIES", "DARE", "ridge", "likelihood", "regression"]
+    without = ["TIES", "DARE", "ridge", "likelihood", "regression", "adapters"]
     shorter = recipe.model_copy(update={"output": str(tmp_path)})
     shutil.copytree(recipe.fused, shorter.fused)
     rows, _ = compare(shorter, without)
     assert compare(recipe)[0].keys() - rows.keys() == {f"dense, {name}" for name in without[:2]} | {
-        f"fused, gates by {name}" for name in without[2:]
-    }
+        f"fused, gates by {name}" for name in without[2:5]
+    } | {"anchor with LoRA adapters of rank 32, by its question"}
     with as_file(recipe) as file, pytest.raises(UserError, match=r"--without TIS: what can be left out is average, "):
         main(str(file), "--without", "TIS,DARE")
 
