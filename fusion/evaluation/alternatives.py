@@ -37,7 +37,7 @@ MADE = (*DENSE, UNION, ADAPTERS, *METHODS)
 def compare(recipe: Recipe, without: Collection[str] = ()) -> tuple[dict[str, list[Nats]], list[str]]:
     """Every way's losses by row, what is there already taken as it is; the rows' domains.
 
-    Dense models, adapters and gates named in `without` are not made. Raises UserError where nothing has been merged yet.
+    Dense models, adapters and gates named in `without` are not made. Raises UserError where nothing is merged yet.
     """
     with as_merged(fused_folder(recipe), unhealed_folder(recipe)) as folder:
         steps = [dense_step(recipe, name) for name in DENSE if name not in without]
