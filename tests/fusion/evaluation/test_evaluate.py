@@ -46,6 +46,8 @@ def test_weighted_means_and_paired_differences() -> None:
     assert mean_interval([2.0, 9.0], [1.0, 3.0]).value == 11 / 4  # 11 nats over 4 tokens
     rng = np.random.default_rng(1)
     first = rng.normal(0.5, 1.0, size=400)
+    paired = difference(first, first - 0.2)
+    assert paired.low == pytest.approx(0.2) and paired.high == pytest.approx(0.2)
     second = rng.normal(0.3, 1.0, size=400) + first
     tokens = rng.integers(1, 50, size=400).astype(float)
     nats = first * tokens
