@@ -162,11 +162,13 @@ def test_no_request_fails_meanwhile_and_none_is_answered_by_both(served: Served)
     for thread in threads:
         thread.start()
     try:
-        for number in range(4):
-            file, tokens = ((files[(number + 1) % 2]) for files in (served.files, served.tokens))
-            swap_gates(served.state.engine, file)
-            assert by_vllm(served.state.engine) == tokens
-            assert not failed
+        for twice in range(30):  # until a request of each kind has ended and one was under way
+            for file, tokens in zip(served.files[::-1], served.tokens[::-1], strict=True):
+                swap_gates(served.state.engine, file)
+                assert by_vllm(served.state.engine) == tokens
+                assert not failed
+            if twice and all(ended) and interrupted(served.state.engine) > before:
+                break
     finally:
         over.set()
         for thread in threads:

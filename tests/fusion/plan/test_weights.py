@@ -39,7 +39,8 @@ def test_every_layer_and_group_is_measured(
             names = [name for name in old if layer_of(name) == number and group_of(name) == group]
             ours, theirs = (torch.cat([held[name].flatten() for name in names]).double() for held in (old, new))
             assert found["distance"] == pytest.approx(float((theirs - ours).norm() / ours.norm()), rel=1e-5)
-            assert found["cosine"] == pytest.approx(float(torch.cosine_similarity(ours, theirs, dim=0)), rel=1e-5)
+            cosine = float(torch.cosine_similarity(ours, theirs, dim=0))
+            assert found["cosine"] == pytest.approx(cosine, abs=1e-6)  # near 0 the tensors' float32 shows
     assert all(layer["attention"]["distance"] == 0 for layer in result["experts"]["coding"]["layers"])
     assert result["findings"] == []
 
