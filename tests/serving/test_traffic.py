@@ -38,7 +38,7 @@ from serving.bench.traffic.sides import (
     total_memory,
     weight_bytes,
 )
-from serving.bench.traffic.trace import BURST, LEAST, MOST, trace, write
+from serving.bench.traffic.trace import BURST, LEAST, MOST, lengths, trace, write
 from serving.engine import EngineSettings, Hardware, detect_hardware, engine_arguments
 from tests.recipes import make_recipe, recipe_data
 
@@ -64,10 +64,24 @@ def test_every_domain_has_its_share_of_the_requests(recipe: Recipe, anchor: Path
     assert rows == trace(recipe, load_tokenizer(anchor), 48, order)
 
 
+def test_a_requests_tokens_are_those_of_its_row(recipe: Recipe, anchor: Path) -> None:
+    tokenizer = load_tokenizer(anchor)
+    rows = trace(recipe, tokenizer, 6, "evenly")
+    for row in rows:
+        messages = [{"role": "user", "content": row["prompt"]}]
+        asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert row["prompt_tokens"] == len(asked)
+    told = [{"prompt_tokens": 3, "output_tokens": 8}, {"prompt_tokens": 8, "output_tokens": 9}]
+    assert lengths(told) == {
+        "prompt_tokens": {"least": 3, "mean": 5.5, "most": 8},
+        "output_tokens": {"least": 8, "mean": 8.5, "most": 9},
+    }
+
+
 def test_requests_are_written_as_vllms_generator_reads_them(tmp_path: Path, recipe: Recipe, anchor: Path) -> None:
     path = write(tmp_path / "deep" / "evenly.jsonl", trace(recipe, load_tokenizer(anchor), 3, "evenly"))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 3 and all({"prompt", "output_tokens"} <= row.keys() for row in rows)
+    assert len(rows) == 3 and all({"prompt", "prompt_tokens", "output_tokens"} <= row.keys() for row in rows)
 
 
 def test_a_question_is_the_last_of_the_user() -> None:

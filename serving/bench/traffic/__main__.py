@@ -42,7 +42,7 @@ from fusion.sources import anchor_source, expert_sources
 from gate_training.labelling.combine import whole_experts
 from serving.bench.traffic.load import Load, drive
 from serving.bench.traffic.sides import PLACEMENTS, Side, alone, fused, lora, separate, served, total_memory
-from serving.bench.traffic.trace import ORDERS, trace, write
+from serving.bench.traffic.trace import ORDERS, lengths, trace, write
 from serving.engine import detect_hardware
 
 AT_ONCE = (1, 8, 32)
@@ -111,9 +111,11 @@ def main(*given: str) -> None:
     rounds = [_round(number, loads, decode, kept) for number in range(arguments.rounds)]
     by_round = [_ratios(one) for one in rounds]
     result = {name: round(_geometric([found[name] for found in by_round]), 3) for name in by_round[0]}
-    told = {"requests": arguments.requests, "rates": rates, "memory": memory, "made": made()}
+    tokens = {order: lengths(read_lines(path)) for order, path in requests.items()}
+    told = {"requests": arguments.requests, "tokens": tokens, "rates": rates, "memory": memory, "made": made()}
     write_json(folder / "traffic.json", told | {"rounds": [asdict(one) for one in rounds], "ratios": result})
     _print_sizes(rounds)
+    _print_lengths(tokens)
     _print_ratios(result, by_round)
     print(json.dumps(result))
 
@@ -304,6 +306,14 @@ def _print_sizes(rounds: Sequence[Round]) -> None:
             speed, pause = (mean(row[key] for row in found) for key in ("output_throughput", "median_tpot_ms"))
             cells.append(f"{speed:.1f}, {pause:.1f}")
         print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def _print_lengths(tokens: dict[str, dict[str, dict[str, float]]]) -> None:
+    print("\n| tokens of a request: least, mean, most | prompt | answer |")
+    print("| --- | --- | --- |")
+    for order, found in tokens.items():
+        cells = [", ".join(f"{value:g}" for value in row.values()) for row in found.values()]
+        print(f"| {order} | {' | '.join(cells)} |")
 
 
 def _print_ratios(result: dict[str, float], by_round: Sequence[dict[str, float]]) -> None:

@@ -8,6 +8,7 @@ request from being nothing or the whole run.
 
 import random
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 from fusion.checkpoint import write_lines
@@ -22,7 +23,7 @@ ORDERS: tuple[Order, ...] = ("evenly", "bursts")
 
 
 def trace(recipe: Recipe, tokenizer: Any, count: int, order: Order) -> list[dict[str, Any]]:
-    """`count` requests, {prompt, output_tokens, domain}, the same share of each domain."""
+    """`count` requests, {prompt, prompt_tokens, output_tokens, domain}, the same share of each domain."""
     share = -(-count // len(recipe.domains))
     by_domain: dict[str, list[dict[str, Any]]] = {}
     for name, domain in recipe.domains.items():
@@ -33,7 +34,8 @@ def trace(recipe: Recipe, tokenizer: Any, count: int, order: Order) -> list[dict
             encoded = encode(tokenizer, row)
             length = min(MOST, max(LEAST, len(encoded.ids) - encoded.answer_start))
             text = "\n\n".join(message["content"] for message in row.prompt)
-            found.append({"prompt": text, "output_tokens": length, "domain": name})
+            tokens = {"prompt_tokens": encoded.answer_start, "output_tokens": length}
+            found.append({"prompt": text, **tokens, "domain": name})
         by_domain[name] = found
     if order == "evenly":
         mixed = [row for rows in zip(*by_domain.values(), strict=True) for row in rows]
@@ -42,6 +44,15 @@ def trace(recipe: Recipe, tokenizer: Any, count: int, order: Order) -> list[dict
         random.Random(0).shuffle(blocks)
         mixed = [row for block in blocks for row in block]
     return mixed[:count]
+
+
+def lengths(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The tokens of prompts and of answers: least, mean and most."""
+    found = {}
+    for name in ("prompt_tokens", "output_tokens"):
+        tokens = [row[name] for row in rows]
+        found[name] = {"least": min(tokens), "mean": round(mean(tokens), 1), "most": max(tokens)}
+    return found
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

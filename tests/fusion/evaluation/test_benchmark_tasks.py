@@ -81,7 +81,12 @@ def prepared(tmp_path: Path, group: str) -> tuple[Recipe, list[TaskFile]]:
     return recipe, task_files(recipe, [group], tmp_path / "tasks")
 
 
-UPSTREAM = {"bbh": "bbh/zeroshot", "mgsm": "mgsm/direct", "mmlu": "mmlu/default", "hendrycks_math500": "hendrycks_math"}
+UPSTREAM = {
+    "bbh": "bbh/zeroshot",
+    "mgsm": "mgsm/native_cot",
+    "mmlu": "mmlu/default",
+    "hendrycks_math500": "hendrycks_math",
+}
 INCLUDING = [name for name in known_tasks() if "include:" in (harness.CONFIGS / f"{name}.yaml").read_text()]
 
 

@@ -22,7 +22,9 @@ from fusion.evaluation.harness import Measured, TaskFile
 from fusion.evaluation.intervals import retained_share
 from fusion.merge import merge
 from fusion.recipe import Recipe
+from serving.ask import engine_settings
 from tests.recipes import make_recipe, recipe_data
+from tests.serving.apart import serve_apart
 
 TOKENS = 24
 
@@ -99,6 +101,40 @@ def test_scores_are_those_of_greedy_answers(tmp_path: Path, anchor: Path, anchor
     assert [json.loads(line)["doc_id"] for line in logged if line] == [0, 1, 2, 3]
     assert (recipe.folder / "benchmark" / "benchmark.png").stat().st_size > 1000
     assert "| math (score, 4) |" in (recipe.folder / "benchmark" / "benchmark.md").read_text()
+
+
+@pytest.mark.usefixtures("short_answers")
+def test_vllm_and_a_running_server_score_as_transformers_does(
+    tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path]
+) -> None:
+    """By the command line, in float32: an engine of the benchmark's own, and a server behind the guard."""
+    experts = {"general": anchor, "math": anchored_experts["math"]}
+    serving = {"dtype": "float32", "max_model_len": 256, "cpu_kv_cache_bytes": 64 << 20}
+    settings = {"backend": "transformers", "against": ["experts"]}
+    recipe = make_recipe(tmp_path, anchor, experts, benchmark=settings, serving=serving)
+    recipe = with_answers(tmp_path, recipe, merge(recipe), anchor)
+    path = tmp_path / "own.yaml"
+    path.write_text(json.dumps(recipe.model_dump(mode="json")))
+
+    def told(*options: str) -> dict[str, Any]:
+        done = CliRunner().invoke(app, ["benchmark", str(path), *options], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        found: dict[str, Any] = json.loads((recipe.folder / "benchmark" / "benchmark.json").read_text())
+        return found
+
+    wanted = told()
+    assert wanted["tasks"]["math"]["scores"]["fused"]["value"] >= 0.5
+    by_vllm = told("--backend", "vllm")
+    assert (by_vllm["through"], by_vllm["tasks"]) == ("vllm", wanted["tasks"])
+    folder = tmp_path / "served"
+    folder.mkdir()
+    process, url = serve_apart(engine_settings(recipe), folder, within_s=400)
+    try:
+        by_server = told("--url", url)
+    finally:
+        process.terminate()
+        process.communicate(timeout=40)
+    assert (by_server["through"], by_server["tasks"]) == (url, wanted["tasks"])
 
 
 @pytest.mark.usefixtures("short_answers")
