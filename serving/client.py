@@ -64,6 +64,23 @@ def chat(
     )
 
 
+def served_models(url: str, api_key: str | None = None, timeout_s: float = 30.0) -> list[str]:
+    """The names of the models that the server at `url` (without /v1) answers for.
+
+    Raises UserError when the server cannot be reached or refuses to tell.
+    """
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    request = urllib.request.Request(f"{url.rstrip('/')}/v1/models", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            return [str(model["id"]) for model in json.load(response)["data"]]
+    except urllib.error.HTTPError as error:
+        raise UserError(f"the server at {url} answered {error.code}: {reason(error)}") from None
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
+        cause = getattr(error, "reason", None) or error
+        raise UserError(f"no OpenAI server answers at {url} ({cause}): start one with `qwen-fusion serve`") from None
+
+
 def reason(error: urllib.error.HTTPError) -> str:
     """Why an OpenAI-compatible server refused, in one line of its own words."""
     text = error.read().decode(errors="replace")

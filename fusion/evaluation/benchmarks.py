@@ -43,6 +43,7 @@ from fusion.recipe import Recipe
 from fusion.sections.evaluation import Benchmarking
 from fusion.sources import ModelSource, anchor_source, own_source, whole_model
 from gate_training.labelling.combine import whole_experts
+from serving.client import served_models
 from serving.guard.keys import VARIABLE as KEYS
 
 FUSED, ANCHOR, ROUTER = "fused", "anchor", "router"
@@ -67,6 +68,10 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
         raise UserError(f"nothing is fused in {recipe.fused} yet: run `qwen-fusion run` on the recipe first")
     if not gates_are_trained(recipe.fused):
         console.print("  the gates are random: run `qwen-fusion train-gates` on the recipe first", highlight=False)
+    if url and recipe.name not in (names := served_models(url, _api_key())):
+        raise UserError(
+            f"the server at {url} has {', '.join(names) or 'no model'}, not '{recipe.name}': give the one that serves this recipe"
+        )
     loaded = load_tasks(task_files(recipe, settings.tasks, folder / "tasks"))
     rows = rows_of(loaded, settings.limits, settings.limit, _contaminated(recipe))
     tasks = list(dict.fromkeys(loaded.owners[name] for name in rows))
@@ -196,8 +201,7 @@ def _asked(recipe: Recipe, source: ModelSource, folder: Path, url: str | None) -
     length, width = recipe.serving.max_model_len, settings.concurrency
     tokenizer = recipe.fused
     if url is not None:
-        key = (os.environ.get(KEYS) or "").split(",")[0] or None
-        yield Served(url.rstrip("/"), recipe.name, tokenizer, length, width, key)
+        yield Served(url.rstrip("/"), recipe.name, tokenizer, length, width, _api_key())
     elif settings.backend == "transformers":
         yield InTransformers(
             source, tokenizer, recipe.attn_implementation, recipe.loading, recipe.evaluation.batch_rows
@@ -218,6 +222,11 @@ def _asked(recipe: Recipe, source: ModelSource, folder: Path, url: str | None) -
             )
             with Engine(served, folder / f"vllm-{source.name}.log") as engine:
                 yield Served(engine.url, source.name, tokenizer, length, width)
+
+
+def _api_key() -> str | None:
+    """The first key that the environment names for a guard."""
+    return (os.environ.get(KEYS) or "").split(",")[0] or None
 
 
 def _stamp(recipe: Recipe, source: ModelSource, through: str) -> str:

@@ -237,6 +237,10 @@ def load_tasks(tasks: Sequence[TaskFile]) -> Loaded:
     owners: dict[str, TaskFile] = {}
     with _sandboxed_code():
         manager = TaskManager(include_path=folders, include_defaults=any(task.file is None for task in tasks))
+        known = ", ".join([*known_groups(), *known_tasks()])
+        for task in tasks:  # all of them, before any is fetched
+            if task.name not in manager.all_tasks and not task.optional:
+                raise UserError(f"benchmark {task.name} is no task: name some of {known} or the harness")
         for task in tasks:
             try:
                 found: dict[str, Any] = manager.load([task.name])["tasks"]
@@ -248,7 +252,6 @@ def load_tasks(tasks: Sequence[TaskFile]) -> Loaded:
                     said = f"  {task.name} left out: it cannot be had ({reason})"
                     console.print(said, highlight=False, soft_wrap=True)
                     continue
-                known = ", ".join([*known_groups(), *known_tasks()])
                 raise UserError(
                     f"benchmark {task.name} cannot be had ({reason}): name a data_folder with a copy, or other tasks, "
                     f"of {known} or the harness"

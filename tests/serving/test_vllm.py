@@ -16,7 +16,7 @@ from fusion.checkpoint import read_json
 from fusion.errors import UserError
 from fusion.plan.budget import kv_bytes_per_token
 from fusion.plan.capacity import BLOCK_CPU, kv_blocks, logged_tokens
-from serving.client import chat
+from serving.client import chat, served_models
 from serving.engine import EngineSettings
 from tests.families import write_model
 from tests.serving.apart import guard_apart, serve_apart
@@ -213,6 +213,7 @@ def test_the_harness_asks_through_the_guard(url: str, folder: Path, tmp_path: Pa
     from fusion.evaluation.harness_metrics import row_of
     from fusion.evaluation.harness_models import Served
 
+    assert served_models(url) == ["tiny"]
     questions = ["one?", "two?", "three?"]
     answers = [
         chat(url, "tiny", [{"role": "user", "content": q}], temperature=0, max_tokens=256).text for q in questions

@@ -137,6 +137,8 @@ def test_vllm_and_a_running_server_score_as_transformers_does(tmp_path: Path) ->
     process, url = serve_apart(engine_settings(recipe), folder, within_s=400)
     try:
         by_server = told("--url", url)
+        with pytest.raises(UserError, match=f"the server at {url} has {recipe.name}, not 'other'"):
+            told("--url", url, "--set", "name=other")
     finally:
         process.terminate()
         process.communicate(timeout=40)
@@ -295,7 +297,9 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, anchor: Path) -> None:
     path.write_text(yaml.safe_dump(data))
     merge(Recipe.model_validate(data))
     for arguments, said in (
-        (["--tasks", "no_such_task", "--backend", "transformers"], "benchmark no_such_task cannot be had"),
+        (["--tasks", "no_such_task", "--backend", "transformers"], "benchmark no_such_task is no task"),
+        (["--tasks", "general,no_such_task", "--backend", "transformers"], "benchmark no_such_task is no task"),
+        (["--url", "http://127.0.0.1:9"], "no OpenAI server answers at http://127.0.0.1:9 .*: start one with"),
         (["--url", "ftp://x"], "--url ftp://x: give the address of a server"),
         (["--backend", "guess"], "benchmark.backend"),
         (["--against", "friends"], "benchmark.against"),
