@@ -69,9 +69,8 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
     if not gates_are_trained(recipe.fused):
         console.print("  the gates are random: run `qwen-fusion train-gates` on the recipe first", highlight=False)
     if url and recipe.name not in (names := served_models(url, _api_key())):
-        raise UserError(
-            f"the server at {url} has {', '.join(names) or 'no model'}, not '{recipe.name}': give the one that serves this recipe"
-        )
+        has = ", ".join(names) or "no model"
+        raise UserError(f"the server at {url} has {has}, not '{recipe.name}': give the one that serves this recipe")
     loaded = load_tasks(task_files(recipe, settings.tasks, folder / "tasks"))
     rows = rows_of(loaded, settings.limits, settings.limit, _contaminated(recipe))
     tasks = list(dict.fromkeys(loaded.owners[name] for name in rows))
