@@ -11,6 +11,7 @@ from pathlib import Path
 from serving.engine import EngineSettings
 from serving.serve import find_server
 
+SAID = "serve.log"
 COMMAND = [sys.executable, "-m", "fusion.cli", "guard"]
 PROGRAM = """
 import json, sys
@@ -30,8 +31,11 @@ except UserError as error:
 def serve_apart(
     settings: EngineSettings, folder: Path, within_s: float = 30.0, port: int = 0
 ) -> tuple[subprocess.Popen[str], str]:
-    """The process, ready for requests, and the guard's address. Its log and state file are in `folder`."""
-    state = folder / "state.json"
+    """The process, ready for requests, and the guard's address. In `folder` are its state file, vLLM's log, and SAID.
+
+    A file takes what it says, since the guard's log of requests would fill a pipe that nobody reads, and wait.
+    """
+    state, said = folder / "state.json", folder / SAID
     command = [
         sys.executable,
         "-c",
@@ -41,16 +45,18 @@ def serve_apart(
         str(state),
         str(port),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with said.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True)
     end = time.monotonic() + within_s
     while time.monotonic() < end:
         server = find_server(state)
         if server is not None:
             return process, server.url
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, said.read_text()
         time.sleep(0.05)
     process.terminate()
-    raise AssertionError(f"not ready after {within_s} s: {process.communicate()[0]}")
+    process.wait()
+    raise AssertionError(f"not ready after {within_s} s: {said.read_text()}")
 
 
 def guard_apart(upstream: str, *settings: str) -> tuple[subprocess.Popen[str], str]:

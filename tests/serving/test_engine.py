@@ -19,7 +19,7 @@ from serving.serve import find_server, listening_socket, running_server
 from tests.fusion.plan.planned import fused, shipped
 from tests.recipes import make_recipe
 from tests.serving import fake_engine
-from tests.serving.apart import serve_apart
+from tests.serving.apart import SAID, serve_apart
 from tests.serving.processes import alive, all_gone
 
 CPU = Hardware(gpus=0, cores=(0, 1))
@@ -313,8 +313,7 @@ def test_serve_ends_cleanly(model: Path, pids: Path, tmp_path: Path, number: sig
     process, url = serve_apart(EngineSettings(str(model), "m"), tmp_path)
     assert chat(url, "m", USER).text == "42"
     process.send_signal(number)
-    output: Any = process.communicate(timeout=20)[0]
-    assert process.returncode == 0, output
+    assert process.wait(timeout=20) == 0, (tmp_path / SAID).read_text()
     assert not any(alive(pid) for pid in processes(pids))
     assert not (tmp_path / "state.json").exists()
 
@@ -322,7 +321,8 @@ def test_serve_ends_cleanly(model: Path, pids: Path, tmp_path: Path, number: sig
 def test_a_dead_engine_ends_serve_with_an_error(model: Path, pids: Path, tmp_path: Path) -> None:
     process, _ = serve_apart(EngineSettings(str(model), "m"), tmp_path)
     os.kill(processes(pids)[0], signal.SIGKILL)
-    output = process.communicate(timeout=20)[0]
+    process.wait(timeout=20)
+    output = (tmp_path / SAID).read_text()
     assert process.returncode == 2, output
     assert "vLLM ended with exit code 137" in output
     assert str(tmp_path / "vllm.log") in output
