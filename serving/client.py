@@ -64,8 +64,8 @@ def chat(
     )
 
 
-def served_models(url: str, api_key: str | None = None, timeout_s: float = 30.0) -> list[str]:
-    """The names of the models that the server at `url` (without /v1) answers for.
+def served_models(url: str, api_key: str | None = None, timeout_s: float = 30.0) -> list[dict[str, Any]]:
+    """The models that the server at `url` (without /v1) lists, as it describes them.
 
     Raises UserError when the server cannot be reached or refuses to tell.
     """
@@ -73,7 +73,7 @@ def served_models(url: str, api_key: str | None = None, timeout_s: float = 30.0)
     request = urllib.request.Request(f"{url.rstrip('/')}/v1/models", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
-            return [str(model["id"]) for model in json.load(response)["data"]]
+            return [model for model in json.load(response)["data"] if isinstance(model, dict)]
     except urllib.error.HTTPError as error:
         raise UserError(f"the server at {url} answered {error.code}: {reason(error)}") from None
     except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:

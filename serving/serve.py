@@ -5,7 +5,6 @@ with running_server(EngineSettings("runs/demo/fused", "demo")) as server:
 """
 
 import gc
-import http.client
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ import socket
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +26,7 @@ from uvicorn.supervisors import Multiprocess
 from fusion.architecture import GATES_FILE, MANIFEST
 from fusion.errors import UserError
 from fusion.progress import console
+from serving.client import served_models
 from serving.engine import Engine, EngineSettings, is_healthy
 from serving.guard.asgi import App, build_app
 from serving.guard.metrics import SHARED
@@ -110,12 +109,10 @@ def guard(settings: GuardSettings, host: str = "127.0.0.1", port: int = 8000) ->
 def _window(upstream: str, key: str | None) -> int | None:
     """How many tokens the context of the upstream's model has, as vLLM lists it; None where another server does not."""
     try:
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        request = urllib.request.Request(f"{upstream.rstrip('/')}/v1/models", headers=headers)
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            found = json.load(answer)["data"][0].get("max_model_len")
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, http.client.HTTPException):
+        models = served_models(upstream, key, timeout_s=5)
+    except UserError:
         return None
+    found = models[0].get("max_model_len") if models else None
     return found if isinstance(found, int) else None
 
 

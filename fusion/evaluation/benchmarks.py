@@ -68,7 +68,7 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
         raise UserError(f"nothing is fused in {recipe.fused} yet: run `qwen-fusion run` on the recipe first")
     if not gates_are_trained(recipe.fused):
         console.print("  the gates are random: run `qwen-fusion train-gates` on the recipe first", highlight=False)
-    if url and recipe.name not in (names := served_models(url, _api_key())):
+    if url and recipe.name not in (names := [str(model.get("id")) for model in served_models(url, _api_key())]):
         has = ", ".join(names) or "no model"
         raise UserError(f"the server at {url} has {has}, not '{recipe.name}': give the one that serves this recipe")
     loaded = load_tasks(task_files(recipe, settings.tasks, folder / "tasks"))

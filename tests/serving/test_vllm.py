@@ -213,7 +213,7 @@ def test_the_harness_asks_through_the_guard(url: str, folder: Path, tmp_path: Pa
     from fusion.evaluation.harness_metrics import row_of
     from fusion.evaluation.harness_models import Served
 
-    assert served_models(url) == ["tiny"]
+    assert [model["id"] for model in served_models(url)] == ["tiny"]
     questions = ["one?", "two?", "three?"]
     answers = [
         chat(url, "tiny", [{"role": "user", "content": q}], temperature=0, max_tokens=256).text for q in questions

@@ -110,10 +110,10 @@ def test_scores_are_those_of_greedy_answers(tmp_path: Path, anchor: Path, anchor
 def test_vllm_and_a_running_server_score_as_transformers_does(tmp_path: Path) -> None:
     """By the command line, in float32: an engine of the benchmark's own, and a server behind the guard."""
     anchor = write_model(tmp_path / "anchor", seed=1)
-    path = anchor / "model.safetensors"
-    tensors = load_file(path)
+    weights = anchor / "model.safetensors"
+    tensors = load_file(weights)
     tensors["model.embed_tokens.weight"][PRINTABLE:] = 0  # no broken UTF-8, which detokenizers read differently
-    save_file(tensors, path, {"format": "pt"})
+    save_file(tensors, weights, {"format": "pt"})
     experts = {"general": anchor, "math": write_model(tmp_path / "math", seed=2, anchor=anchor)}
     serving = {"dtype": "float32", "max_model_len": 256, "cpu_kv_cache_bytes": 64 << 20}
     settings = {"backend": "transformers", "against": []}
