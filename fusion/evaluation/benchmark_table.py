@@ -84,6 +84,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(tasks)), [f"{name}\n{row['metric']}" for name, row in tasks.items()])
     axes.set_ylabel("score")
     axes.set_ylim(0, 1)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(columns))
     with written_aside(path) as aside:
         figure.savefig(aside, format="png", dpi=120)

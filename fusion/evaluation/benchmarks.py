@@ -5,7 +5,7 @@
 
 Models are served by vLLM one after the other (`backend: transformers` does without), or the fused one alone is asked
 through a server that runs (with the first key of QWEN_FUSION_API_KEYS). Every answer is kept as it comes: the same
-command goes on where it was stopped.
+command goes on where it was stopped, and vLLM starts only for a model that has still to be asked.
 """
 
 import hashlib
@@ -13,8 +13,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -200,27 +201,39 @@ def _asked(recipe: Recipe, source: ModelSource, folder: Path, url: str | None) -
     length, width = recipe.serving.max_model_len, settings.concurrency
     tokenizer = recipe.fused
     if url is not None:
-        yield Served(url.rstrip("/"), recipe.name, tokenizer, length, width, _api_key())
+        yield Served(lambda: url, recipe.name, tokenizer, length, width, _api_key())
     elif settings.backend == "transformers":
         yield InTransformers(
             source, tokenizer, recipe.attn_implementation, recipe.loading, recipe.evaluation.batch_rows
         )
     else:
-        from serving.engine import Engine, EngineSettings
+        with ExitStack() as opened:
 
-        with whole_model(source) as model:
-            served = EngineSettings(
-                model=str(model),
-                served_name=source.name,
-                dtype=str(compute_dtype()).removeprefix("torch."),
-                tensor_parallel_size=recipe.serving.tensor_parallel_size,
-                gpu_memory_utilization=recipe.serving.gpu_memory_utilization,
-                max_model_len=length,
-                yarn_factor=recipe.serving.yarn_factor,
-                cpu_kv_cache_bytes=recipe.serving.cpu_kv_cache_bytes,
-            )
-            with Engine(served, folder / f"vllm-{source.name}.log") as engine:
-                yield Served(engine.url, source.name, tokenizer, length, width)
+            @cache
+            def started() -> str:
+                return opened.enter_context(_engine(recipe, source, folder))
+
+            yield Served(started, source.name, tokenizer, length, width)
+
+
+@contextmanager
+def _engine(recipe: Recipe, source: ModelSource, folder: Path) -> Iterator[str]:
+    """vLLM with one model; its address."""
+    from serving.engine import Engine, EngineSettings
+
+    with whole_model(source) as model:
+        served = EngineSettings(
+            model=str(model),
+            served_name=source.name,
+            dtype=str(compute_dtype()).removeprefix("torch."),
+            tensor_parallel_size=recipe.serving.tensor_parallel_size,
+            gpu_memory_utilization=recipe.serving.gpu_memory_utilization,
+            max_model_len=recipe.serving.max_model_len,
+            yarn_factor=recipe.serving.yarn_factor,
+            cpu_kv_cache_bytes=recipe.serving.cpu_kv_cache_bytes,
+        )
+        with Engine(served, folder / f"vllm-{source.name}.log") as engine:
+            yield engine.url
 
 
 def _api_key() -> str | None:

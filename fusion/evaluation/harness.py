@@ -1,7 +1,8 @@
 """lm-evaluation-harness on one model: our task files made its, its answers made ours.
 
     tasks = load_tasks(task_files(recipe, ["domains", "gsm8k"], folder))
-    measured = run_tasks(Served(url, "fused", tokenizer), tasks, rows_of(tasks, {"gsm8k": 100}, 50), folder / "fused")
+    model = Served(lambda: "http://127.0.0.1:8000", "fused", tokenizer)
+    measured = run_tasks(model, tasks, rows_of(tasks, {"gsm8k": 100}, 50), folder / "fused")
 
 A task file of configs/benchmarks includes an upstream task and says where its data lie. Beside the harness's own keys
 it has `each` (one task for each word of a list, or for each of the recipe's `domains`), `prepare` (a local copy that

@@ -3,6 +3,7 @@
 Generation goes through the chat route of a server, likelihoods, which that cannot give, through its completions route.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,9 +28,12 @@ class Models(Protocol):
 
 @dataclass(frozen=True)
 class Served:
-    """A model behind an OpenAI server at `url`, our guard's or vLLM's; `tokenizer` is the folder of its tokenizer."""
+    """A model behind an OpenAI server, our guard's or vLLM's; `tokenizer` is the folder of its tokenizer.
 
-    url: str
+    `server` gives the server's address, and is called when the first answer that is not kept has to be asked for.
+    """
+
+    server: Callable[[], str]
     name: str
     tokenizer: Path
     max_model_len: int = 2048
@@ -47,14 +51,20 @@ class Served:
             """Tokens that a conversation leaves for its answer."""
             return length - len(tokenizer(prompt_text(tokenizer, messages))["input_ids"])
 
+        address = self._address
+
         class Chat(LocalChatCompletion):
             """Whole conversations, answers whose beginning is given; a prompt over the context's length has none."""
 
-            async def amodel_call(self, session: Any, sem: Any, messages: Any, **kwargs: Any) -> Any:
-                if room(self.create_message(messages)) < 1:
-                    console.print(f"  a prompt of more than {length} tokens: it has no answer", highlight=False)
-                    return [""] * len(messages)
-                return await super().amodel_call(session, sem, messages, **kwargs)
+            def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+                fits = [room(self.create_message(request.args[:1])) > 0 for request in requests]
+                if over := len(requests) - sum(fits):
+                    said = f"  {over} prompts of more than {length} tokens: they have no answer"
+                    console.print(said, highlight=False)
+                asked = [request for request, fit in zip(requests, fits, strict=True) if fit]
+                self.base_url = address("chat/completions")
+                answers = iter(super().generate_until(asked, disable_tqdm) if asked else ())
+                return [next(answers) if fit else "" for fit in fits]
 
             def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> Any:
                 return super().apply_chat_template(unpacked(chat_history), add_generation_prompt)
@@ -68,18 +78,26 @@ class Served:
                     payload |= {"add_generation_prompt": False, "continue_final_message": True}
                 return payload
 
-        return Chat(f"{self.url}/v1/chat/completions", tokenizer_backend="None", **self._arguments())
+        return Chat(tokenizer_backend="None", **self._arguments())
 
     def likelihoods(self) -> Any:
         """Through /v1/completions, with the prompt echoed."""
         from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-        return LocalCompletionsAPI(
-            f"{self.url}/v1/completions",
-            tokenizer_backend="huggingface",
-            tokenizer=str(self.tokenizer),
-            **self._arguments(),
-        )
+        address = self._address
+
+        class Completions(LocalCompletionsAPI):
+            """Likelihoods of a server that is called when the first is needed."""
+
+            def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+                self.base_url = address("completions")
+                found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **kwargs)
+                return found
+
+        return Completions(tokenizer_backend="huggingface", tokenizer=str(self.tokenizer), **self._arguments())
+
+    def _address(self, route: str) -> str:
+        return f"{self.server().rstrip('/')}/v1/{route}"
 
     def _arguments(self) -> dict[str, Any]:
         return {

@@ -8,6 +8,7 @@ import subprocess
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -232,7 +233,7 @@ def test_the_harness_asks_through_the_guard(url: str, folder: Path, tmp_path: Pa
     (tmp_path / "pairs.yaml").write_text(PAIRS.replace("DATA", str(tmp_path / "pairs.jsonl")))
     tasks = [TaskFile(name, name, "general", file=tmp_path / f"{name}.yaml") for name in ("own_general", "pairs")]
     loaded = load_tasks(tasks)
-    model = Served(url, "tiny", folder / "model", 1024, 2)
+    model = Served(lambda: url, "tiny", folder / "model", 1024, 2)
     found = run_tasks(model, loaded, rows_of(loaded, {}, None), tmp_path / "cache")
     assert found["own_general"].scores == (1.0, 1.0, 0.0)
 
@@ -249,6 +250,23 @@ def test_the_harness_asks_through_the_guard(url: str, folder: Path, tmp_path: Pa
     assert found["pairs"].scores == tuple(float(p["label"] == n) for p, n in zip(pairs, picked, strict=True))
 
 
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_prompt_over_the_window_has_no_answer_and_fails_nothing(
+    url: str, folder: Path, tmp_path: Path, at_once: int
+) -> None:
+    from lm_eval.models.api_models import JsonChatStr
+
+    from fusion.evaluation.harness_models import Served
+
+    asked = [SimpleNamespace(args=(JsonChatStr(json.dumps([{"role": "user", "content": text}])), {})) for text in TEXTS]
+    answers = Served(lambda: url, "tiny", folder / "model", 1024, at_once).generations().generate_until(asked)
+    plain = [
+        chat(url, "tiny", [{"role": "user", "content": text}], temperature=0, max_tokens=512).text for text in TEXTS[1:]
+    ]
+    assert answers == ["", *plain]
+
+
+TEXTS = ["a" * 2000, "one?", "two?"]
 PAIRS = """
 task: pairs
 dataset_path: json

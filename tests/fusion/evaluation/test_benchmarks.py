@@ -107,7 +107,7 @@ def test_scores_are_those_of_greedy_answers(tmp_path: Path, anchor: Path, anchor
 
 
 @pytest.mark.usefixtures("short_answers")
-def test_vllm_and_a_running_server_score_as_transformers_does(tmp_path: Path) -> None:
+def test_vllm_and_a_running_server_score_as_transformers_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the command line, in float32: an engine of the benchmark's own, and a server behind the guard."""
     anchor = write_model(tmp_path / "anchor", seed=1)
     weights = anchor / "model.safetensors"
@@ -132,6 +132,9 @@ def test_vllm_and_a_running_server_score_as_transformers_does(tmp_path: Path) ->
     assert wanted["tasks"]["math"]["scores"]["fused"]["value"] >= 0.5
     by_vllm = told("--backend", "vllm")
     assert (by_vllm["through"], by_vllm["tasks"]) == ("vllm", wanted["tasks"])
+    with monkeypatch.context() as patched:  # every answer is kept: no engine is started
+        patched.setattr("serving.engine.Engine", None)
+        assert told("--backend", "vllm")["tasks"] == wanted["tasks"]
     folder = tmp_path / "served"
     folder.mkdir()
     process, url = serve_apart(engine_settings(recipe), folder, within_s=400)
