@@ -132,7 +132,7 @@ def running_server(
         url = _address(host, listener)
         settings = _of_engine(engine, guard_settings)
         quiet = settings.guard.model_copy(update={"log": "none"})  # the console is the caller's
-        guard = uvicorn.Server(_config(replace(settings, guard=quiet)))
+        guard = uvicorn.Server(_config(build_app, replace(settings, guard=quiet)))
         thread = threading.Thread(target=guard.run, args=([listener],), name="guard", daemon=True)
         thread.start()
         try:
@@ -222,9 +222,9 @@ def _app(settings: GuardSettings) -> App:
     return app
 
 
-def _config(settings: GuardSettings) -> uvicorn.Config:
+def _config(app: Callable[[GuardSettings], App], settings: GuardSettings) -> uvicorn.Config:
     return uvicorn.Config(
-        partial(_app, settings),  # a worker process makes its own
+        partial(app, settings),  # a worker process makes its own
         factory=True,
         lifespan="on",
         log_level="warning",
@@ -243,7 +243,7 @@ def _run_guard(settings: GuardSettings, listener: socket.socket, alive: Callable
 
         with opened(settings.recording.url):  # its tables are made once, and a database that fails is told of now
             pass
-    config = _config(settings)
+    config = _config(_app, settings)
     if config.workers == 1:
         server = uvicorn.Server(config)
         with _watched(alive, lambda: setattr(server, "should_exit", True)):

@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import signal
@@ -286,6 +287,7 @@ def test_a_server_for_a_block(model: Path, pids: Path, tmp_path: Path) -> None:
         running = processes(pids)
     assert not state.exists()
     assert not any(alive(pid) for pid in running)
+    assert gc.get_freeze_count() == 0  # what the caller has is still collected
 
 
 @pytest.mark.parametrize("behaviour", ["", "stubborn"])
