@@ -14,7 +14,11 @@ import pytest
 import yaml
 
 from fusion.checkpoint import Checkpoint
+from fusion.evaluation.benchmarks import benchmark
+from fusion.evaluation.evaluate import held_out_rows
+from fusion.recipe_file import load_recipe
 from fusion.steps import STATE
+from tests.fusion.evaluation.test_benchmarks import greedy
 
 FINANCE = {
     "description": "prices and interest",
@@ -97,6 +101,28 @@ def check(folder: Path) -> dict[str, Any]:
     return result
 
 
+def check_benchmark(path: Path) -> None:
+    """What the harness makes of the run is what transformers answers to the same rows, scored here."""
+    sets = ["benchmark.backend=transformers", "benchmark.against=[anchor]", "benchmark.limit=3", "evaluation.rows=8"]
+    recipe = load_recipe(path, sets)
+    result = benchmark(recipe)
+    answers: list[str] = []
+    for name in recipe.domains:
+        rows = held_out_rows(recipe, [name])[name]
+        for model, folder in (("fused", recipe.fused), ("anchor", recipe.folder / "anchor")):
+            lines = (recipe.folder / "benchmark" / "samples" / model / f"own_{name}.jsonl").read_text().splitlines()
+            samples = [json.loads(line) for line in lines]
+            asked = [rows[sample["doc_id"]] for sample in samples]
+            wanted = greedy(folder, [list(row.prompt) for row in asked])
+            told = [sample["resps"][0][0] for sample in samples]
+            assert len(told) == 3 and all(map(str.startswith, told, wanted))
+            answers += wanted
+            right = [float(answer.strip() == row.answer.strip()) for answer, row in zip(told, asked, strict=True)]
+            assert result["tasks"][name]["scores"][model]["value"] == sum(right) / 3
+    print(answers)
+    assert len(set(answers)) > 5
+
+
 def test_a_sixth_domain_with_an_expert_of_its_own_and_work_done_once(tmp_path: Path) -> None:
     path = recipe(tmp_path)
     finish(path)
@@ -109,6 +135,7 @@ def test_a_sixth_domain_with_an_expert_of_its_own_and_work_done_once(tmp_path: P
         "structured",
         "finance",
     }
+    check_benchmark(path)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "fused").iterdir()}
     again = finish(path)
     for step in (*STEPS, "ask"):

@@ -73,7 +73,8 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
         has = ", ".join(names) or "no model"
         raise UserError(f"the server at {url} has {has}, not '{recipe.name}': give the one that serves this recipe")
     loaded = load_tasks(task_files(recipe, settings.tasks, folder / "tasks"))
-    rows = rows_of(loaded, settings.limits, settings.limit, _contaminated(recipe))
+    trained: dict[str, list[int]] = {}
+    rows = rows_of(loaded, settings.limits, settings.limit, _contaminated(recipe, trained))
     tasks = list(dict.fromkeys(loaded.owners[name] for name in rows))
     if not tasks:
         raise UserError("no task is left to run: see the notes above, or name others with --tasks")
@@ -100,6 +101,7 @@ def benchmark(recipe: Recipe, url: str | None = None) -> dict[str, Any]:
     if picked:
         scores[ROUTER] = routed_scores(scores, strays, picked, experts)
     result = summary(recipe, tasks, scores, experts)
+    result |= {"rows_trained_on": {name: len(out) for name, out in trained.items() if out}}
     result |= {"through": url or settings.backend, "made": made()}
     write_text(folder / "benchmark.md", markdown(result))
     draw(result, folder / "benchmark.png")
@@ -145,9 +147,8 @@ def routed_scores(
     return found
 
 
-def _contaminated(recipe: Recipe) -> Callable[[str, list[str]], Collection[int]]:
-    """Which questions of a task share words with training data, looked for once a task."""
-    known: dict[str, list[int]] = {}
+def _contaminated(recipe: Recipe, known: dict[str, list[int]]) -> Callable[[str, list[str]], Collection[int]]:
+    """Which questions of a task share words with training data, looked for once a task and kept in `known`."""
     trained = trained_texts(recipe) if recipe.evaluation.contamination_ngram else []
 
     def seen(name: str, questions: list[str]) -> Collection[int]:

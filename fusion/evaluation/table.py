@@ -37,7 +37,9 @@ def markdown(result: dict[str, Any]) -> str:
         change = rows["score_minus_anchor"]
         against = f"{change['value']:+.3f} [{change['low']:.2f}, {change['high']:.2f}] against the anchor"
         lines.append(f"| {name} (extra) | " + " | ".join(cells) + f" | {against} |")
-    overall = f"mean {_figure(result['mean_retained_share'])}, worst {_figure(result['worst_retained_share'])}"
+    overall = "no gain to retain"
+    if result["mean_retained_share"] is not None:
+        overall = f"mean {result['mean_retained_share']:.3f}, worst {result['worst_retained_share']:.3f}"
     for found in result["mean_scores"]:
         cells = [_figure(found["scores"].get(row)) for row in LABELS]
         lines.append(f"| **mean score** of {_counted(found['rows'])} | {' | '.join(cells)} | {overall} |")
@@ -94,8 +96,13 @@ def _moved(result: dict[str, Any]) -> list[str]:
     lines = ["How far each expert has moved from the anchor, ||W - W0|| / ||W0||:", ""]
     lines += ["| expert | " + " | ".join(groups) + " |", "| --- " * (len(groups) + 1) + "|"]
     for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(_figure(row[group]["distance"]) for group in groups) + " |")
+        lines.append(f"| {name} | " + " | ".join(_distance(row[group]["distance"]) for group in groups) + " |")
     return [*lines, ""]
+
+
+def _distance(moved: float) -> str:
+    """Three digits behind the point, five of what hardly moved."""
+    return f"{moved:.5f}" if 0 < moved < 0.01 else f"{moved:.3f}"
 
 
 def _anchoring(result: dict[str, Any]) -> list[str]:

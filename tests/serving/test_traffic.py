@@ -62,6 +62,8 @@ def test_every_domain_has_its_share_of_the_requests(recipe: Recipe, anchor: Path
     runs = [len({*domains[i : i + BURST]}) for i in range(0, 48, BURST)]
     assert set(runs) == ({3} if order == "evenly" else {1})
     assert rows == trace(recipe, load_tokenizer(anchor), 48, order)
+    fewer = [row["domain"] for row in trace(recipe, load_tokenizer(anchor), 10, order)]
+    assert sorted(fewer.count(name) for name in recipe.domains) == [3, 3, 4]
 
 
 def test_a_requests_tokens_are_those_of_its_row(recipe: Recipe, anchor: Path) -> None:

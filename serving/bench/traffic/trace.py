@@ -7,6 +7,7 @@ request from being nothing or the whole run.
 """
 
 import random
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -23,10 +24,11 @@ ORDERS: tuple[Order, ...] = ("evenly", "bursts")
 
 
 def trace(recipe: Recipe, tokenizer: Any, count: int, order: Order) -> list[dict[str, Any]]:
-    """`count` requests, {prompt, prompt_tokens, output_tokens, domain}, the same share of each domain."""
-    share = -(-count // len(recipe.domains))
+    """`count` requests, {prompt, prompt_tokens, output_tokens, domain}: of each domain as many, or one more."""
+    least, more = divmod(count, len(recipe.domains))
     by_domain: dict[str, list[dict[str, Any]]] = {}
-    for name, domain in recipe.domains.items():
+    for place, (name, domain) in enumerate(recipe.domains.items()):
+        share = least + (place < more)
         rows = load_examples(domain.held_out, name, share, recipe.evaluation.seed)
         found = []
         for number in range(share):
@@ -38,12 +40,10 @@ def trace(recipe: Recipe, tokenizer: Any, count: int, order: Order) -> list[dict
             found.append({"prompt": text, **tokens, "domain": name})
         by_domain[name] = found
     if order == "evenly":
-        mixed = [row for rows in zip(*by_domain.values(), strict=True) for row in rows]
-    else:
-        blocks = [rows[i : i + BURST] for rows in by_domain.values() for i in range(0, share, BURST)]
-        random.Random(0).shuffle(blocks)
-        mixed = [row for block in blocks for row in block]
-    return mixed[:count]
+        return [row for rows in zip_longest(*by_domain.values()) for row in rows if row]
+    blocks = [rows[i : i + BURST] for rows in by_domain.values() for i in range(0, len(rows), BURST)]
+    random.Random(0).shuffle(blocks)
+    return [row for block in blocks for row in block]
 
 
 def lengths(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

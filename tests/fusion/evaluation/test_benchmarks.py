@@ -193,7 +193,8 @@ def test_questions_that_were_trained_on_are_not_asked(
     data["domains"]["math"]["train"] = {"path": str(tmp_path / "lessons.jsonl")}
     recipe = Recipe.model_validate(data)
     merge(recipe)
-    assert benchmark(recipe)["tasks"]["gsm8k"]["rows"] == 2
+    result = benchmark(recipe)
+    assert result["tasks"]["gsm8k"]["rows"] == 2 and result["rows_trained_on"] == {"local_gsm8k": 1}
     assert "1 of 3 rows of local_gsm8k left out" in capsys.readouterr().err
     asked = "".join(path.read_text("utf-8") for path in (recipe.folder / "benchmark" / "samples" / "fused").iterdir())
     assert questions[0] in asked and planted not in asked

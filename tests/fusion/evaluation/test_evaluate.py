@@ -52,10 +52,17 @@ def test_weighted_means_and_paired_differences() -> None:
     tokens = rng.integers(1, 50, size=400).astype(float)
     nats = first * tokens
     picks = rng.integers(0, 400, size=(20_000, 400))  # rows resampled here
+    base = rng.normal(0.0, 1.0, size=400)
+    own = base + rng.normal(1.0, 1.0, size=400)
+    kept = 0.7 * own + 0.3 * base
+    gains = ((kept - base)[picks].mean(axis=1), (own - base)[picks].mean(axis=1))
+    share = retained_share(base, kept + 0.1 * first, own)
+    assert share is not None
     for interval, means in (
         (mean_interval(first), first[picks].mean(axis=1)),
         (difference(second, first), (second - first)[picks].mean(axis=1)),
         (mean_interval(nats, tokens), nats[picks].sum(axis=1) / tokens[picks].sum(axis=1)),
+        (share, (gains[0] + 0.1 * first[picks].mean(axis=1)) / gains[1]),
     ):
         near = 0.15 * means.std()  # the bounds of a 92% interval are 0.21 away
         assert interval.as_list() == pytest.approx(list(np.percentile(means, [2.5, 97.5])), abs=near)
@@ -95,8 +102,13 @@ def test_the_table_says_how_far_experts_moved_and_what_anchoring_kept() -> None:
 
     note = {"losses": {"anchor": 3.0, "expert": 1.0, "anchored": 1.5}, "retained_share": 0.75}
     note |= {"starts": {"transported": 2.0}, "starts_retained": {"transported": 0.5}}
-    result = {"moved": {"math": moved(0.5)}, "moved_anchored": {"math": moved(0.0)}, "anchoring": {"math": note}}
-    assert "| math | 0.500 | 0.250 |" in _moved(result) and "| math, anchored | 0.000 | 0.250 |" in _moved(result)
+    result = {
+        "moved": {"math": moved(0.5), "coding": moved(0.00016)},
+        "moved_anchored": {"math": moved(0.0)},
+        "anchoring": {"math": note},
+    }
+    assert "| math | 0.500 | 0.250 |" in _moved(result) and "| coding | 0.00016 | 0.250 |" in _moved(result)
+    assert "| math, anchored | 0.000 | 0.250 |" in _moved(result)
     assert "| math | 3.000 | 1.000 | 2.000 (0.50) | 1.500 (0.75) |" in _anchoring(result)
     assert _moved({}) == _anchoring({}) == []  # figures of a version before
 
