@@ -7,17 +7,22 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 import typer
 from safetensors import SafetensorError
 
-from fusion.errors import UserError
+from fusion.errors import UserError, of_the_disk
 from fusion.recipe import Recipe
 from fusion.recipe_file import load_recipe, load_section
 from fusion.sections.serving import Guarding, Question
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(
     help="Fuse fine-tuned models of one Qwen2.5 family into one mixture-of-experts model, train its gates, serve it.",
@@ -48,7 +53,7 @@ def _silence(quiet: bool) -> None:
     """Switches progress bars off, here and in the processes that are started."""
     if quiet:
         os.environ["QWEN_FUSION_QUIET"] = "1"
-    if os.environ.get("QWEN_FUSION_QUIET"):
+    if os.environ.get("QWEN_FUSION_QUIET", "") not in ("", "0"):
         os.environ["TQDM_DISABLE"] = "1"  # other libraries' bars; read when tqdm is imported
 
 
@@ -64,7 +69,7 @@ def _print_json(value: object, target: str) -> None:
     else:
         from fusion.checkpoint import write_text
 
-        write_text(_place("--json", target, ", or -"), text + "\n")
+        write_text(Path(target), text + "\n")
 
 
 def _place(option: str, target: str, otherwise: str = "") -> Path:
@@ -73,6 +78,31 @@ def _place(option: str, target: str, otherwise: str = "") -> Path:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"{option} {target}: no such place for a file: name one in a folder that is there{otherwise}")
     return path
+
+
+def _json_place(target: str | None) -> str | None:
+    """Before any work is done: `--json` names a place for a file, or - for stdout."""
+    if target and target != "-":
+        _place("--json", target, ", or -")
+    return target
+
+
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout", callback=_json_place),
+]
+
+
+@contextmanager
+def _on_stdout(json_: str | None) -> Iterator["Console"]:
+    """The console on stdout, for what a command is for, unless JSON goes there."""
+    from fusion.progress import console
+
+    console.stderr = json_ == "-"
+    try:
+        yield console
+    finally:
+        console.stderr = True
 
 
 def _begin_workers(recipe: Recipe) -> None:
@@ -133,7 +163,7 @@ def plan(
     weights: Annotated[
         bool, typer.Option("--weights", help="also measure how far each expert's weights have moved (reads them all)")
     ] = False,
-    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
+    json_: Json = None,
     set_: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
@@ -143,13 +173,9 @@ def plan(
 
     profile = load_profile(hardware, recipe.parent) if hardware else None
     from fusion import road
-    from fusion.progress import console
 
-    console.stderr = json_ == "-"  # the plan is what the command is for
-    try:
+    with _on_stdout(json_):
         road.plan(loaded, profile, weights, lambda result: _print_json(result, json_) if json_ else None)
-    finally:
-        console.stderr = True
 
 
 @app.command()
@@ -169,7 +195,7 @@ def merge(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> N
 @app.command()
 def verify(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="folder of a fused checkpoint")],
-    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
+    json_: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Check a fused checkpoint again: hashes, index, shapes, finite numbers, its sources bit for bit, transformers."""
@@ -185,7 +211,8 @@ def verify(
     if found.problems:
         more = f", and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
         raise UserError(f"{checkpoint}: {found.problems[0]}{more}: merge it again, or copy it again")
-    console.print(f"[bold]verify[/bold]: {found.sentence()}", highlight=False, soft_wrap=True)
+    with _on_stdout(json_):
+        console.print(f"[bold]verify[/bold]: {found.sentence()}", highlight=False, soft_wrap=True)
 
 
 @app.command(name="add-expert")
@@ -248,7 +275,7 @@ app.add_typer(feedback, name="feedback")
 def feedback_list(
     recipe: RecipePath,
     limit: Annotated[int, typer.Option(min=1, help="of each kind, the newest")] = 20,
-    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
+    json_: Json = None,
     set_: Overrides = None,
 ) -> None:
     """Show feedback, and requests that look misrouted although nobody has said so."""
@@ -331,7 +358,7 @@ def heal(recipe: RecipePath, set_: Overrides = None, quiet: Quiet = False) -> No
 @app.command()
 def evaluate(
     recipe: RecipePath,
-    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
+    json_: Json = None,
     force: Annotated[bool, typer.Option(help="measure again although nothing has changed")] = False,
     long: Annotated[bool, typer.Option("--long", help="loss and passkeys late in a long context instead")] = False,
     set_: Overrides = None,
@@ -344,10 +371,10 @@ def evaluate(
     from fusion import road
     from fusion.evaluation import long_context
     from fusion.evaluation.table import markdown
-    from fusion.progress import console
 
     result = road.evaluate_long(loaded, force) if long else road.evaluate(loaded, force)
-    console.print(Markdown(long_context.markdown(result) if long else markdown(result)))
+    with _on_stdout(json_) as console:
+        console.print(Markdown(long_context.markdown(result) if long else markdown(result)))
     if json_:
         _print_json(result, json_)
 
@@ -365,7 +392,7 @@ def benchmark(
     ] = None,
     backend: Annotated[str | None, typer.Option(help="vllm or transformers")] = None,
     url: Annotated[str | None, typer.Option(metavar="URL", help="a server that serves the fused model")] = None,
-    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
+    json_: Json = None,
     set_: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
@@ -376,17 +403,17 @@ def benchmark(
         said += [f"benchmark.limit={limit}", "benchmark.limits={}"]
     if backend is not None:
         said.append(f"benchmark.backend={backend}")
-    if url is not None and not _is_address(url):
-        raise UserError(f"--url {url}: give the address of a server, for example http://127.0.0.1:8000")
+    if url is not None and not _is_address(url := url.rstrip("/")):
+        raise UserError(f"--url {url}: give the address of a server and no path, for example http://127.0.0.1:8000")
     loaded = _load(recipe, [*(set_ or []), *said], quiet)
     from rich.markdown import Markdown
 
     from fusion.evaluation.benchmark_table import markdown
     from fusion.evaluation.benchmarks import benchmark as run_benchmark
-    from fusion.progress import console
 
     result = run_benchmark(loaded, url)
-    console.print(Markdown(markdown(result)))
+    with _on_stdout(json_) as console:
+        console.print(Markdown(markdown(result)))
     if json_:
         _print_json(result, json_)
 
@@ -523,7 +550,7 @@ def explain(
         bool, typer.Option("--classifier", help="hear the label classifier too, which learns from the training rows")
     ] = False,
     html: Annotated[str | None, typer.Option(metavar="FILE", help="write as a page that needs no other file")] = None,
-    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="write as JSON; - for stdout")] = None,
+    json_: Json = None,
     set_: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
@@ -540,16 +567,14 @@ def explain(
     if with_answer and conversation.answer is not None:
         raise UserError(f"--file {file} has an answer already: leave --with-answer out, or the answer")
     page_file = _place("--html", html) if html else None  # before the model is run
-    if json_ and json_ != "-":
-        _place("--json", json_, ", or -")
     from fusion.checkpoint import write_text
     from fusion.explain.asked import explain_asked
     from fusion.explain.page import page
     from fusion.explain.summary import summary
-    from fusion.progress import console
 
     explained = explain_asked(loaded, conversation, with_answer, classifier)
-    console.print(summary(explained))
+    with _on_stdout(json_) as console:
+        console.print(summary(explained))
     if page_file:
         write_text(page_file, page(explained))
     if json_:
@@ -567,9 +592,7 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        what = (error.strerror or str(error)).lower()
-        sys.stderr.write(f"error: {where}{what}; name another place, or mend this one\n")
+        sys.stderr.write(f"error: {of_the_disk(error)}\n")
         sys.exit(2)
     except SafetensorError as error:  # a full disk, or weights that are none
         sys.stderr.write(f"error: {error}; see that the disk has room and the model's files are whole\n")

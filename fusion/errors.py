@@ -23,8 +23,14 @@ def counted(given: str) -> int:
     return int(given)
 
 
+def of_the_disk(error: OSError) -> str:
+    """What the system says of a file, as a sentence."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{(error.strerror or str(error)).lower()}; name another place, or mend this one"
+
+
 def run_main(main: Callable[..., object]) -> None:
-    """Calls `main` of a module that is a command with the command's arguments; exits with 2 after a UserError."""
+    """Calls `main` of a module that is a command with its arguments; exits with 2 after a UserError or an OSError."""
     arguments = sys.argv[1:]
     try:
         try:
@@ -32,6 +38,7 @@ def run_main(main: Callable[..., object]) -> None:
         except TypeError as error:
             raise UserError(f"{error}: the first lines of {sys.argv[0]} show the command") from None
         main(*arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        said = of_the_disk(error) if isinstance(error, OSError) else error
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(2)

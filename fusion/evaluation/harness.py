@@ -241,7 +241,9 @@ def load_tasks(tasks: Sequence[TaskFile]) -> Loaded:
         known = ", ".join([*known_groups(), *known_tasks()])
         for task in tasks:  # all of them, before any is fetched
             if task.name not in manager.all_tasks and not task.optional:
-                raise UserError(f"benchmark {task.name} is no task: name some of {known} or the harness")
+                raise UserError(
+                    f"benchmark.tasks names '{task.name}', which is no task: name some of {known} or the harness"
+                )
         for task in tasks:
             try:
                 found: dict[str, Any] = manager.load([task.name])["tasks"]

@@ -1,5 +1,6 @@
 """Means, gains and retained shares with 95% bootstrap intervals over held-out rows (scipy's percentile bootstrap)."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,9 +72,11 @@ def _bootstrap(rows: tuple[np.ndarray, ...], statistic: object) -> Interval:
     value = float(statistic(*rows))  # type: ignore[operator]
     if len(rows[0]) < 2 or all(np.ptp(column) == 0 for column in rows):
         return Interval(value, value, value)
-    result = stats.bootstrap(
-        rows, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile", rng=0
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # resamples that are all alike are no fault
+        result = stats.bootstrap(
+            rows, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile", rng=0
+        )
     finite = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]  # a resample without any gain
     low, high = np.percentile(finite, [2.5, 97.5])
     return Interval(value, float(low), float(high))

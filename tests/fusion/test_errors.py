@@ -1,6 +1,7 @@
 """Modules that are commands: a user's mistake is one sentence and exit code 2."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +29,14 @@ def test_a_mistake_is_a_sentence(
         run_main(refused)
     assert ended.value.code == 2
     assert capsys.readouterr().err == sentence
+
+
+def test_what_the_system_says_of_a_file_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command.py"])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        run_main((tmp_path / "file").mkdir)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: file exists; name another place, or mend this one\n"

@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from fusion.errors import UserError
 from fusion.merge import merge
 from fusion.plan.budget import kv_bytes_per_token, planned_dtype
 from fusion.recipe import Recipe
-from fusion.recipe_file import load_recipe
+from fusion.recipe_file import as_file, load_recipe
 from fusion.sources import anchor_source
 from serving.bench.traffic import __main__ as traffic
 from serving.bench.traffic import sides
@@ -41,6 +43,7 @@ from serving.bench.traffic.sides import (
 from serving.bench.traffic.trace import BURST, LEAST, MOST, lengths, trace, write
 from serving.engine import EngineSettings, Hardware, detect_hardware, engine_arguments
 from tests.recipes import make_recipe, recipe_data
+from tests.serving.processes import all_gone, descendants
 
 RULES = {"math": [{"pattern": r"\d"}], "coding": [{"words": ["def", "class", "import", "for"]}]}
 
@@ -160,6 +163,28 @@ def test_the_router_asks_the_expert_of_the_question(tmp_path: Path, recipe: Reci
                 assert said[:3] == [f"data: {port}", f"data: {model}", "data: /v1/chat/completions"]
 
 
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from fusion.recipe_file import load_recipe
+from serving.bench.traffic.sides import router
+
+with router(load_recipe(Path(sys.argv[1])), {}) as url:
+    print(url, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_router_ends_with_a_parent_that_is_killed(recipe: Recipe) -> None:
+    with as_file(recipe) as path:
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline().startswith("http")
+        running = descendants(process.pid)
+        process.kill()
+        process.communicate()
+        assert len(running) >= 2 and all_gone(running)
+
+
 def test_every_side_has_the_same_memory(
     tmp_path: Path, anchor: Path, anchored_experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +259,8 @@ def test_a_benchmark_that_was_stopped_measures_what_is_left(
     assert ratios.keys() == RATIOS and set(ratios.values()) == {1.0}
     traffic.main(*command)
     assert len(started) == 12  # all is there
+    with pytest.raises(UserError, match="--kv-mb are greater than 0"):
+        traffic.main(*command, "--kv-mb", "0")
     monkeypatch.setattr(traffic, "made", lambda: {"processor": "another"})
     traffic.main(*command)
     assert len(started) == 24

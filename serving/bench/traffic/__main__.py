@@ -84,10 +84,11 @@ def main(*given: str) -> None:
     if not (recipe.fused / "config.json").is_file():
         raise UserError(f"nothing is fused in {recipe.fused} yet: run `qwen-fusion run {arguments.recipe}` first")
     folder: Path = arguments.folder or recipe.folder / "traffic"
-    folder.mkdir(parents=True, exist_ok=True)
     rates = _rates(arguments.rates)
-    if min(arguments.placements, arguments.requests, arguments.rounds, arguments.kv_mb or 1) < 1:
+    counts = (arguments.placements, arguments.requests, arguments.rounds, arguments.kv_mb)
+    if any(count is not None and count < 1 for count in counts):
         raise UserError("--placements, --requests, --rounds and --kv-mb are greater than 0")
+    folder.mkdir(parents=True, exist_ok=True)
     kv_bytes = _kv_bytes(recipe) if arguments.kv_mb is None else arguments.kv_mb * 2**20
     requests = _requests(recipe, arguments.requests, folder)
     picked = _picked(recipe, requests, folder / "picked.json")

@@ -6,6 +6,7 @@ with fused(recipe, memory, folder) as side:
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,9 +23,11 @@ from fusion.plan.capacity import served_dtype
 from fusion.recipe import Recipe
 from fusion.recipe_file import as_file
 from fusion.sources import anchor_source, expert_sources, whole_model
-from serving.bench.processes import becomes_healthy, pinned
+from serving import supervisor
+from serving.bench.processes import becomes_healthy
 from serving.engine import Engine, EngineSettings, Hardware, detect_hardware, free_port
 
+ROUTER_GRACE_S = 2
 PLACEMENTS = ("all cores each", "one core each", "one core each, the first alone")
 
 
@@ -147,17 +150,23 @@ def lora(recipe: Recipe, memory: int, folder: Path, picked: Path | None = None) 
 
 @contextmanager
 def router(recipe: Recipe, targets: dict[str, tuple[str, str]], picked: Path | None = None) -> Iterator[str]:
-    """The router process; its address."""
+    """The router process, which ends with this one however that ends; its address."""
     port = free_port()
+    url = f"http://127.0.0.1:{port}"
     with as_file(recipe) as path:
         command = [sys.executable, "-m", "serving.bench.traffic.router", str(path), str(port), json.dumps(targets)]
         command += [str(picked)] if picked else []
-        yield from _running(command, port)
-
-
-def _running(command: list[str], port: int) -> Iterator[str]:
-    with pinned(command, None) as process:
-        url = f"http://127.0.0.1:{port}"
-        if not becomes_healthy(process, url, "/health"):
-            raise UserError(f"the router did not start: try {' '.join(command)}")
-        yield url
+        process = subprocess.Popen(
+            [sys.executable, supervisor.__file__, str(ROUTER_GRACE_S), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            if not becomes_healthy(process, url, "/health"):
+                raise UserError(f"the router did not start: try {' '.join(command)}")
+            yield url
+        finally:
+            process.communicate(timeout=60)  # its standard input ends, and it does

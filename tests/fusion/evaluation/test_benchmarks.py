@@ -301,10 +301,18 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, anchor: Path) -> None:
     path.write_text(yaml.safe_dump(data))
     merge(Recipe.model_validate(data))
     for arguments, said in (
-        (["--tasks", "no_such_task", "--backend", "transformers"], "benchmark no_such_task is no task"),
-        (["--tasks", "general,no_such_task", "--backend", "transformers"], "benchmark no_such_task is no task"),
+        (
+            ["--tasks", "no_such_task", "--backend", "transformers"],
+            "benchmark.tasks names 'no_such_task', which is no task",
+        ),
+        (
+            ["--tasks", "general,no_such_task", "--backend", "transformers"],
+            "benchmark.tasks names 'no_such_task', which is no task",
+        ),
         (["--url", "http://127.0.0.1:9"], "no OpenAI server answers at http://127.0.0.1:9 .*: start one with"),
         (["--url", "ftp://x"], "--url ftp://x: give the address of a server"),
+        (["--url", "http://127.0.0.1:9/"], "no OpenAI server answers at http://127.0.0.1:9 "),
+        (["--json", str(tmp_path / "nowhere" / "out.json")], "nowhere/out.json: no such place for a file"),
         (["--backend", "guess"], "benchmark.backend"),
         (["--against", "friends"], "benchmark.against"),
     ):
