@@ -40,6 +40,9 @@ CHAT_TEMPLATE = (
 PACKED = 256  # tokens a packed sequence
 WARMUP = 0.05  # of the steps
 RESULT, RENDEZVOUS = "pretrain.json", "rendezvous"
+# A worker's models, until its process ends: what destroys one holds the GIL and waits for gloo's thread, which may wait
+# for the GIL to drop its last all-reduce.
+_KEPT: list[DistributedDataParallel] = []
 
 
 def build_tokenizer(out: Path, vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
@@ -133,6 +136,7 @@ def _pretrain_worker(rank: int, partial: Path, settings: PretrainSettings, rows:
     torch.manual_seed(settings.seed)
     model = Qwen2ForCausalLM(anchor_config(settings, tokenizer)).train()
     parallel = DistributedDataParallel(_AnswerLoss(model), gradient_as_bucket_view=True)
+    _KEPT.append(parallel)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
