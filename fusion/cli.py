@@ -53,7 +53,9 @@ def _silence(quiet: bool) -> None:
     """Switches progress bars off, here and in the processes that are started."""
     if quiet:
         os.environ["QWEN_FUSION_QUIET"] = "1"
-    if os.environ.get("QWEN_FUSION_QUIET", "") not in ("", "0"):
+    from fusion.progress import quiet as is_quiet
+
+    if is_quiet():
         os.environ["TQDM_DISABLE"] = "1"  # other libraries' bars; read when tqdm is imported
 
 

@@ -25,6 +25,7 @@ from fusion.cpu import cpu_has_bfloat16
 from fusion.errors import UserError
 from fusion.progress import console, quiet
 from fusion.provenance import version_of
+from serving import supervisor
 
 LOG_LINES = 15
 GRACE_S = 15.0
@@ -315,14 +316,7 @@ class Engine:
         environment = {**os.environ, **engine_environment(self.settings, self.hardware)}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("supervisor.py")), str(GRACE_S), *command],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+            self._process = supervisor.start(command, GRACE_S, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def alive(self) -> bool:
         """True while vLLM's process runs."""

@@ -3,6 +3,7 @@
 The parent holds the other end of standard input: when the parent dies, however it dies, standard input ends, and the
 group with it.
 
+    process = start(["sleep", "600"], grace_s=2.0)
     python serving/supervisor.py GRACE_SECONDS COMMAND...
 """
 
@@ -13,6 +14,16 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
+
+
+def start(command: list[str], grace_s: float, **options: Any) -> subprocess.Popen[bytes]:
+    """Starts `command` under `supervise`: closing the process's standard input ends it, as the end of this one does.
+
+    `options` are Popen's.
+    """
+    supervised = [sys.executable, __file__, str(grace_s), *command]
+    return subprocess.Popen(supervised, stdin=subprocess.PIPE, start_new_session=True, **options)
 
 
 def supervise(command: list[str], grace_s: float) -> int:

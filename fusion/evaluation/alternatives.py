@@ -108,7 +108,7 @@ def main(*given: str) -> None:
     parser.add_argument("--without", default="", metavar="NAME,NAME", help=f"not to be made: {', '.join(MADE)}")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args(given)
-    without = [name.strip() for name in arguments.without.split(",") if name.strip()]
+    without = [name for name in map(str.strip, arguments.without.split(",")) if name]
     if unknown := sorted(set(without) - set(MADE)):
         raise UserError(f"--without {', '.join(unknown)}: what can be left out is {', '.join(MADE)}")
     recipe = load_recipe(arguments.recipe, arguments.set)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fusion.errors import UserError
 from serving.engine import free_port, is_healthy
@@ -56,7 +57,7 @@ def guard(upstream: str, core: int | None = None, *settings: str) -> Iterator[tu
         yield url, process.pid
 
 
-def becomes_healthy(process: subprocess.Popen[str], url: str, path: str) -> bool:
+def becomes_healthy(process: subprocess.Popen[Any], url: str, path: str) -> bool:
     """Whether a server answers at `url` before it ends, and in time."""
     end = time.monotonic() + START_SECONDS
     while not is_healthy(url, path=path):

@@ -8,7 +8,6 @@ time, and puts down shares, the classifier's opinion where the recipe labels by 
 """
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from fusion.errors import UserError, run_main
 from fusion.recipe import Recipe
 from fusion.recipe_file import as_file, load_recipe
+from serving import supervisor
 from serving.records.record import BY_DEFAULT, WHOLE, RoutingRecord, Shares
 from serving.records.settings import store_url
 from serving.records.store import Store, opened
@@ -47,12 +47,9 @@ def observing(recipe: Recipe, log: Path) -> Iterator[None]:
         return
     log.parent.mkdir(parents=True, exist_ok=True)
     with as_file(recipe) as path, log.open("wb") as said:
-        supervisor = Path(__file__).parents[1] / "supervisor.py"
-        command = [sys.executable, str(supervisor), str(GRACE_S), sys.executable, "-m", __spec__.name, str(path)]
+        command = [sys.executable, "-m", __spec__.name, str(path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "QWEN_FUSION_QUIET": "1"}
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=said, stderr=said, env=environment, start_new_session=True
-        )
+        process = supervisor.start(command, GRACE_S, stdout=said, stderr=said, env=environment)
         try:
             yield
         finally:

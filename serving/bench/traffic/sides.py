@@ -156,14 +156,8 @@ def router(recipe: Recipe, targets: dict[str, tuple[str, str]], picked: Path | N
     with as_file(recipe) as path:
         command = [sys.executable, "-m", "serving.bench.traffic.router", str(path), str(port), json.dumps(targets)]
         command += [str(picked)] if picked else []
-        process = subprocess.Popen(
-            [sys.executable, supervisor.__file__, str(ROUTER_GRACE_S), *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
+        silent = subprocess.DEVNULL
+        process = supervisor.start(command, ROUTER_GRACE_S, stdout=silent, stderr=silent)
         try:
             if not becomes_healthy(process, url, "/health"):
                 raise UserError(f"the router did not start: try {' '.join(command)}")
